@@ -1,0 +1,162 @@
+"""Score the test images with the final detectors, and write the report.
+
+    python evaluate.py                              goes on with runs/demo
+    python evaluate.py --run runs/NAME --save-maps
+
+Evaluates every detector that stage 2 has trained (--train-on picks one) and compares them in one table. A plain folder
+has no test set: all its images are scored, the dropped ones too.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from llb.checkpoint import open_checkpoints, restore_params
+from llb.config import TRAIN_ON, Evaluate, parse
+from llb.console import choose_device, run, say
+from llb.data import Dataset, Record, load_image, load_mask
+from llb.encoder import Encoder, load_encoder
+from llb.features import Encode, make_encode
+from llb.files import atomic, read_json, write_csv, write_json
+from llb.metrics import image_metrics, pixel_metrics, purification
+from llb.optimizer import RECIPES
+from llb.report import contact_sheet, mean_metrics, summary_table, write_metrics_csv, write_report
+from llb.run import METRICS, load_dataset, make_fetch, read_purified, read_run, read_scores, trained_on
+from llb.train import Training, make_training, score
+
+EXAMPLES = 24  # images on the sheet of test examples
+
+
+def main() -> None:
+    settings = parse(Evaluate)
+    say(choose_device())
+    out, config = read_run(settings.run)
+    names = config["categories"]
+    detectors = trained_on(out, config, settings.train_on)  # what stage 2 has finished for every category
+    encoder = load_encoder(config["encoder"], config["weights"], config["image_size"])
+    encode = make_encode(encoder)
+
+    metrics = read_json(out / METRICS) if (out / METRICS).exists() else {}
+    notes = {}
+    for name in names:
+        dataset, folder = load_dataset(out, config, name), out / name
+        for train_on in detectors:
+            if train_on in metrics.get(name, {}) and evaluated(folder, train_on, settings):
+                say(f"{name}: {train_on} is evaluated; --overwrite scores again")
+                continue
+            steps = config["stage2"][train_on]["steps"]
+            training = make_training(
+                encoder, RECIPES[config["recipe"]], 0.0, config["dropout"], steps, config["batch_size"]
+            )
+            found = evaluate(dataset, train_on, settings, out, encoder, encode, training)
+            metrics.setdefault(name, {})[train_on] = found
+        metrics[name]["purification"], notes[name] = purified_facts(dataset, folder)
+
+    metrics = {name: metrics[name] for name in names} | {"mean": mean_metrics(metrics, names)}
+    write_json(out / METRICS, metrics)
+    write_metrics_csv(out / "metrics.csv", metrics)
+    write_report(out, notes)
+    say(summary_table(metrics))
+    say(f"report: {out / 'report.html'}")
+
+
+def evaluate(
+    dataset: Dataset,
+    train_on: str,
+    settings: Evaluate,
+    out: Path,
+    encoder: Encoder,
+    encode: Encode,
+    training: Training,
+) -> dict[str, float | None]:
+    """Maps, scores and metrics of one final detector on one category; writes predictions, examples and maps."""
+    name, folder, size = dataset.category, out / dataset.category, encoder.image_size
+    # A plain folder has no test set: score what it was trained on, the dropped images too.
+    part, records = ("test", dataset.test) if dataset.test else ("train", dataset.train)
+    fetch = make_fetch(out, name, part, records, dataset.root, encoder, encode, settings)
+    with open_checkpoints(folder / f"stage2-{train_on}") as checkpoints:
+        params = restore_params(checkpoints)
+
+    # ---- maps and scores ----
+    scores = np.empty(len(records), np.float32)
+    maps = np.empty((len(records), size, size), np.float32)
+    everything = np.arange(len(records))
+    for positions, score_k, maps_k in score(
+        params, training.model, fetch, everything, size, f"{name}, test on {train_on}", with_maps=True
+    ):
+        scores[positions], maps[positions] = score_k[:, 0], maps_k[:, 0]
+
+    # ---- metrics: from here on labels and masks are needed ----
+    labels = [record.label for record in records]
+    masks = load_masks(dataset.root, records, size)
+    found = image_metrics(labels, scores) | pixel_metrics(masks, maps)
+
+    rows = [
+        [record.path, float(scores[i]), "" if record.label is None else record.label]
+        for i, record in enumerate(records)
+    ]
+    write_examples(folder / f"examples-{train_on}.png", dataset.root, records, scores, maps)
+    if settings.save_maps:
+        write_maps(folder / f"maps-{train_on}", records, maps)
+    write_csv(folder / f"predictions-{train_on}.csv", ["path", "score", "label"], rows)
+    return found
+
+
+def load_masks(root: Path, records: list[Record], size: int) -> np.ndarray | None:
+    """bool (M, size, size), or None when pixels cannot be judged: a label is unknown, or a defective image has no mask."""
+    if any(record.label is None or (record.label == 1 and record.mask is None) for record in records):
+        return None
+    masks = np.zeros((len(records), size, size), bool)
+    for index, record in enumerate(records):
+        if record.label == 1:
+            masks[index] = load_mask(root / record.mask, size)
+    return masks
+
+
+def write_examples(file: Path, root: Path, records: list[Record], scores: np.ndarray, maps: np.ndarray) -> None:
+    """The images around every level of the ranking: EXAMPLES of them, from the highest score to the lowest."""
+    order = np.argsort(-scores, kind="stable")
+    shown = order[np.unique(np.linspace(0, len(order) - 1, EXAMPLES).round().astype(int))]
+    tiles = []
+    for index in shown:
+        record = records[index]
+        caption = (f"{scores[index]:.4f} {record.kind}", record.path)
+        tiles.append((load_image(root / record.path, maps.shape[1]), maps[index], caption))
+    atomic(file, contact_sheet(tiles).save)
+
+
+def write_maps(folder: Path, records: list[Record], maps: np.ndarray) -> None:
+    """One 16-bit PNG for each image, at its path below `folder`; the text chunk "scale" times the pixel is the map."""
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for record, heat in zip(records, maps):
+        file = unfinished / f"{record.path}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scale = max(float(heat.max()), 1e-12) / 65535
+        text = PngInfo()
+        text.add_text("scale", repr(scale))
+        Image.fromarray(np.rint(heat.clip(0) / scale).astype(np.uint16)).save(file, pnginfo=text)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def evaluated(folder: Path, train_on: str, settings: Evaluate) -> bool:
+    """Whether nothing is left to do for this detector."""
+    done = (folder / f"predictions-{train_on}.csv").exists()
+    return done and not settings.overwrite and (not settings.save_maps or (folder / f"maps-{train_on}").exists())
+
+
+def purified_facts(dataset: Dataset, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """What purification did, by the list as it is now, and a note if that list was edited by hand."""
+    chosen, note = read_purified(folder, dataset)
+    kept = np.isin(np.arange(len(dataset.train)), chosen)
+    facts = purification([record.label for record in dataset.train], read_scores(folder, dataset)["score"], kept)
+    return facts, [note] if note else []
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,66 @@
+"""What a person sees while a script runs: one line per stage, a progress bar, one line when something is wrong."""
+
+import ctypes
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+from tqdm import tqdm
+
+from llb.files import UserError
+
+
+def say(text: str) -> None:
+    """One line on standard output, at once (so that a redirected log keeps its order)."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def progress(iterable: Iterable | None = None, **settings) -> tqdm:
+    """A bar with rate and time left on standard error; redirected to a file, a line every half minute at most."""
+    if sys.stderr.isatty():
+        return tqdm(iterable, dynamic_ncols=True, leave=False, **settings)
+    return tqdm(iterable, ascii=True, ncols=100, leave=False, mininterval=30, delay=15, **settings)
+
+
+def choose_device() -> str:
+    """Start JAX on the accelerator there is, else on the CPU without a plug-in's traceback; returns a line about it.
+
+    jax[cuda12] installs its plug-in on every Linux machine. Without NVIDIA's driver the plug-in fails loudly at first
+    use, so look for the driver first.
+    """
+    import jax
+
+    # orbax and absl announce every save at this level
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("jax_cuda12_plugin"):
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            jax.config.update("jax_platforms", "cpu")
+            return "device: CPU (no NVIDIA driver found)"
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: no such device ({reason})") from None
+    if devices[0].platform == "cpu":
+        return "device: CPU" + (f", seen as {len(devices)} devices" if len(devices) > 1 else "")
+    return f"device: {len(devices)} × {devices[0].device_kind}"
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main: bad input ends with status 2 and one line, Ctrl-C with 130 and one line."""
+    for stream in (sys.stdout, sys.stderr):
+        # a Windows console's old code page has no "→" or "×"; better a substitute than a crash
+        stream.reconfigure(errors="replace")
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,63 @@
+"""Files appear whole or not at all, and bad input is one helpful line.
+
+Everything that llb writes goes through `atomic`: a temporary file beside the target, flushed to the disk, then renamed
+over it. Whoever kills the program finds the old file or the new one, never half of one.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """Bad input: one line that names the file or flag and the mend. The scripts print it and exit with status 2."""
+
+
+def atomic(path: Path | str, write: Callable[[Path], Any]) -> None:
+    """Let `write(temporary_path)` make a file, then rename it to `path`.
+
+    The temporary name keeps the ending, because image writers choose the format by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text with \\n line ends on every system."""
+    atomic(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write JSON; not-a-number is refused, since JSON has no word for it (an undefined metric is null)."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path | str, header: list[str], rows: list[list[Any]]) -> None:
+    """Write a CSV table, RFC 4180 quoting, \\n line ends. Floats are written by repr: they read back bit for bit."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def read_json(path: Path | str) -> Any:
+    """Read JSON that llb wrote; a file that was damaged by hand is a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); give the run another --out, or --overwrite it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -1,0 +1,133 @@
+"""The detector equals an independent PyTorch implementation (tests/reference/make_dinomaly.py), to 1e-5."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from scipy.ndimage import gaussian_filter, zoom
+
+from llb.dinomaly import (
+    Dinomaly,
+    LinearAttention,
+    anomaly_map,
+    cosine_distance,
+    image_score,
+    patch_targets,
+    reconstruction_loss,
+)
+
+STORED = dict(np.load(Path(__file__).parent / "reference" / "dinomaly.npz"))
+MODEL = Dinomaly(depth=4, heads=2, patches=16, dropout=0.2, linear_init="truncated")
+CASES = ("off", "llbnad", "dinomaly")
+
+
+def tree(prefix: str):
+    flat = {key.removeprefix(prefix): value for key, value in STORED.items() if key.startswith(prefix)}
+    return unflatten_dict(flat, sep="/")
+
+
+def loss_of(params, case: str):
+    features = STORED["features"]
+    decoded = MODEL.apply({"params": params}, features)
+    positions = features.shape[0] * MODEL.patches
+    hard = int(positions * (1 - STORED[f"{case}/p"]) + 1e-9)
+    return reconstruction_loss(decoded, patch_targets(features, MODEL.patches), hard, float(STORED[f"{case}/factor"]))
+
+
+def test_the_initial_parameters_have_the_names_and_shapes_of_the_reference():
+    params = MODEL.init(jax.random.key(0), STORED["features"])["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(np.shape, tree("params/"))
+
+
+def test_decoder_output_equals_pytorch():
+    decoded = MODEL.apply({"params": tree("params/")}, STORED["features"])
+    np.testing.assert_allclose(decoded, STORED["decoded"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_equals_pytorch(case):
+    np.testing.assert_allclose(loss_of(tree("params/"), case), STORED[f"{case}/loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_gradient_equals_pytorch_with_mining_on_and_off(case):
+    gradients = flatten_dict(jax.grad(loss_of)(tree("params/"), case), sep="/")
+    expected = flatten_dict(tree(f"{case}/gradients/"), sep="/")
+    assert gradients.keys() == expected.keys()
+    largest = max(np.abs(value).max() for value in expected.values())
+    for name, value in expected.items():
+        np.testing.assert_allclose(gradients[name], value, rtol=1e-5, atol=1e-5 * largest, err_msg=name)
+
+
+def test_mining_changes_the_gradient_but_not_the_loss():
+    assert STORED["off/loss"] == STORED["llbnad/loss"] == STORED["dinomaly/loss"]
+    off, on = (jax.grad(loss_of)(tree("params/"), case)["block_0"]["mlp"]["fc1"]["dense"] for case in CASES[:2])
+    assert np.abs(off["kernel"] - on["kernel"]).max() > 0.1 * np.abs(off["kernel"]).max()
+
+
+def test_the_gradient_of_an_easy_position_is_zero_with_factor_zero():
+    decoded, target = jax.random.normal(jax.random.key(0), (2, 2, 2, 8, 4))
+    gradient = jax.grad(lambda d: reconstruction_loss(d, target, jnp.int32(3), 0.0))(decoded)
+    touched = (np.abs(gradient) > 0).any(axis=-1)  # (B, 2, P)
+    assert touched.sum(axis=(0, 2)).tolist() == [3, 3]
+    distance = np.asarray(cosine_distance(decoded, target))
+    for group in range(2):
+        hardest = np.sort(distance[:, group].ravel())[-3:]
+        np.testing.assert_array_equal(np.sort(distance[:, group][touched[:, group]]), hardest)
+
+
+def test_linear_attention_is_finite_where_all_keys_vanish():
+    # elu(x) + 1 underflows to 0 below about -17 in float32: without the term in the denominator this is 0 / 0
+    layer = LinearAttention(heads=1, linear_init="truncated")
+    x = jnp.ones((1, 3, 4))
+    params = layer.init(jax.random.key(0), x)
+    params["params"]["qkv"]["dense"]["bias"] = jnp.full(12, -200.0)
+    value, gradient = jax.value_and_grad(lambda p: layer.apply(p, x).sum())(params)
+    assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("size", (112, 392))
+def test_the_map_equals_upsampling_then_scipys_gaussian(size):
+    distance = STORED[f"map_{size}/distance"]
+    maps = np.asarray(anomaly_map(distance, size))
+    np.testing.assert_allclose(maps[:, ::7, ::7], STORED[f"map_{size}/map"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(image_score(maps), STORED[f"map_{size}/score"], rtol=1e-5)
+    # and every pixel, against SciPy's own upsampling
+    grids = distance.mean(axis=1).reshape(-1, 14, 14)
+    slow = np.stack(
+        [gaussian_filter(zoom(grid.astype(np.float64), size / 14, order=1, mode="nearest"), sigma=4) for grid in grids]
+    )
+    np.testing.assert_allclose(maps, slow, rtol=1e-5, atol=1e-6)
+
+
+def test_the_image_score_is_the_mean_of_the_highest_percent():
+    maps = np.random.default_rng(0).permutation(10_000).reshape(1, 100, 100).astype(np.float32)
+    assert image_score(maps)[0] == np.arange(9_900, 10_000).mean()
+
+
+def test_initialisations_have_the_statistics_of_the_originals():
+    sample = jnp.zeros((1, 2, 21, 64))
+    for init, check in (
+        (
+            "pytorch",
+            lambda k, b: abs(k).max() <= 1 / 8 and k.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.05) and b.std() > 0,
+        ),
+        ("truncated", lambda k, b: abs(k).max() <= 0.03 and k.std() == pytest.approx(0.01, rel=0.05) and not b.any()),
+    ):
+        params = Dinomaly(2, 2, 16, 0.2, init).init(jax.random.key(0), sample)["params"]
+        dense = params["block_0"]["mlp"]["fc1"]["dense"]  # 64 inputs
+        assert check(np.asarray(dense["kernel"]), np.asarray(dense["bias"])), init
+
+
+def test_dropout_acts_while_training_only():
+    params = tree("params/")
+    features = STORED["features"]
+    outputs = [
+        MODEL.apply({"params": params}, features, train=True, rngs={"dropout": jax.random.key(seed)})
+        for seed in (1, 1, 2)
+    ]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert np.abs(outputs[0] - outputs[2]).max() > 1e-3
