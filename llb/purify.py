@@ -57,3 +57,25 @@ def keep_lowest(scores: np.ndarray, share: float) -> np.ndarray:
     """bool (N,): the round(share · N) lowest scores (at least one); of equal scores the later image is kept."""
     kept = max(1, round(share * len(scores)))
     return ranks(scores) > len(scores) - kept
+
+
+def keep_auto(scores: np.ndarray, width: float = 2.5) -> np.ndarray:
+    """bool (N,): which images look normal, by the scores alone.
+
+    Normal images are the majority and score low; defects only ever add to the upper side. So the lower side shows what
+    normal scores look like, and the upper side is judged by its mirror image, on the logarithm of the scores, whose
+    noise is closer to symmetric:
+
+        c = mean of the shortest interval that holds half of log s    (robust while normal images are the majority)
+        w = 1.4826 · median(c − log s) over the images with log s < c    (half a median absolute deviation, as a σ)
+        keep where log s ≤ c + 2.5 w
+
+    There is no ratio to set: without defects nearly everything is kept, with many defects many are dropped.
+    """
+    logs = np.log(np.maximum(scores, np.finfo(np.float32).tiny))
+    ordered = np.sort(logs)
+    half = (len(ordered) + 1) // 2
+    start = np.argmin(ordered[half - 1 :] - ordered[: len(ordered) - half + 1])
+    centre = ordered[start : start + half].mean()
+    spread = 1.4826 * np.median(centre - ordered[ordered <= centre])
+    return logs <= centre + width * spread

@@ -1,0 +1,380 @@
+"""Encoder weights from a file: Hugging Face's safetensors, the original release's .pth, and `tiny`'s own.
+
+A .pth file is a pickle, and a pickle is a program. This reader runs none of it: its unpickler knows how a tensor is put
+together from a storage and refuses every other name, and it needs no PyTorch.
+"""
+
+import collections
+import hashlib
+import io
+import pickle
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from llb.files import UserError, atomic
+
+STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before version 1.6
+ZIP_MAGIC = b"PK\x03\x04"
+
+Tensors = dict[str, np.ndarray]
+
+
+def read_tensors(file: Path | str) -> Tensors:
+    """All tensors of a weight file by the file's own names. The content decides about the format, not the ending.
+
+    Raises:
+        UserError: no file, not a weight file, or a pickle that asks for more than tensors.
+    """
+    file = Path(file)
+    try:
+        if file.is_dir():
+            raise UserError(f"--weights {file} is a folder: give the file in it (model.safetensors or the .pth)")
+        with open(file, "rb") as stream:
+            head = stream.read(16)
+    except OSError as error:
+        raise UserError(f"--weights {file} cannot be read ({error.strerror}): give an existing file") from None
+    try:
+        if head.startswith(ZIP_MAGIC):
+            return _flat(_read_zip(file))
+        if len(head) >= 9 and head[8:9] == b"{":  # eight bytes of length, then JSON
+            return _read_safetensors(file)
+        if head[:1] == b"\x80":
+            return _flat(_read_legacy(file))
+    except UserError as error:
+        raise UserError(f"--weights {file}: {error}") from None
+    except Exception as error:  # whatever a damaged file provokes in a parser is the file's fault
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--weights {file} is damaged ({reason}): download it again") from None
+    raise UserError(f"--weights {file} is not a weight file: give model.safetensors or the original release's .pth")
+
+
+def _read_safetensors(file: Path) -> Tensors:
+    with safetensors.safe_open(file, framework="numpy") as opened:
+        return {name: np.asarray(opened.get_tensor(name)) for name in opened.keys()}
+
+
+def _flat(content: Any) -> Tensors:
+    if not isinstance(content, dict) or not all(isinstance(value, np.ndarray) for value in content.values()):
+        raise UserError("holds no plain dictionary of tensors: give the released backbone, not a training checkpoint")
+    return dict(content)
+
+
+# ---- PyTorch's pickles ----
+
+
+class _StorageType:
+    """Stands for torch.FloatStorage and the like: an inert name with a dtype."""
+
+    def __init__(self, dtype: type):
+        self.dtype = np.dtype(dtype)
+
+
+def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_unused) -> np.ndarray:
+    """torch._utils._rebuild_tensor_v2: a strided view of a storage; what reaches beyond the storage is refused."""
+    if any(n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+        raise UserError("holds a tensor with impossible strides")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    if 0 not in size and last >= len(storage):
+        raise UserError("holds a tensor that reaches beyond its storage")
+    strides = [step * storage.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False).copy()
+
+
+def _rebuild_parameter(tensor: np.ndarray, *_unused) -> np.ndarray:
+    return tensor
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors and ordered dictionaries, and nothing else that could be called."""
+
+    ALLOWED = {
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    }
+
+    def __init__(self, stream, storage_of):
+        super().__init__(stream)
+        self._storage_of = storage_of
+
+    def find_class(self, module: str, name: str):
+        if (module, name) in self.ALLOWED:
+            return self.ALLOWED[module, name]
+        if module == "torch" and name in STORAGES:
+            return _StorageType(STORAGES[name])
+        raise UserError(
+            f"asks for {module}.{name}, which is not a tensor; nothing in it was run: do not trust this file"
+        )
+
+    def persistent_load(self, reference):
+        kind, storage_type, key, _device, count, *_ = reference
+        if kind != "storage" or not isinstance(storage_type, _StorageType):
+            raise UserError("refers to something that is not a storage")
+        return self._storage_of(str(key), storage_type.dtype, int(count))
+
+
+def _read_zip(file: Path) -> Any:
+    """The format since PyTorch 1.6: an archive with data.pkl and one entry for each storage."""
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+        if not names:
+            raise UserError("is an archive without data.pkl, so not a weight file: give the original release's .pth")
+        prefix = names[0].removesuffix("data.pkl")
+        if prefix + "byteorder" in archive.namelist() and archive.read(prefix + "byteorder") != b"little":
+            raise UserError("was saved on a big-endian machine, which is not supported")
+        storages: Tensors = {}
+
+        def storage_of(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+            if key not in storages:
+                data = archive.read(f"{prefix}data/{key}")
+                if len(data) != count * dtype.itemsize:
+                    raise UserError(f"storage {key} has {len(data)} bytes where {count * dtype.itemsize} are due")
+                storages[key] = np.frombuffer(data, dtype)
+            return storages[key]
+
+        return _Unpickler(io.BytesIO(archive.read(names[0])), storage_of).load()
+
+
+def _read_legacy(file: Path) -> Any:
+    """The format before: five pickles (magic, protocol, system, content, storage keys), then the storages' bytes.
+
+    The content comes before its numbers, so tensors are built on empty storages of the right size in a first reading of
+    it, and on the real ones in a second.
+    """
+    with open(file, "rb") as stream:
+        empty: Tensors = {}
+
+        def reserve(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+            if count * dtype.itemsize > file.stat().st_size:
+                raise UserError(f"storage {key} is larger than the file")
+            return empty.setdefault(key, np.zeros(count, dtype))
+
+        def load(storage_of) -> Any:
+            return _Unpickler(stream, storage_of).load()
+
+        if load(reserve) != LEGACY_MAGIC:
+            raise UserError("is a pickle, but not a weight file: give the original release's .pth")
+        load(reserve), load(reserve)
+        start = stream.tell()
+        load(reserve)
+        for key in load(reserve):
+            (count,) = struct.unpack("<q", stream.read(8))
+            if key not in empty or count != len(empty[key]):
+                raise UserError(f"storage {key} has another size than the tensors say")
+            data = stream.read(empty[key].nbytes)
+            empty[key] = np.frombuffer(data, empty[key].dtype, count)
+        stream.seek(start)
+        return load(lambda key, dtype, count: empty[key])
+
+
+# ---- names ----
+
+# What each part of a ViT is called: in the original releases, in transformers' Dinov2(WithRegisters) and in its ViT.
+_V2 = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "register_tokens": "embeddings.register_tokens",
+    "patch_embed": "embeddings.patch_embeddings.projection",
+    "norm1": "encoder.layer.{}.norm1",
+    "qkv": tuple("encoder.layer.{}.attention.attention." + part for part in ("query", "key", "value")),
+    "proj": "encoder.layer.{}.attention.output.dense",
+    "ls1": "encoder.layer.{}.layer_scale1.lambda1",
+    "norm2": "encoder.layer.{}.norm2",
+    "fc1": "encoder.layer.{}.mlp.fc1",
+    "fc2": "encoder.layer.{}.mlp.fc2",
+    "ls2": "encoder.layer.{}.layer_scale2.lambda1",
+}
+NAMES = {
+    "original": {
+        "cls_token": "cls_token",
+        "pos_embed": "pos_embed",
+        "register_tokens": "register_tokens",
+        "patch_embed": "patch_embed.proj",
+        "norm1": "blocks.{}.norm1",
+        "qkv": "blocks.{}.attn.qkv",
+        "proj": "blocks.{}.attn.proj",
+        "ls1": "blocks.{}.ls1.gamma",
+        "norm2": "blocks.{}.norm2",
+        "fc1": "blocks.{}.mlp.fc1",
+        "fc2": "blocks.{}.mlp.fc2",
+        "ls2": "blocks.{}.ls2.gamma",
+    },
+    "dinov2": _V2,
+    "vit": _V2
+    | {
+        "norm1": "encoder.layer.{}.layernorm_before",
+        "norm2": "encoder.layer.{}.layernorm_after",
+        "fc1": "encoder.layer.{}.intermediate.dense",
+        "fc2": "encoder.layer.{}.output.dense",
+    },
+}
+# In the files, but not part of a block's output: the final norm, the pooler, the mask token of pre-training.
+UNUSED = re.compile(r"(embeddings\.)?mask_token|(norm|layernorm|pooler\.dense)\.(weight|bias)")
+# transformers 5 renamed its modules in memory; files on the hub, and those that it saves, have the older names.
+RENAMED = (
+    (re.compile(r"^(dinov2_with_registers|dinov2|vit)\."), ""),
+    (re.compile(r"^layers\."), "encoder.layer."),
+    (re.compile(r"\.attention\.q_proj\."), ".attention.attention.query."),
+    (re.compile(r"\.attention\.k_proj\."), ".attention.attention.key."),
+    (re.compile(r"\.attention\.v_proj\."), ".attention.attention.value."),
+    (re.compile(r"\.attention\.o_proj\."), ".attention.output.dense."),
+)
+RENAMED_VIT = ((re.compile(r"\.mlp\.fc1\."), ".intermediate.dense."), (re.compile(r"\.mlp\.fc2\."), ".output.dense."))
+
+
+def _hub_name(name: str, vit: bool) -> str:
+    for pattern, replacement in RENAMED + (RENAMED_VIT if vit else ()):
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def to_params(tensors: Tensors, spec, file: Path | str) -> dict:
+    """The file's tensors as the parameter tree of `llb.encoder.ViT` with this spec, in float32.
+
+    Raises:
+        UserError: a weight is missing, left over or of another shape; the line names it.
+    """
+    # DINOv2 has LayerScale, DINO v1 (transformers' ViT) has not
+    style = "original" if "cls_token" in tensors else "dinov2" if spec.layer_scale else "vit"
+    names, left = NAMES[style], dict(tensors)
+    if style != "original":
+        left = {_hub_name(name, style == "vit"): value for name, value in tensors.items()}
+
+    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in left:
+            raise UserError(f"--weights {file}: {name} is missing, so these are not weights of {spec.name}")
+        value = left.pop(name)
+        if value.shape != shape:
+            raise UserError(f"--weights {file}: {name} has shape {value.shape} where {spec.name} has {shape}")
+        return value.astype(np.float32)
+
+    def linear(name: str | tuple[str, ...], outputs: int, inputs: int) -> dict:
+        parts = name if isinstance(name, tuple) else (name,)
+        each = outputs // len(parts)  # PyTorch keeps (out, in), Flax (in, out)
+        kernel = np.concatenate([take(f"{part}.weight", (each, inputs)) for part in parts]).T
+        return {"kernel": kernel, "bias": np.concatenate([take(f"{part}.bias", (each,)) for part in parts])}
+
+    def norm(name: str) -> dict:
+        return {"scale": take(f"{name}.weight", (width,)), "bias": take(f"{name}.bias", (width,))}
+
+    width, patch = spec.width, spec.patch
+    positions = 1 + spec.native_grid**2
+    params = {
+        "cls_token": take(names["cls_token"], (1, 1, width))[0, 0],
+        "pos_embed": take(names["pos_embed"], (1, positions, width))[0],
+        "patch_embed": {
+            "kernel": take(f"{names['patch_embed']}.weight", (width, 3, patch, patch)).transpose(2, 3, 1, 0),
+            "bias": take(f"{names['patch_embed']}.bias", (width,)),
+        },
+    }
+    if spec.registers:
+        params["register_tokens"] = take(names["register_tokens"], (1, spec.registers, width))[0]
+    for index in range(spec.depth):
+        part = {
+            key: tuple(n.format(index) for n in name) if isinstance(name, tuple) else name.format(index)
+            for key, name in names.items()
+        }
+        block = {
+            "norm1": norm(part["norm1"]),
+            "attn": {"qkv": linear(part["qkv"], 3 * width, width), "proj": linear(part["proj"], width, width)},
+            "norm2": norm(part["norm2"]),
+            "mlp": {"fc1": linear(part["fc1"], 4 * width, width), "fc2": linear(part["fc2"], width, 4 * width)},
+        }
+        if spec.layer_scale:
+            block |= {scale: take(part[scale], (width,)) for scale in ("ls1", "ls2")}
+        params[f"block_{index}"] = block
+    strangers = sorted(name for name in left if not UNUSED.fullmatch(name))
+    if strangers:
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        raise UserError(f"--weights {file}: {strangers[0]}{more} is left over, so these are not weights of {spec.name}")
+    return params
+
+
+def fetch(spec) -> Path:
+    """The encoder's weights from the Hugging Face hub, downloaded once and cached by huggingface_hub.
+
+    Raises:
+        UserError: it cannot be reached; the line says which file to get and how to pass it.
+    """
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    last = None
+    for name in ("model.safetensors", "pytorch_model.bin"):  # some of the DINO v1 repositories have only the latter
+        try:
+            return Path(huggingface_hub.hf_hub_download(spec.repository, name))
+        except huggingface_hub.errors.EntryNotFoundError as error:
+            last = error
+        except Exception as error:  # offline: hub, HTTP library and operating system each have their own exceptions
+            last = error
+            break
+    raise UserError(
+        f"--encoder {spec.name}: its weights could not be fetched ({type(last).__name__}); download "
+        f"model.safetensors from https://huggingface.co/{spec.repository} and pass it with --weights FILE"
+    )
+
+
+# ---- tiny's own format: the parameter tree, flat, in float16 ----
+
+
+def write_tree(params: dict, file: Path | str, metadata: dict[str, str]) -> None:
+    """Write a tree of arrays as float16 safetensors with names joined by "/"."""
+    flat = {name: np.asarray(value).astype(np.float16) for name, value in _flatten(params)}
+    atomic(file, lambda temporary: safetensors.numpy.save_file(flat, temporary, metadata))
+
+
+def read_tree(file: Path | str, shapes: dict) -> dict:
+    """Read what `write_tree` wrote, in float32; `shapes` is a tree of arrays or shapes that it must match exactly.
+
+    Raises:
+        UserError: a weight is missing, left over or of another shape.
+    """
+    tensors = read_tensors(file)
+    expected = dict(_flatten(shapes))
+    for name in sorted(tensors.keys() ^ expected.keys()):
+        raise UserError(f"--weights {file}: {name} is {'left over' if name in tensors else 'missing'}")
+    tree: dict = {}
+    for name, value in tensors.items():
+        if value.shape != expected[name].shape:
+            raise UserError(f"--weights {file}: {name} has shape {value.shape}, not {expected[name].shape}")
+        *parents, leaf = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value.astype(np.float32)
+    return tree
+
+
+def _flatten(tree: dict, prefix: str = ""):
+    for key, value in tree.items():
+        yield from _flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def digest(params: dict) -> str:
+    """A digest of all weights: two encoders with the same one compute the same features."""
+    total = hashlib.sha256()
+    for name, value in sorted(_flatten(params), key=lambda item: item[0]):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(value))
+    return total.hexdigest()

@@ -1,0 +1,417 @@
+"""The three scripts as a user runs them: whole runs on small data, going on, refusing, and bad input."""
+
+import csv
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import llb.console
+import llb.features
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--encoder", "tiny", "--image-size", "32", "--batch-size", "2")
+
+
+def command(capsys, script: str, *arguments) -> tuple[int, str, str]:
+    """Run a script's main in this process (which keeps the compiled steps): status, standard output and error."""
+    module = importlib.import_module(script)
+    capsys.readouterr()
+    status = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        try:
+            llb.console.run(module.main)
+        except SystemExit as stop:
+            status = stop.code or 0
+    return status, *capsys.readouterr()
+
+
+def draw(file: Path, seed: int, defect: bool = False) -> None:
+    """A 40 × 40 picture: stripes with noise, and a bright square where it is defective."""
+    random = np.random.default_rng(seed)
+    pixels = 120 + 40 * np.sin(np.arange(40) / 2)[:, None, None] + random.normal(0, 6, (40, 40, 3))
+    if defect:
+        pixels[8:20, 22:34] += 90
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file)
+
+
+def draw_mvtec(root: Path, category: str = "tile", good: int = 9) -> Path:
+    for i in range(good):
+        draw(root / category / "train" / "good" / f"{i:03}.png", i)
+    for i in range(3):
+        draw(root / category / "test" / "good" / f"{i:03}.png", 100 + i)
+    mask = np.zeros((40, 40), np.uint8)
+    mask[8:20, 22:34] = 255
+    for i in range(6):
+        draw(root / category / "test" / "square" / f"{i:03}.png", 200 + i, defect=True)
+        file = root / category / "ground_truth" / "square" / f"{i:03}_mask.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(file)
+    return root
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as text:
+        return list(csv.DictReader(text))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run that must not depend on interruptions (checkpoints hold dates, the cache is a cache)."""
+    names = ("scores.csv", "purified.txt", "suspects.png", "metrics.json", "metrics.csv", "config.json")
+    return {
+        str(file.relative_to(run)): file.read_bytes()
+        for file in sorted(run.rglob("*"))
+        if file.name in names or file.name.startswith(("predictions-", "examples-"))
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return draw_mvtec(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    """A whole run: stage 1, stage 2 on purified and on all, evaluation with maps."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+
+    class Quiet:
+        @staticmethod
+        def readouterr():
+            return "", ""
+
+    for script, *arguments in (
+        ("stage1_partition", "--data", data, "--out", run, "--noise-ratio", 0.25, "--steps", 4, *SMALL),
+        ("stage2_train", "--run", run, "--steps", 3),
+        ("stage2_train", "--run", run, "--steps", 3, "--train-on", "all"),
+        ("evaluate", "--run", run, "--save-maps"),
+    ):
+        assert command(Quiet, script, *arguments)[0] == 0
+    return run
+
+
+def test_scores_hold_every_training_image_once_with_its_label(finished, data):
+    rows = rows_of(finished / "tile" / "scores.csv")
+    paths = [row["path"] for row in rows]
+    assert len(set(paths)) == len(paths) == 12  # 9 good and 3 moved: a quarter
+    assert all((data / path).is_file() for path in paths)
+    assert [row["label"] for row in rows] == ["1" if "square" in path else "0" for path in paths]
+    assert {row["subset"] for row in rows} == {"0", "1", "2"}
+    for row in rows:
+        models = [float(row[f"model_{k}"]) for k in range(3)]
+        assert float(row["score"]) == pytest.approx(np.mean(models), rel=1e-6)
+    by_score = sorted(rows, key=lambda row: -float(row["score"]))
+    assert [int(row["rank"]) for row in by_score] == list(range(1, 13))
+
+
+def test_purified_lists_exactly_the_kept_paths(finished):
+    kept = [row["path"] for row in rows_of(finished / "tile" / "scores.csv") if row["kept"] == "1"]
+    assert (finished / "tile" / "purified.txt").read_text().splitlines() == kept
+
+
+def test_moved_defects_are_not_tested_on(finished):
+    train = {row["path"] for row in rows_of(finished / "tile" / "scores.csv")}
+    test = {row["path"] for row in rows_of(finished / "tile" / "predictions-purified.csv")}
+    assert not train & test and len(test) == 3 + 6 - 3
+
+
+def test_metrics_and_report_are_complete(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    names = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro"}
+    for train_on in ("purified", "all"):
+        assert metrics["tile"][train_on].keys() == names
+        assert all(0 <= value <= 1 for value in metrics["tile"][train_on].values())
+        assert metrics["mean"][train_on] == metrics["tile"][train_on]
+    assert metrics["tile"]["purification"]["n"] == 12
+    assert metrics["tile"]["purification"]["contamination_before"] == 0.25
+    assert (finished / "metrics.csv").exists() and (finished / "report.html").exists()
+    config = json.loads((finished / "config.json").read_text())
+    assert config["seed"] == 0 and config["versions"]["jax"] and config["device"] and "git_commit" in config
+    assert config["stage2"]["all"]["steps"] == 3
+
+
+def test_maps_read_back_as_the_scores_say(finished):
+    from llb.dinomaly import image_score
+
+    rows = rows_of(finished / "tile" / "predictions-all.csv")
+    for row in rows:
+        with Image.open(finished / "tile" / "maps-all" / f"{row['path']}.png") as image:
+            assert image.mode == "I;16"
+            heat = np.asarray(image).astype(np.float32) * float(image.info["scale"])
+        assert heat.shape == (32, 32)
+        assert float(image_score(heat[None])[0]) == pytest.approx(float(row["score"]), rel=1e-3)
+
+
+def test_finished_stages_are_not_repeated(finished, data, capsys):
+    before = {file: file.stat().st_mtime_ns for file in (finished / "tile").rglob("*") if file.is_file()}
+    out = command(
+        capsys, "stage1_partition", "--data", data, "--out", finished, "--noise-ratio", 0.25, "--steps", 4, *SMALL
+    )
+    assert out[0] == 0 and "stage 1 is finished" in out[1]
+    out = command(capsys, "stage2_train", "--run", finished, "--steps", 3)
+    assert out[0] == 0 and "is finished" in out[1]
+    out = command(capsys, "evaluate", "--run", finished)
+    assert out[0] == 0 and "is evaluated" in out[1] and "report.html" in out[1].splitlines()[-1]
+    assert before == {file: file.stat().st_mtime_ns for file in (finished / "tile").rglob("*") if file.is_file()}
+
+
+def test_other_settings_are_refused_with_the_difference(finished, data, capsys):
+    status, _, err = command(
+        capsys, "stage1_partition", "--data", data, "--out", finished, "--noise-ratio", 0.25, "--steps", 5, *SMALL
+    )
+    assert status == 2 and "steps: 4, now 5" in err and "--overwrite" in err
+    status, _, err = command(capsys, "stage2_train", "--run", finished, "--steps", 7)
+    assert status == 2 and "steps: 3, now 7" in err
+
+
+def test_an_edited_list_is_what_stage_2_trains_on_and_is_reported(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    purified = run / "tile" / "purified.txt"
+    lines = purified.read_text().splitlines()
+    purified.write_text("\n".join(lines[1:]) + "\n")
+    status, _, err = command(capsys, "stage2_train", "--run", run, "--steps", 3)
+    assert status == 2 and "has changed" in err and "--overwrite" in err
+    status, out, _ = command(capsys, "stage2_train", "--run", run, "--steps", 3, "--overwrite")
+    assert status == 0 and "edited by hand: 0 added, 1 removed" in out and f"training on {len(lines) - 1} of 12" in out
+    status, out, _ = command(capsys, "evaluate", "--run", run)
+    assert status == 0 and "edited by hand" in (run / "report.html").read_text()
+    purified.write_text("tile/train/good/nothing.png\n")
+    status, _, err = command(capsys, "stage2_train", "--run", run, "--steps", 3, "--overwrite")
+    assert status == 2 and "line 1" in err and "nothing.png" in err
+
+
+def test_a_planted_defect_that_is_dropped_is_the_planted_one(tmp_path, capsys):
+    """Two permutations in the released code lose this: there the kept images are not those that scored low."""
+    folder, defects = tmp_path / "unsorted", {7, 12, 18}
+    names = np.random.default_rng(4).permutation(24)  # the names say nothing about the order of drawing
+    for i, name in enumerate(names):
+        draw(folder / f"{name:02}.png", i, defect=i in defects)
+    planted = {f"{names[i]:02}.png" for i in defects}
+    run = tmp_path / "run"
+    keep = 21 / 24
+    status, out, _ = command(
+        capsys, "stage1_partition", "--data", folder, "--out", run, "--keep", keep, "--steps", 30, "--seed", 3, *SMALL
+    )
+    assert status == 0, out
+    rows = rows_of(run / "unsorted" / "scores.csv")
+    assert {row["path"] for row in rows if row["kept"] == "0"} == planted
+    assert {row["path"] for row in rows if row["rank"] in "123"} == planted
+    assert not planted & set((run / "unsorted" / "purified.txt").read_text().splitlines())
+
+    # and what stage 2 is fed are the features of the kept images, by their own paths
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("stage2_train")
+        real = module.train
+
+        def spy(training, fetch, subsets, keys, folder, digest, title):
+            array = fetch(np.arange(24))
+            seen.append(array[subsets[0]])
+            return real(training, fetch, subsets, keys, folder, digest, title)
+
+        patch.setattr(module, "train", spy)
+        assert command(capsys, "stage2_train", "--run", run, "--steps", 1)[0] == 0
+    kept = [row["path"] for row in rows if row["kept"] == "1"]
+    fresh = encode_directly([folder / path for path in kept])
+    np.testing.assert_allclose(seen[0].astype(np.float32), fresh, rtol=2e-3, atol=2e-3)
+
+
+def encode_directly(files: list[Path]) -> np.ndarray:
+    """Features of single images, by none of the machinery that keeps track of them."""
+    from llb.data import load_image
+    from llb.encoder import load_encoder
+
+    encoder = load_encoder("tiny", image_size=32)
+    encode = llb.features.make_encode(encoder)
+    return np.concatenate([encode(load_image(file, 32)[None]) for file in files]).astype(np.float32)
+
+
+def test_a_plain_folder_is_scored_whole_without_metrics(tmp_path, capsys):
+    folder, run = tmp_path / "parts", tmp_path / "run"
+    for i in range(6):
+        draw(folder / "deep" / f"{i}.png", i)
+    assert command(capsys, "stage1_partition", "--data", folder, "--out", run, "--steps", 2, *SMALL)[0] == 0
+    assert command(capsys, "stage2_train", "--run", run, "--steps", 2)[0] == 0
+    assert command(capsys, "evaluate", "--run", run)[0] == 0
+    assert len(rows_of(run / "parts" / "predictions-purified.csv")) == 6
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics["parts"]["purified"].values()) == {None}
+    assert [row["label"] for row in rows_of(run / "parts" / "scores.csv")] == [""] * 6
+
+
+def test_without_the_cache_the_scores_are_the_same(finished, data, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ("--data", data, "--out", run, "--noise-ratio", 0.25, "--steps", 4, "--no-cache", *SMALL)
+    assert command(capsys, "stage1_partition", *arguments)[0] == 0
+    assert not (run / "cache").exists()
+    for mine, cached in zip(rows_of(run / "tile" / "scores.csv"), rows_of(finished / "tile" / "scores.csv")):
+        assert mine["path"] == cached["path"]
+        assert float(mine["score"]) == pytest.approx(float(cached["score"]), rel=1e-5)
+
+
+def test_features_are_computed_once_for_all_stages(data, tmp_path, capsys, monkeypatch):
+    encoded = []
+    real = llb.features.load_image
+    monkeypatch.setattr(llb.features, "load_image", lambda path, size: encoded.append(path) or real(path, size))
+    run = tmp_path / "run"
+    assert command(capsys, "stage1_partition", "--data", data, "--out", run, "--steps", 2, *SMALL)[0] == 0
+    assert command(capsys, "stage2_train", "--run", run, "--steps", 2, "--train-on", "all")[0] == 0
+    assert command(capsys, "evaluate", "--run", run)[0] == 0
+    assert len(encoded) == len(set(encoded)) == 9 + 9  # train and test, each once
+
+
+def test_several_categories_share_one_run(tmp_path, capsys):
+    draw_mvtec(tmp_path / "data", "one")
+    draw_mvtec(tmp_path / "data", "two", good=7)
+    run, data = tmp_path / "run", tmp_path / "data"
+    assert (
+        command(capsys, "stage1_partition", "--data", data, "--category", "all", "--out", run, "--steps", 2, *SMALL)[0]
+        == 0
+    )
+    assert command(capsys, "stage2_train", "--run", run, "--steps", 2)[0] == 0
+    assert command(capsys, "evaluate", "--run", run)[0] == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    values = [metrics[name]["purified"]["image_auroc"] for name in ("one", "two")]
+    assert metrics["mean"]["purified"]["image_auroc"] == pytest.approx(np.mean(values))
+    status, _, err = command(capsys, "stage1_partition", "--data", data, "--out", tmp_path / "r2", *SMALL)
+    assert status == 2 and "one" in err and "two" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_files(data, finished, tmp_path):
+    """kill -9 in the middle, again and again; the same command goes on and ends as an undisturbed run does."""
+    run = tmp_path / "run"
+    arguments = ["--data", data, "--out", run, "--noise-ratio", 0.25, "--steps", 40, *SMALL]
+    line = [sys.executable, ROOT / "stage1_partition.py", *map(str, arguments)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "LLB_TEST_SAVE_SECONDS": "0"}
+    for patience in (5.0, 9.0, 13.0):
+        process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(patience)
+        process.kill()
+        process.wait()
+    result = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    killed = contents(run)
+    shutil.rmtree(run)
+    subprocess.run(line, env=environment, check=True, capture_output=True)
+    assert killed == contents(run)
+
+
+def bad_inputs(root: Path) -> dict[str, tuple[list, str]]:
+    """name → (arguments of stage 1, what the line must mention)."""
+    good = draw_mvtec(root / "good")
+    (root / "empty").mkdir()
+    draw(root / "single" / "0.png", 0)
+    for i in range(4):
+        draw(root / "truncated" / f"{i}.png", i)
+    file = root / "truncated" / "2.png"
+    file.write_bytes(file.read_bytes()[:600])
+    (root / "notes.pth").write_text("these are no weights")
+    from safetensors.numpy import save_file
+
+    save_file({"embeddings.cls_token": np.zeros((1, 1, 8), np.float32)}, root / "small.safetensors")
+    blocked = root / "blocked"
+    blocked.write_text("a file where a folder should be")
+    realiad = root / "realiad"
+    folder = realiad / "realiad_jsons_fuiad_0.1"
+    folder.mkdir(parents=True)
+    draw(realiad / "realiad_256" / "cap" / "OK" / "0.jpg", 0)
+    entry = {"category": "cap", "anomaly_class": "OK", "image_path": "OK/0.jpg", "mask_path": None}
+    (folder / "cap.json").write_text(json.dumps({"meta": {"normal_class": "OK"}, "train": [entry], "test": []}))
+    here = ["--data", good]
+    vits = ["--encoder", "dinov2_vits14"]
+    return {
+        "missing folder": (["--data", root / "nowhere"], "nowhere"),
+        "a file, not a folder": (["--data", root / "notes.pth"], "notes.pth"),
+        "empty folder": (["--data", root / "empty"], "empty"),
+        "one image": (["--data", root / "single"], "single"),
+        "truncated image": (["--data", root / "truncated", *SMALL], "2.png"),
+        "category not there": ([*here, "--category", "bottle"], "tile"),
+        "ratio without a split": (["--data", realiad, "--noise-ratio", 0.3], "0.1"),
+        "ratio that the test set cannot fill": ([*here, "--noise-ratio", 0.9, *SMALL], "noise-ratio"),
+        "ratio of a plain folder": (["--data", root / "truncated", "--noise-ratio", 0.1], "noise-ratio"),
+        "K above N": ([*here, "--submodels", 10, *SMALL], "--submodels"),
+        "K = 0": ([*here, "--submodels", 0], "--submodels"),
+        "size that the patch does not divide": ([*here, "--encoder", "tiny", "--image-size", 100], "--image-size"),
+        "weights of another size": ([*here, *vits, "--weights", root / "small.safetensors"], "small.safetensors"),
+        "weights that are none": ([*here, *vits, "--weights", root / "notes.pth"], "notes.pth"),
+        "missing weights": ([*here, *vits, "--weights", root / "no.pth"], "no.pth"),
+        "unknown encoder": ([*here, "--encoder", "resnet50"], "dinov2_vitb14_reg"),
+        "keep out of range": ([*here, "--keep", 1.5], "--keep"),
+        "unwritable --out": ([*here, "--out", blocked / "run", *SMALL], "--out"),
+        "--out that holds something else": ([*here, "--out", good, *SMALL], "--out"),
+        "unknown flag": ([*here, "--epochs", 3], "--epochs"),
+        "out-of-fold with one sub-model": (
+            [*here, "--submodels", 1, "--aggregate", "out-of-fold", *SMALL],
+            "out-of-fold",
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    return root, bad_inputs(root)
+
+
+def test_bad_input_ends_with_status_2_and_one_helpful_line(bad, capsys):
+    root, cases = bad
+    for name, (arguments, mention) in cases.items():
+        out = [] if "--out" in arguments else ["--out", root / "runs" / name.replace(" ", "-")]
+        status, _, err = command(capsys, "stage1_partition", *arguments, *out)
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert status == 2, name
+        assert len(lines) == 1 and lines[0].startswith("error: "), (name, err)
+        assert mention in lines[0], (name, lines[0])
+
+
+@pytest.mark.parametrize("script", ("stage2_train", "evaluate"))
+def test_a_later_stage_without_a_run_says_how_to_make_one(script, tmp_path, capsys):
+    status, _, err = command(capsys, script, "--run", tmp_path / "nothing")
+    assert status == 2 and len(err.splitlines()) == 1 and "stage1_partition.py" in err
+
+
+def test_a_bad_command_can_be_mended_and_given_again(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert command(capsys, "stage1_partition", "--data", data, "--out", run, "--submodels", 99, *SMALL)[0] == 2
+    assert command(capsys, "stage1_partition", "--data", data, "--out", run, "--steps", 1, *SMALL)[0] == 0
+
+
+@pytest.mark.parametrize("script", ("stage1_partition", "stage2_train", "evaluate"))
+def test_help_lists_every_flag_with_its_default(script, capsys):
+    status, out, _ = command(capsys, script, "--help")
+    flags = [line for line in out.splitlines() if line.startswith("  --")]
+    assert status == 0 and len(flags) >= 6
+    assert out.count("(default:") >= len(flags)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_one_line(data, tmp_path):
+    line = [
+        sys.executable,
+        ROOT / "stage1_partition.py",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        "100000",
+        *SMALL,
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(list(map(str, line)), env=environment, stderr=subprocess.PIPE, text=True)
+    time.sleep(15)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err

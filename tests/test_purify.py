@@ -1,0 +1,77 @@
+"""Aggregation, ranking and selection; and every score stays with the image it belongs to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llb.purify import aggregate, keep_auto, keep_lowest, partition, ranks
+
+SCORES = np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0], [9.0, 1.0, 2.0], [0.5, 0.0, 1.0]], np.float32)
+SUBSET = np.array([0, 1, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("mean", [3.0, 4.0, 4.0, 0.5]),
+        ("median", [2.0, 4.0, 2.0, 0.5]),
+        ("max", [6.0, 4.0, 9.0, 1.0]),
+        ("out-of-fold", [4.0, 4.0, 5.0, 0.75]),
+        ("max-var", [6 * 14 / 3, 0.0, 9 * 38 / 3, 1 / 6]),
+    ],
+)
+def test_aggregates_by_hand(how, expected):
+    np.testing.assert_allclose(aggregate(jnp.asarray(SCORES), jnp.asarray(SUBSET), how), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("images", "submodels"), [(10, 3), (3, 3), (7, 1), (100, 8)])
+def test_the_partition_is_disjoint_complete_and_even(images, submodels):
+    subset = partition(jax.random.key(0), images, submodels)
+    sizes = np.bincount(subset, minlength=submodels)
+    assert sizes.sum() == images and sizes.max() - sizes.min() <= 1
+
+
+def test_the_partition_follows_its_key():
+    one, again, other = (partition(jax.random.key(seed), 50, 3) for seed in (0, 0, 1))
+    assert (one == again).all() and (one != other).any()
+
+
+def test_ranks_count_from_the_first_suspect_and_ties_go_by_order():
+    assert ranks(np.array([0.2, 0.9, 0.2, 0.5])).tolist() == [3, 1, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"), [(0.5, [False, False, True, True]), (0.01, [False, False, True, False]), (1.0, [True] * 4)]
+)
+def test_a_share_keeps_exactly_the_lowest_even_with_ties(share, kept):
+    assert keep_lowest(np.array([0.3, 0.9, 0.1, 0.3]), share).tolist() == kept
+
+
+def skewed(random: np.random.Generator, normal: int, defective: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-normal scores, the defective ones six spreads higher."""
+    logs = np.concatenate([random.normal(-3, 0.2, normal), random.normal(-1.8, 0.3, defective)])
+    return np.exp(logs).astype(np.float32), np.arange(normal + defective) >= normal
+
+
+@pytest.mark.parametrize("defective", (0, 30, 60, 120, 240))
+def test_auto_keeps_normal_images_and_drops_separable_defects_whatever_the_ratio(defective):
+    for seed in range(5):
+        scores, bad = skewed(np.random.default_rng(seed), 600 - defective, defective)
+        kept = keep_auto(scores)
+        assert kept[~bad].mean() > 0.9
+        if defective:
+            assert kept[bad].mean() < 0.1
+
+
+def test_auto_is_indifferent_to_the_scale_and_the_order_of_the_scores():
+    scores, _ = skewed(np.random.default_rng(0), 100, 20)
+    kept, order = keep_auto(scores), np.random.default_rng(1).permutation(120)
+    np.testing.assert_array_equal(keep_auto(scores * 8), kept)
+    np.testing.assert_array_equal(keep_auto(scores[order]), kept[order])
+
+
+@pytest.mark.parametrize("scores", ([0.0, 0.0, 0.0], [1.0, 1.0], [0.0, 1e-9, 5.0]))
+def test_auto_keeps_something_of_the_strangest_scores(scores):
+    kept = keep_auto(np.array(scores, np.float32))
+    assert kept.any() and kept.dtype == bool
