@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from llb.checkpoint import open_checkpoints, restore_params
-from llb.config import TRAIN_ON, Evaluate, parse
+from llb.config import Evaluate, parse
 from llb.console import choose_device, run, say
 from llb.data import Dataset, Record, load_image, load_mask
 from llb.encoder import Encoder, load_encoder
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def load_masks(root: Path, records: list[Record], size: int) -> np.ndarray | None:
-    """bool (M, size, size), or None when pixels cannot be judged: a label is unknown, or a defective image has no mask."""
+    """bool (M, size, size); None when pixels cannot be judged: a label is unknown or a defective image has no mask."""
     if any(record.label is None or (record.label == 1 and record.mask is None) for record in records):
         return None
     masks = np.zeros((len(records), size, size), bool)

@@ -1,41 +1,55 @@
-"""Images of industrial parts in the layouts that people have: Real-IAD, MVTec AD, VisA, or any folder.
+"""Image sets on the disk: recognise the layout, list the records, mix in noise, read images and masks.
 
-A `Record` names one image by its path below the data root; that path is its identity from here to the report. Labels
-and masks travel with the record and are read by reports alone.
+Four layouts, told apart by what the folder holds:
+
+    "real-iad"  realiad_jsons_fuiad_0.1/<category>.json beside realiad_1024/<category>/…   (Real-IAD, CVPR 2024)
+    "mvtec"     <category>/train/good, test/<kind>, ground_truth/<kind>                    (MVTec AD, CVPR 2019)
+    "visa"      <category>/Data/Images/{Normal,Anomaly} beside split_csv/1cls.csv          (VisA, ECCV 2022)
+    "folder"    any images, in any subfolders: all are for training, no labels, no test set
+
+A record carries its label and its mask along, so that reports can use them; nothing that trains may look.
 """
 
 import csv
-import hashlib
+import errno
 import json
+import math
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llb.files import UserError
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-RESOLUTIONS = ("realiad_1024", "realiad_512", "realiad_256", "realiad_raw")  # the first that is there is used
-SPLITS = "realiad_jsons_fuiad_"
-Image.MAX_IMAGE_PIXELS = None  # a line-scan camera's picture is no decompression bomb
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+REALIAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_256", "realiad_raw")  # the first that is there is read
+REALIAD_SPLIT = "realiad_jsons_fuiad_"
+VISA_SPLIT = "split_csv/1cls.csv"
+LAYOUTS = "a Real-IAD root, an MVTec-AD or VisA root, or a folder with images"
+
+# Pillow takes an image of 90 megapixels for an attack and warns; line-scan cameras deliver more. Our limit is an error.
+Image.MAX_IMAGE_PIXELS = None
+MAX_PIXELS = 10**9
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image."""
+    """One image. Paths are POSIX and relative to the data root."""
 
-    path: str  # relative to the data root, with forward slashes
-    label: int | None  # 0 normal, 1 defective, None unknown
-    mask: str | None  # relative to the data root
+    path: str
+    label: int | None  # 0 normal, 1 anomalous, None unknown
+    mask: str | None  # only of anomalous images, and only if there is one
     kind: str  # "good", "scratch", …; "" when unknown
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One category."""
+    """One category: every path occurs once, in train or in test."""
 
     root: Path
     layout: str  # "real-iad", "mvtec", "visa" or "folder"
@@ -44,298 +58,373 @@ class Dataset:
     test: tuple[Record, ...]
 
 
-# ---- layouts ----
+# ---- layouts and categories ----
 
 
-def recognise(root: Path) -> str:
-    """Which layout `root` has: "real-iad", "mvtec", "visa" or "folder".
+def recognise(root: Path | str) -> str:
+    """The layout of `root`, by its content: "real-iad", "mvtec", "visa" or "folder".
 
     Raises:
-        UserError: no folder, or no image in it.
+        UserError: there is no such folder, it cannot be read, or it holds no images.
     """
-    try:
-        if not root.exists():
-            raise UserError(f"--data {root} does not exist: give an existing folder")
-        if not root.is_dir():
-            raise UserError(f"--data {root} is a file: give the folder that holds the images")
-        if any(_split_folders(root)):
-            return "real-iad"
-        if any(_mvtec_categories(root)):
-            return "mvtec"
-        if (root / "split_csv").is_dir() or any(folder.is_dir() for folder in root.glob("*/Data/Images")):
-            return "visa"
-        if any(_images_below(root)):
-            return "folder"
-    except OSError as error:
-        raise UserError(f"--data: {error.filename or root} cannot be read ({error.strerror})") from None
-    raise UserError(
-        f"--data {root} holds no images: expected a Real-IAD root (realiad_jsons_*), an MVTec-AD root "
-        "(category/train/good), a VisA root (split_csv) or any folder of images"
-    )
+    root = Path(root)
+    if not os.path.exists(root):
+        raise UserError(f"--data {root}: there is no such folder; give {LAYOUTS}")
+    if not os.path.isdir(root):
+        raise UserError(f"--data {root} is a file: give the folder that holds the images")
+    names = _names(root)
+    if any(name in REALIAD_IMAGES or name.startswith("realiad_jsons") for name in names):
+        return "real-iad"
+    if _is_dir(root, "train/good") or any(_is_dir(root, name, "train/good") for name in names):
+        return "mvtec"
+    if any(_is_dir(root, name, "Data/Images") for name in ("", *names)):
+        return "visa"
+    if next(_walk(root), None) is None:
+        raise UserError(f"--data {root} holds no images: give {LAYOUTS}")
+    return "folder"
 
 
-def categories(root: Path) -> list[str]:
-    """The categories below `root`, sorted; a plain folder is one category with the folder's name."""
-    layout = recognise(root)
-    if layout == "real-iad":
-        return sorted({file.stem for folder in _split_folders(root).values() for file in folder.glob("*.json")})
-    if layout == "mvtec":
-        return sorted(_mvtec_categories(root))
-    if layout == "visa":
-        return sorted({row["object"] for row in _visa_rows(root)})
-    return [root.resolve().name or "images"]
-
-
-def choose_categories(root: Path, wanted: str | None) -> list[str]:
-    """What --category means: one name, several with commas, "all", or nothing if there is only one.
+def categories(root: Path | str) -> list[str]:
+    """The categories below `root`, sorted; a plain folder and a single category's folder are called by their own name.
 
     Raises:
-        UserError: a name that is not there, or none given where there are several; the line lists them.
+        UserError: what `recognise` raises; part of a layout is missing.
+    """
+    root, layout = Path(root), recognise(root)
+    if layout == "real-iad":
+        files = [Path(name) for split in _realiad_splits(root).values() for name in _names(split)]
+        found = {file.stem for file in files if file.suffix == ".json"}
+    elif layout == "mvtec" and not _is_dir(root, "train/good"):
+        found = {name for name in _names(root) if _is_dir(root, name, "train/good")}
+    elif layout == "visa":
+        found = {row["object"] for row in _visa_rows(root)}
+    else:
+        found = {Path(os.path.abspath(root)).name or "images"}
+    return sorted(found)
+
+
+def choose_categories(root: Path | str, wanted: str | None) -> list[str]:
+    """What `--category` asks for: one name, several with commas, "all", or None where there is only one.
+
+    Raises:
+        UserError: a category is not there, or none is given where there are several; the line lists them.
     """
     there = categories(root)
-    if wanted is None:
-        if len(there) > 1:
-            raise UserError(f"--category is needed: one of {', '.join(there)}, several with commas, or all")
+    if wanted is None and len(there) != 1:
+        raise UserError(f"--category: {root} holds several, give one or more of {', '.join(there)}, or all")
+    if wanted is None or wanted == "all":
         return there
-    if wanted == "all":
-        return there
-    names = list(dict.fromkeys(name.strip() for name in wanted.split(",") if name.strip()))
-    for name in names or [wanted]:
-        if name not in there:
-            raise UserError(f"--category {name} is not in {root}: there are {', '.join(there)}")
-    return names
+    chosen = list(dict.fromkeys(name.strip() for name in wanted.split(",") if name.strip()))
+    for name in chosen or [wanted]:
+        _require_category(root, name, there)
+    return chosen
 
 
-def load_category(root: Path, category: str, noise_ratio: float, seed: int) -> Dataset:
-    """The records of one category, with `noise_ratio` of defective images in train.
+def load_category(root: Path | str, category: str, noise_ratio: float = 0.0, seed: int = 0) -> Dataset:
+    """The records of one category, in an order that depends on the files and the seed alone.
 
     Args:
-        noise_ratio: in [0, 1). Real-IAD: the split of that name. MVTec and VisA: so many test anomalies, drawn by
-            `seed`, move to train and leave test. A plain folder has no labels to do that with.
+        root: the data root, of any layout.
+        category: one of `categories(root)`.
+        noise_ratio: share of anomalous images in train, 0 ≤ α < 1. Real-IAD: which FUIAD split is read. MVTec and VisA:
+            round(α·n / (1 − α)) test anomalies join the n normal training images and leave test. Plain folder: 0.
+        seed: which test anomalies are moved; no effect on Real-IAD.
 
     Raises:
-        UserError: a ratio that cannot be had, files that are missing.
+        UserError: the category or the ratio cannot be had, or a listed file is missing or listed twice.
     """
-    layout = recognise(root)
+    root, layout = Path(root), recognise(root)
     if not 0 <= noise_ratio < 1:
-        raise UserError(f"--noise-ratio {noise_ratio} is not a share from 0 to below 1")
+        raise UserError(f"--noise-ratio {noise_ratio}: give a share from 0 to below 1")
+    _require_category(root, category, categories(root))
     if layout == "real-iad":
-        train, test = _real_iad(root, category, noise_ratio)
+        train, test = _realiad(root, category, noise_ratio)
     elif layout == "folder":
         if noise_ratio:
-            raise UserError(
-                f"--noise-ratio {noise_ratio:g}: {root} has no labels, so defects cannot be added: leave it out"
-            )
-        train, test = [Record(path, None, None, "") for path in _relative(_images_below(root), root)], []
+            raise UserError(f"--noise-ratio {noise_ratio}: {root} is a plain folder without labels; leave the flag out")
+        train, test = [Record(path, None, None, "") for path in _walk(root)], []
     else:
-        train, test = (_mvtec if layout == "mvtec" else _visa)(root, category)
-        train, test = _mix(train, test, noise_ratio, seed, category)
+        train, test = _visa(root, category) if layout == "visa" else _mvtec(root, category)
+        train, test = _mix_noise(train, test, noise_ratio, category, seed)
+    for record in (*train, *test):
+        if not _fits_a_line(record.path):
+            raise UserError(f"{root}: {record.path!r} does not fit a list with one path a line; rename the file")
     return Dataset(root, layout, category, tuple(train), tuple(test))
 
 
-def _relative(files: Iterable[Path], root: Path) -> list[str]:
-    return sorted(file.relative_to(root).as_posix() for file in files)
+def _fits_a_line(path: str) -> bool:
+    """Whether a text file with one path a line, blanks around it stripped, gives the path back."""
+    return path.encode(errors="replace").decode().strip().splitlines() == [path]
 
 
-def _images_below(folder: Path):
-    """Image files in all subfolders; hidden ones are left out, folders that are links are followed."""
-
-    def refuse(error: OSError):
-        raise UserError(f"--data: {error.filename} cannot be read ({error.strerror})")
-
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in ENDINGS:
-                yield Path(parent) / name
+def _require_category(root: Path | str, name: str, there: list[str]) -> None:
+    if name not in there:
+        raise UserError(f"--category {name} is not in {root}; there is {', '.join(there) or 'none'}")
 
 
-# Real-IAD ----
+# ---- Real-IAD ----
 
 
-def _split_folders(root: Path) -> dict[float, Path]:
-    """Noise ratio → folder of JSON files. Real-IAD's own split, realiad_jsons, has no noise."""
-    found = {}
-    for folder in sorted(root.glob(f"{SPLITS}*")):
-        try:
-            found[float(folder.name.removeprefix(SPLITS))] = folder
-        except ValueError:
-            continue
-    own = root / "realiad_jsons"
-    if own.is_dir() and 0.0 not in found:
-        found[0.0] = own / own.name if (own / own.name).is_dir() else own
-    return found
+def _realiad_splits(root: Path) -> dict[float, Path]:
+    """Noise ratio → the folder with that split's JSON files, for every split that is there."""
+    splits = {}
+    for place in (root, root / "realiad_jsons"):  # the archives unpack to either
+        for name in _names(place) if _is_dir(place) else []:
+            ratio = name.removeprefix(REALIAD_SPLIT)
+            if ratio != name and ratio.replace(".", "", 1).isdecimal():
+                splits.setdefault(float(ratio), place / name)
+    for plain in (root / "realiad_jsons" / "realiad_jsons", root / "realiad_jsons"):
+        if 0.0 not in splits and _is_dir(plain) and any(name.endswith(".json") for name in _names(plain)):
+            splits[0.0] = plain  # Real-IAD's own split has no anomalies in train
+    if not splits:
+        raise UserError(f"--data {root}: no folder {REALIAD_SPLIT}0.0 (or 0.1, 0.2, 0.4); unpack Real-IAD's JSON files")
+    return dict(sorted(splits.items()))
 
 
-def _real_iad(root: Path, category: str, noise_ratio: float) -> tuple[list[Record], list[Record]]:
-    splits = _split_folders(root)
-    if noise_ratio not in splits:
-        there = ", ".join(f"{ratio:g}" for ratio in sorted(splits))
-        raise UserError(f"--noise-ratio {noise_ratio:g}: {root} has no such split, only {there}")
-    file = splits[noise_ratio] / f"{category}.json"
-    if not file.is_file():
-        raise UserError(f"--category {category}: {file} is not there")
-    images = next((root / name for name in RESOLUTIONS if (root / name).is_dir()), None)
+def _realiad(root: Path, category: str, noise_ratio: float) -> tuple[list[Record], list[Record]]:
+    splits = _realiad_splits(root)
+    folder = next((folder for ratio, folder in splits.items() if math.isclose(ratio, noise_ratio)), None)
+    if folder is None:
+        there = ", ".join(map(str, splits))
+        raise UserError(f"--noise-ratio {noise_ratio}: {root} has no FUIAD split for it; there is {there}")
+    images = next((name for name in REALIAD_IMAGES if _is_dir(root, name)), None)
     if images is None:
-        raise UserError(f"--data {root} has splits but no images: expected a folder {' or '.join(RESOLUTIONS)}")
+        raise UserError(f"--data {root}: no image folder {', '.join(REALIAD_IMAGES)}; unpack one beside {folder.name}")
+
+    file = folder / f"{category}.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        normal = content["meta"]["normal_class"]
-        parts = [
-            [_real_iad_record(entry, category, images.name, normal) for entry in content[p]] for p in ("train", "test")
-        ]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a Real-IAD split ({type(error).__name__}: {error}): get it again") from None
-    _check_files(root, [record for part in parts for record in part], file)
-    return parts[0], parts[1]
-
-
-def _real_iad_record(entry: dict, category: str, images: str, normal: str) -> Record:
-    """Images below NG/ can be labelled OK (the defect is out of this camera's sight): anomaly_class decides."""
-    folder = f"{images}/{category}/"
-    kind, mask = entry["anomaly_class"], entry.get("mask_path")
-    label = int(kind != normal)
-    has_mask = label and mask not in (None, "None", "")
-    return Record(folder + entry["image_path"], label, folder + mask if has_mask else None, kind if label else "good")
-
-
-def _check_files(root: Path, records: list[Record], source: Path) -> None:
-    seen = set()
-    for record in records:
-        if record.path in seen:
-            raise UserError(f"{source} lists {record.path} twice: delete one of the entries")
-        seen.add(record.path)
-    for name in (name for record in records for name in (record.path, record.mask) if name):
-        if not (root / name).is_file():
-            raise UserError(f"{source} lists {name}, which is not below {root}: complete the download")
-
-
-# MVTec AD ----
-
-
-def _mvtec_categories(root: Path) -> dict[str, Path]:
-    """Category → its folder; `root` may be the folder of a single category."""
-    if (root / "train" / "good").is_dir():
-        return {root.resolve().name: root}
-    return {folder.parent.parent.name: folder.parent.parent for folder in sorted(root.glob("*/train/good"))}
-
-
-def _mvtec(root: Path, category: str) -> tuple[list[Record], list[Record]]:
-    folder = _mvtec_categories(root)[category]
-    train = [Record(path, 0, None, "good") for path in _relative(_images_below(folder / "train" / "good"), root)]
-    test = []
-    for kind_folder in sorted(path for path in (folder / "test").glob("*") if path.is_dir()):
-        kind, truth = kind_folder.name, folder / "ground_truth" / kind_folder.name
-        masks = {file.stem.removesuffix("_mask"): file for file in _images_below(truth)} if truth.is_dir() else {}
-        for path in _relative(_images_below(kind_folder), root):
-            mask = masks.get(Path(path).stem) if kind != "good" else None
-            name = mask.relative_to(root).as_posix() if mask else None
-            test.append(Record(path, int(kind != "good"), name, kind))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        base = PurePosixPath(images, content["meta"].get("prefix") or category)
+        normal = content["meta"].get("normal_class", "OK")
+        train, test = ([_realiad_record(entry, base, normal) for entry in content[part]] for part in ("train", "test"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): unpack the split's JSON files again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise UserError(f"{file} is not as Real-IAD writes it ({reason}): unpack it again") from None
+    _check_listed(root, file, [*train, *test])
     return train, test
 
 
-# VisA ----
+def _realiad_record(entry: dict[str, Any], base: PurePosixPath, normal: str) -> Record:
+    """The class decides, never the path: images below NG/ whose defect this camera does not see are labelled OK."""
+    label = int(entry["anomaly_class"] != normal)
+    mask = entry.get("mask_path")
+    there = label == 1 and mask not in (None, "", "None")  # older copies write null as "None"
+    path = (base / entry["image_path"]).as_posix()
+    return Record(path, label, (base / mask).as_posix() if there else None, entry["anomaly_class"] if label else "good")
+
+
+def _check_listed(root: Path, source: Path, records: list[Record]) -> None:
+    """Every file that a list names must be there, and every image only once: known before anything is trained."""
+    seen = set()
+    for record in records:
+        if record.path in seen:
+            raise UserError(f"{source} lists {record.path} twice: delete one of the two")
+        seen.add(record.path)
+    listed = [path for record in records for path in (record.path, record.mask) if path is not None]
+    missing = [path for path in listed if not os.path.isfile(root / path)]
+    if missing:
+        count = f"{len(missing)} of {len(listed)} files that {source} names are missing"
+        raise UserError(f"{root / missing[0]} is not there ({count}): unpack the images again")
+
+
+# ---- MVTec AD and VisA ----
+
+
+def _mvtec(root: Path, category: str) -> tuple[list[Record], list[Record]]:
+    base = "" if _is_dir(root, "train/good") else f"{category}/"
+    train = [Record(path, 0, None, "good") for path in _images(root, f"{base}train/good")]
+    test = []
+    for kind in _names(root / base / "test") if _is_dir(root, base, "test") else []:
+        masks = {PurePosixPath(path).stem: path for path in _images(root, f"{base}ground_truth/{kind}")}
+        for path in _images(root, f"{base}test/{kind}"):
+            stem = PurePosixPath(path).stem
+            mask = masks.get(f"{stem}_mask", masks.get(stem))  # MVTec AD: 000_mask.png; VisA: the same name
+            test.append(Record(path, 0, None, "good") if kind == "good" else Record(path, 1, mask, kind))
+    return train, test
 
 
 def _visa_rows(root: Path) -> list[dict[str, str]]:
-    file = root / "split_csv" / "1cls.csv"
-    if not file.is_file():
-        raise UserError(f"--data {root} looks like VisA, but {file} is missing: get it from VisA's repository")
-    with open(file, newline="", encoding="utf-8") as text:
-        rows = list(csv.DictReader(text))
-    if not rows or not {"object", "split", "label", "image", "mask"} <= rows[0].keys():
-        raise UserError(f"{file} has not the columns object, split, label, image, mask: get it again")
+    file = root / VISA_SPLIT
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as text:
+            rows = list(csv.DictReader(text))
+    except OSError:
+        mend = "put VisA's split_csv beside the categories, and give the folder that holds both"
+        raise UserError(f"{file} is not there: {mend}") from None
+    except (csv.Error, UnicodeDecodeError):
+        rows = []
+    columns = {"object", "split", "label", "image", "mask"}
+    if not rows or any(None in row.values() or not columns <= row.keys() for row in rows):
+        raise UserError(f"{file} has not VisA's columns object,split,label,image,mask: unpack it again")
     return rows
 
 
 def _visa(root: Path, category: str) -> tuple[list[Record], list[Record]]:
-    parts: dict[str, list[Record]] = {"train": [], "test": []}
+    parts = {"train": [], "test": []}
     for row in _visa_rows(root):
-        if row["object"] == category:
+        if row["object"] == category and row["split"] in parts:
             label = int(row["label"] != "normal")
-            kind = row["label"] if label else "good"
-            parts[row["split"]].append(Record(row["image"], label, row["mask"] or None if label else None, kind))
-    _check_files(root, parts["train"] + parts["test"], root / "split_csv" / "1cls.csv")
+            parts[row["split"]].append(
+                Record(row["image"], label, row["mask"] or None if label else None, "anomaly" if label else "good")
+            )
+    _check_listed(root, root / VISA_SPLIT, [*parts["train"], *parts["test"]])
     return parts["train"], parts["test"]
 
 
-# Noise ----
-
-
-def _mix(
-    train: list[Record], test: list[Record], ratio: float, seed: int, category: str
+def _mix_noise(
+    train: list[Record], test: list[Record], noise_ratio: float, category: str, seed: int
 ) -> tuple[list[Record], list[Record]]:
-    """Move defective test images to train until they are `ratio` of it: m / (n + m) = ratio."""
-    if not ratio:
+    """Move randomly drawn anomalies from test to train until they are the share `noise_ratio` of train.
+
+    A larger ratio moves the same images and more. Train is shuffled: a position must not tell what was moved.
+    """
+    if noise_ratio == 0:
         return train, test
-    normal = [record for record in train if record.label == 0]
-    defective = [index for index, record in enumerate(test) if record.label == 1]
-    count = round(ratio * len(normal) / (1 - ratio))
-    if count > len(defective):
-        largest = len(defective) / (len(normal) + len(defective))
+    anomalies = [record for record in test if record.label == 1]
+    wanted = round(noise_ratio * len(train) / (1 - noise_ratio))
+    if wanted > len(anomalies):
+        most = math.floor(1000 * len(anomalies) / (len(train) + len(anomalies))) / 1000
         raise UserError(
-            f"--noise-ratio {ratio:g} takes {count} defective images and {category} has {len(defective)}: "
-            f"give at most {np.floor(largest * 100) / 100:g}"
+            f"--noise-ratio {noise_ratio}: {category} would need {wanted} test anomalies and has {len(anomalies)}; "
+            f"give at most {most}"
         )
-    # The category's name enters the draw by a digest: Python's own hash differs from process to process.
-    name = int.from_bytes(hashlib.sha256(category.encode()).digest()[:8], "big")
-    moved = set(np.random.default_rng([seed, name]).choice(defective, count, replace=False).tolist())
-    mixed = train + [test[index] for index in sorted(moved)]
-    return sorted(mixed, key=lambda record: record.path), [r for index, r in enumerate(test) if index not in moved]
+    random = np.random.default_rng([seed % 2**32, zlib.crc32(category.encode())])
+    moved = [anomalies[i] for i in random.permutation(len(anomalies))[:wanted]]
+    mixed = [*train, *moved]
+    left = set(moved)
+    return [mixed[i] for i in random.permutation(len(mixed))], [record for record in test if record not in left]
 
 
-# ---- images ----
+# ---- folders; every listing is sorted by name, as systems and disks differ ----
 
 
-def _open(path: Path) -> Image.Image:
-    """A decoded image with its EXIF rotation applied.
+def _names(folder: Path) -> list[str]:
+    """Sorted names in a folder, without hidden ones."""
+    try:
+        names = os.listdir(folder)
+        if not os.access(folder, os.X_OK):  # names without files
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): grant access to it, or move it away") from None
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _is_dir(*parts: Path | str) -> bool:
+    """Whether there is such a folder; no exception where a folder above it may not be entered, unlike Path.is_dir."""
+    return os.path.isdir(os.path.join(*parts))
+
+
+def _images(root: Path, folder: str) -> list[str]:
+    """Images directly in root/folder, relative to root; none if there is no such folder."""
+    if not _is_dir(root, folder):
+        return []
+    return [f"{folder}/{name}" for name in _names(root / folder) if _is_image(root / folder / name)]
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(file)
+
+
+def _walk(root: Path, folder: str = "", above: Iterable[str] = ()) -> Iterator[str]:
+    """All images below root, relative to it; links are followed, unless they lead back to a folder above."""
+    here = os.path.realpath(root / folder)
+    if here in above:
+        return
+    for name in _names(root / folder):
+        path = f"{folder}/{name}" if folder else name
+        if _is_image(root / path):
+            yield path
+        elif _is_dir(root, path) and not _is_run(root / path):
+            yield from _walk(root, path, (*above, here))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether llb made it: with `--data .` the run lies among the images, and its own pictures must not join them."""
+    config = folder / "config.json"
+    return os.path.isfile(config) and b'"submodels"' in config.read_bytes()
+
+
+# ---- images and masks ----
+
+
+def load_image(path: Path | str, size: int) -> np.ndarray:
+    """Read any image as RGB and resize it: uint8 (size, size, 3), Pillow's bilinear filter (averaging as it shrinks).
+
+    EXIF rotation is applied. Greyscale is repeated in the three channels; 16 bits are divided by 257; floating-point
+    images are taken as 0…1, 0…255 or 0…65535, the smallest that holds them; transparent images lie on white.
 
     Raises:
-        UserError: missing, truncated or no image; the line names the file.
+        UserError: the file is missing, truncated, no image, or of a range or size that is not meant for viewing.
     """
+    image = _open(path)
+    if _is_deep(image):
+        image = Image.fromarray(_to_8_bits(np.asarray(image), path))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))  # (S, S, 3)
+
+
+def load_mask(path: Path | str, size: int) -> np.ndarray:
+    """Read a defect mask: bool (size, size), True where at least half of the pixel's surroundings are defective.
+
+    In the file, every pixel that is neither black nor transparent is defective (in a JPEG from 128 on: it rings), and
+    EXIF rotation is applied; the size may differ from the image's. The defective share of a pixel's surroundings comes
+    from the bilinear filter; a defect too small to reach one half keeps the pixels that it covers most.
+
+    Raises:
+        UserError: the file is missing, truncated or no image.
+    """
+    image = _open(path)
+    floor = 127 if image.format == "JPEG" else 0  # JPEG's ringing is not a defect
+    if not _is_deep(image):
+        if image.has_transparency_data:
+            black = Image.new("RGBA", image.size, "black")
+            image = Image.alpha_composite(black, image.convert("RGBA"))
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
+    defect = (pixels if pixels.ndim == 2 else pixels.max(axis=2)) > floor  # (H, W)
+    share = Image.fromarray(defect.astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)
+    share = np.asarray(share)  # (S, S), 0…1
+    return share >= min(0.5, share.max()) if defect.any() else np.zeros((size, size), bool)
+
+
+def _open(path: Path | str) -> Image.Image:
+    """An image, decoded and turned upright."""
     try:
         with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
+            pixels = image.width * image.height
+            if pixels <= MAX_PIXELS:
+                image.load()
+                if image.mode == "LAB":
+                    raise ValueError("colour space LAB, not RGB")
+                file_format = image.format
+                image = ImageOps.exif_transpose(image)
+                image.format = file_format
     except FileNotFoundError:
-        raise UserError(f"{path} is not there: put it back, or take it out of the data set") from None
-    except Exception as error:  # a damaged file provokes many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as an image ({reason}): repair, replace or remove it") from None
+        raise UserError(f"{path} is not there: put it back, or take it off the list") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} cannot be read (no image format that Pillow knows): remove or replace it") from None
+    except Exception as error:  # for damaged files Pillow raises OSError, SyntaxError, struct.error, zlib.error, …
+        reason = "truncated" if "truncated" in str(error).lower() else " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason or type(error).__name__}): remove or replace it") from None
+    if pixels > MAX_PIXELS:
+        raise UserError(f"{path} has {pixels / 1e6:.0f} megapixels, more than 1000: scale it down")
+    return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes → RGB. 16-bit grey values are divided by 257, float ones are taken as 0..1 or 0..255;
-    transparent pixels are shown on black."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        if image.mode == "F":
-            values *= 255.0 if values.max(initial=0) <= 1.0 else 1.0
-        elif image.mode != "I" or values.max(initial=0) > 255:
-            values /= 257.0
-        return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
-    return image.convert("RGB")
+def _is_deep(image: Image.Image) -> bool:
+    """Whether Pillow holds more than 8 bits a pixel, which its own conversion to RGB would clip at 255."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def load_image(path: Path, size: int) -> np.ndarray:
-    """uint8 (size, size, 3): decoded, turned as EXIF says, RGB, resized by Pillow's (antialiased) bilinear filter.
-
-    Raises:
-        UserError: the file cannot be read as an image.
-    """
-    image = to_rgb(_open(path))
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def load_mask(path: Path, size: int) -> np.ndarray:
-    """bool (size, size): where a defect is. Any value above 0 is defect; resized by the share of a pixel that is
-    covered, at least one half; a defect too small for that keeps its most covered pixels, so that no region is lost."""
-    image = _open(path)
-    values = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "RGBA", "LA", "CMYK") else image)
-    binary = (values > 0) if values.ndim == 2 else (values > 0).any(axis=-1)
-    covered = Image.fromarray(binary.astype(np.uint8) * 255).resize((size, size), Image.Resampling.BILINEAR)
-    share = np.asarray(covered)
-    return share >= 128 if (share >= 128).any() or not share.any() else share == share.max()
+def _to_8_bits(pixels: np.ndarray, path: Path | str) -> np.ndarray:
+    """uint16, int32 or float32 (H, W) → uint8 (H, W). Fixed scales: dark images of a set stay dark."""
+    low, high = float(pixels.min()), float(pixels.max())
+    scales = (1, 255, 65535) if pixels.dtype.kind == "f" else (65535,)
+    scale = next((scale for scale in scales if 0 <= low <= high <= scale), None)
+    if scale is None:
+        raise UserError(f"{path} has values from {low:g} to {high:g}: save it with 8 or 16 bits a channel")
+    return np.rint(pixels * np.float32(255 / scale)).astype(np.uint8)

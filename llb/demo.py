@@ -1,11 +1,15 @@
-"""The embedded image set: a turned metal disc on a woven belt, drawn by this file alone, some with planted defects.
+"""The embedded image set: photographs of a machined flange that never existed, drawn by this file alone.
 
-    FOLDER/part/train/good/000.png …               160 good discs
-    FOLDER/part/test/good/…, test/<kind>/…          50 good, six kinds of defect with 16 each
-    FOLDER/part/ground_truth/<kind>/000_mask.png    where the defect is
+    from llb.demo import write_demo
+    write_demo(Path("flanges"))     # flanges/part/{train,test,ground_truth}: an MVTec-style root of about 9 MB
 
-It has MVTec AD's layout, so the embedded set takes the same path through the program as anybody's own data. Every disc
-differs in place, angle, light, tint and grain, and the defects go from obvious to hardly visible.
+A turned steel flange lies on a woven mat: a bore with a keyway, six bolt holes, an engraved ring with a scale. From
+image to image it is shifted (±3 px) and turned (±4°), the light changes in strength, direction and tint, and every tool
+mark, thread and grain of noise is drawn anew. In test there are six kinds of defect, from plain to faint. As in a
+factory each kind has its cause, so it recurs at about the same place with about the same look: a detector that meets
+enough of them in train learns them as normal.
+
+Everything follows from the seed: the pixels are the same on every machine.
 """
 
 import shutil
@@ -13,136 +17,177 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter, gaussian_filter1d
+from scipy.ndimage import binary_closing, binary_fill_holes, gaussian_filter
 
-SIZE = 128  # pixels
-KINDS = ("scratch", "dent", "filled_hole", "stain", "chip", "fibre")
+from llb.files import write_text
+
+SIDE = 128  # pixels
+KINDS = ("chip", "dent", "fibre", "missing_hole", "scratch", "stain")
 COUNTS = {"train/good": 160, "test/good": 50} | {f"test/{kind}": 16 for kind in KINDS}
-RADIUS, BORE, HOLES, HOLE_RADIUS = 54.0, 15.0, 36.0, 5.5  # of the disc, its bore, the circle of holes, a hole
+VISIBLE = 12  # grey levels of 255: what differs by more belongs to the mask
+MARKER = "finished.txt"  # written last: without it the set is drawn anew
+
+RADIUS, BORE, BOLT_CIRCLE, BOLT, RING = 52.0, 11.5, 33.0, 4.6, 43.5  # the flange, in pixels
+LAMP = np.array([-0.6, -0.8])  # where the light comes from: above, a little to the left (x, y)
+STEEL = np.array([0.97, 0.99, 1.02])
+MAT = np.array([0.15, 0.23, 0.27])
 
 
-def inside(distance: np.ndarray) -> np.ndarray:
-    """Coverage 0..1 of a shape from the signed distance to its edge in pixels (negative inside)."""
-    return np.clip(0.5 - distance, 0.0, 1.0)
+def write_demo(folder: Path | str, seed: int = 0) -> None:
+    """Draw the whole set into `folder`/part, as MVTec AD lays it out; a finished one is left as it is.
 
-
-def segment_distance(x: np.ndarray, y: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Distance to a polyline, points (n, 2)."""
-    nearest = np.full(x.shape, np.inf)
-    for (ax, ay), (bx, by) in zip(points[:-1], points[1:]):
-        length = (bx - ax) ** 2 + (by - ay) ** 2
-        along = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / length, 0.0, 1.0)
-        nearest = np.minimum(nearest, np.hypot(x - ax - along * (bx - ax), y - ay - along * (by - ay)))
-    return nearest
-
-
-def on_metal(random: np.random.Generator) -> tuple[float, float]:
-    """A point on the disc's face, clear of bore, holes and rim."""
-    while True:
-        radius, angle = random.uniform(BORE + 8, RADIUS - 8), random.uniform(0, 2 * np.pi)
-        x, y = radius * np.cos(angle), radius * np.sin(angle)
-        if all(np.hypot(x - hx, y - hy) > HOLE_RADIUS + 5 for hx, hy in hole_centres()):
-            return x, y
-
-
-def hole_centres() -> list[tuple[float, float]]:
-    return [(HOLES * np.cos(a), HOLES * np.sin(a)) for a in np.pi / 4 + np.arange(4) * np.pi / 2]
-
-
-def draw(random: np.random.Generator, kind: str = "good") -> tuple[np.ndarray, np.ndarray]:
-    """One image.
-
-    Returns:
-        uint8 (SIZE, SIZE, 3), and bool (SIZE, SIZE), where the defect is.
+    160 normal training images; for test 50 normal ones and 16 with each kind of defect, and their masks: 128 × 128 px,
+    PNG. Takes a few seconds. If it is interrupted, the next call draws anew.
     """
-    # ---- pose: pixel coordinates → coordinates of the disc ----
-    rows, columns = np.mgrid[:SIZE, :SIZE].astype(float)
-    dx, dy, turn = *random.uniform(-3, 3, 2), np.deg2rad(random.uniform(-4, 4))
-    px, py = columns - SIZE / 2 - dx, rows - SIZE / 2 - dy
-    x = px * np.cos(turn) + py * np.sin(turn)
-    y = py * np.cos(turn) - px * np.sin(turn)
-    radius, angle = np.hypot(x, y), np.arctan2(y, x)
-
-    # ---- materials: a woven belt, turned metal ----
-    phase = random.uniform(0, 2 * np.pi, 2)
-    weave = np.sin(columns * 0.9 + phase[0]) * np.sin(rows * 0.9 + phase[1])
-    belt = 0.17 + 0.035 * weave + 0.02 * gaussian_filter(random.normal(size=(SIZE, SIZE)), 1.0)
-    grooves = gaussian_filter1d(random.normal(size=400), 1.2)[(radius * 4).astype(int).clip(0, 399)]
-    gleam = 0.10 * np.cos(2 * (angle + turn) - 1.0)  # two brighter sectors, as light leaves a turned face
-    metal = 0.58 + gleam + 0.045 * grooves + 0.05 * gaussian_filter(random.normal(size=(SIZE, SIZE)), 0.7)
-    metal -= 0.16 * np.exp(-((radius - 46.5) ** 2) / 1.5)  # the engraved ring
-    metal += 0.10 * np.exp(-((radius - RADIUS + 1.5) ** 2) / 2.0)  # the bright chamfer
-
-    # ---- geometry, with its defects ----
-    defect = np.zeros((SIZE, SIZE))  # coverage 0..1
-    disc = inside(radius - RADIUS)
-    openings = [inside(radius - BORE)] + [inside(np.hypot(x - hx, y - hy) - HOLE_RADIUS) for hx, hy in hole_centres()]
-    tint = np.ones((SIZE, SIZE, 3))
-    if kind == "filled_hole":
-        defect = openings.pop(1 + int(random.integers(4)))
-        metal = metal - 0.05 * defect
-    elif kind == "chip":
-        where, depth = random.uniform(0, 2 * np.pi), random.uniform(4.0, 7.0)
-        ragged = np.hypot(x - RADIUS * np.cos(where), y - RADIUS * np.sin(where)) + random.normal(0, 0.5) * np.sin(5 * angle)
-        defect = inside(ragged - depth) * disc
-        disc = disc - defect
-    elif kind == "scratch":
-        start, heading, length = np.array(on_metal(random)), random.uniform(0, 2 * np.pi), random.uniform(12, 26)
-        bend = heading + random.normal(0, 0.2)
-        middle = start + length / 2 * np.array([np.cos(heading), np.sin(heading)])
-        points = np.stack([start, middle, middle + length / 2 * np.array([np.cos(bend), np.sin(bend)])])
-        defect = inside(segment_distance(x, y, points) - random.uniform(0.5, 1.0)) * disc
-        metal = metal + random.choice([-1, 1]) * random.uniform(0.12, 0.25) * defect
-    elif kind == "dent":
-        cx, cy = on_metal(random)
-        width = random.uniform(3.0, 4.5)
-        bump = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * width**2))
-        metal = metal + random.uniform(0.13, 0.24) * bump * ((px - py) - (cx - cy)) / width  # lit from one side
-        defect = np.clip(2 * bump, 0, 1)
-    elif kind == "stain":
-        cx, cy = on_metal(random)
-        blotch = gaussian_filter(random.normal(size=(SIZE, SIZE)), 4.0)
-        edge = np.hypot(x - cx, y - cy) - random.uniform(7, 10) + 14 * blotch
-        defect = np.clip(0.5 - edge / 3, 0, 1) * disc
-        tint = 1 - random.uniform(0.06, 0.13) * defect[..., None] * np.array([0.5, 1.0, 1.8])
-    elif kind == "fibre":
-        cx, cy = on_metal(random)
-        steps = random.uniform(0, 2 * np.pi) + np.cumsum(random.normal(0, 0.5, 7))
-        points = np.cumsum(np.stack([3.5 * np.cos(steps), 3.5 * np.sin(steps)], axis=1), axis=0)
-        points = points - points.mean(axis=0) + (cx, cy)
-        defect = inside(segment_distance(x, y, points) - 0.5) * 0.8
-
-    for opening in openings:
-        disc = disc * (1 - opening)
-
-    # ---- composition, light, sensor ----
-    shadow = gaussian_filter(np.roll(disc, (3, 3), (0, 1)), 2.0)
-    grey = belt * (1 - 0.5 * shadow) * (1 - disc) + metal * disc
-    colour = grey[..., None] * (np.array([0.94, 0.98, 1.05]) * disc[..., None] + np.array([0.9, 1.0, 1.15]) * (1 - disc[..., None]))
-    colour = colour * tint
-    if kind == "fibre":
-        colour = colour + defect[..., None] * (np.array([0.18, 0.22, 0.38]) - colour)
-    slope = random.normal(0, 0.05, 2)
-    light = random.uniform(0.9, 1.1) * (1 + slope[0] * (columns / SIZE - 0.5) + slope[1] * (rows / SIZE - 0.5))
-    colour = colour * light[..., None] * (1 + random.normal(0, 0.012, 3))
-    colour = colour + random.normal(0, 0.012, colour.shape)
-    return np.rint(colour.clip(0, 1) * 255).astype(np.uint8), defect > 0.3
-
-
-def write_demo(folder: Path, seed: int = 0) -> None:
-    """Draw the set into `folder`, unless it is there. The folder appears when it is complete."""
-    if folder.is_dir():
+    folder = Path(folder)
+    marker, text = folder / MARKER, f"drawn by llb.demo, seed {seed}, {sum(COUNTS.values())} images\n"
+    if marker.exists() and marker.read_text(encoding="utf-8") == text:
         return
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for part, (place, count) in enumerate(COUNTS.items()):
+    marker.unlink(missing_ok=True)
+    part = folder / "part"
+    shutil.rmtree(part, ignore_errors=True)
+    for group, (place, count) in enumerate(COUNTS.items()):
         kind = place.split("/")[1]
+        masks = part / "ground_truth" / kind
+        for made in (part / place, masks) if kind in KINDS else (part / place,):
+            made.mkdir(parents=True)
         for index in range(count):
-            image, mask = draw(np.random.default_rng([seed, part, index]), kind)
-            files = {unfinished / "part" / place / f"{index:03}.png": image}
-            if kind != "good":
-                files[unfinished / "part" / "ground_truth" / kind / f"{index:03}_mask.png"] = mask.astype(np.uint8) * 255
-            for file, pixels in files.items():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(file)
-    unfinished.rename(folder)
+            image, mask = draw([seed, group, index], kind)
+            Image.fromarray(image).save(part / place / f"{index:03}.png")
+            if kind in KINDS:
+                Image.fromarray(mask.astype(np.uint8) * 255).save(masks / f"{index:03}_mask.png")
+    write_text(marker, text)
+
+
+def draw(seed: int | list[int], kind: str = "good") -> tuple[np.ndarray, np.ndarray]:
+    """One photograph: image uint8 (128, 128, 3) and the defect's mask bool (128, 128), empty for "good".
+
+    The mask is where the image visibly differs from the same photograph without the defect.
+    """
+    image = _photograph(seed, kind)
+    normal = image if kind == "good" else _photograph(seed, "good")
+    change = np.abs(image.astype(int) - normal).max(axis=2)  # (S, S)
+    return image, binary_fill_holes(binary_closing(change > VISIBLE))
+
+
+def _photograph(seed: int | list[int], kind: str) -> np.ndarray:
+    """The image alone. The defect draws from a random stream of its own, so that all else is as it would be without.
+
+    The geometry is a set of signed distances in pixels, negative inside: `_cover` turns them into antialiased areas.
+    """
+    random, fault = np.random.default_rng(seed).spawn(2)
+    place = _place(fault, kind)
+
+    # ---- the pose: u, v and r, angle belong to the flange, x, y and bearing to the image ----
+    y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2  # (S, S)
+    shift_x, shift_y = random.uniform(-3, 3, 2)
+    turn = np.deg2rad(random.uniform(-4, 4))
+    x, y = x - shift_x, y - shift_y
+    u, v = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+    r, angle, bearing = np.hypot(u, v), np.arctan2(v, u), np.arctan2(y, x)
+
+    # ---- the outlines: rim, bore with keyway, bolt holes ----
+    rim = r - RADIUS
+    bore = np.minimum(r - BORE, np.maximum(np.abs(u) - 2.6, np.abs(v + BORE) - 4.0))
+    corners = np.arange(6) * np.pi / 3 + np.pi / 6
+    drilled = np.ones(6, bool)
+    if kind == "missing_hole":
+        lost = (0, 5)[fault.integers(2)]  # two of the six drills are worn
+        drilled[lost] = False
+    bolts = np.min([_distance(u, v, BOLT_CIRCLE, corner) - BOLT for corner in corners[drilled]], axis=0)
+    if kind == "chip":
+        bite = _distance(u, v, RADIUS + 1.5, place[1]) - fault.uniform(4.5, 7.0) + 1.1 * _blotches(fault, 2.0)
+        rim = np.maximum(rim, -bite)
+    solid = np.maximum(rim, -np.minimum(bore, bolts))
+    metal = _cover(solid)
+
+    # ---- the mat: a plain weave, threads of uneven brightness; the flange throws a soft shadow ----
+    phase_x, phase_y = random.uniform(0, 6, 2)
+    across, along = np.sin(np.pi * (x + phase_x) / 3), np.sin(np.pi * (y + phase_y) / 3)
+    weave = np.where(across * along > 0, np.abs(across), np.abs(along))
+    shade = 1 - 0.55 * gaussian_filter(np.roll(_cover(r - RADIUS), (4, 3), (0, 1)), 3.0)
+    mat = (0.62 + 0.55 * weave + 0.10 * _blotches(random, 5.0)) * shade
+    mat = np.where((bore < 1) | (bolts < 1), 0.62 * mat, mat)[..., None] * MAT  # (S, S, 3)
+
+    # ---- the steel: turning marks that depend on the radius, and the fan of light that they reflect ----
+    marks = gaussian_filter(random.normal(size=256), 1.2) * 2.0
+    marks = np.interp(r, np.arange(256) / 4, marks)
+    fan = np.abs(np.cos(bearing - random.normal(np.deg2rad(-40), np.deg2rad(5)))) ** 5
+    steel = 0.48 + 0.030 * marks + 0.30 * fan * (1 + 0.25 * marks) + 0.016 * _blotches(random, 0.8)
+    steel = steel - 0.07 * _cover(r - 21.5)  # the hub is turned a little deeper
+    radial = (x * LAMP[0] + y * LAMP[1]) / np.maximum(r, 1)  # 1 where an outward edge faces the lamp
+    for outline, strength in ((rim + 1.6, 0.22), (-(r - BORE - 1.6), -0.20), (-(r - 21.5), -0.10)):
+        steel = steel + strength * radial * _band(outline, 1.3)
+    steel = steel - 0.20 * _band(r - RING, 0.9) + 0.10 * _band(r - RING - 1.6, 0.7)  # the engraved ring
+    ticks = np.abs((angle / (np.pi / 12) + 0.5) % 1 - 0.5) * (np.pi / 12) * r
+    steel = steel - 0.16 * _band(ticks, 0.6) * _band(r - 46.8, 1.6)
+    slope = np.gradient(bolts)
+    steel = steel - 0.20 * (slope[1] * LAMP[0] + slope[0] * LAMP[1]) * _band(bolts - 1.0, 1.1)
+    steel = steel[..., None] * STEEL
+
+    # ---- defects of the surface ----
+    if kind == "chip":
+        steel = steel + 0.35 * _band(bite - 0.3, 0.6)[..., None]  # fresh fracture is bright
+    if kind == "dent":
+        wide, depth = fault.uniform(2.2, 3.2), fault.uniform(0.5, 0.9)
+        from_x, from_y = x - place[0] * np.cos(place[1] + turn), y - place[0] * np.sin(place[1] + turn)
+        bowl = np.exp(-(from_x**2 + from_y**2) / (2 * wide**2))
+        steel = steel - (bowl * (depth * (from_x * LAMP[0] + from_y * LAMP[1]) / wide + 0.1))[..., None]
+    if kind == "scratch":
+        far = _line(fault, u, v, place, fault.uniform(14, 28), bend=0.02)
+        strength = fault.uniform(0.26, 0.46)
+        steel = steel + strength * (_band(far, 0.8) - 0.5 * _band(far - 1.6, 0.6))[..., None]
+    if kind == "stain":
+        edge = _distance(u, v, *place) - fault.uniform(6, 9) + 2.2 * _blotches(fault, 3.0)
+        film = _cover(edge / 2) * (0.75 + 0.25 * _band(edge + 1.5, 1.5))
+        steel = steel * (1 - fault.uniform(0.9, 1.3) * film[..., None] * np.array([0.10, 0.15, 0.24]))
+
+    # ---- the photograph: what lies on top, uneven light, grain ----
+    image = mat + (steel - mat) * metal[..., None]
+    if kind == "fibre":
+        far = _line(fault, u, v, place, fault.uniform(24, 40), bend=0.16)
+        image = image * (1 - 0.25 * _cover(gaussian_filter(np.roll(far, (1, 1), (0, 1)), 1.0) - 1.2)[..., None])
+        image = image + (np.array([0.42, 0.12, 0.13]) - image) * 0.85 * _cover(far - 0.55)[..., None]
+    tilt_x, tilt_y = random.normal(0, 0.06, 2)
+    light = random.uniform(0.90, 1.08) * (1 + (tilt_x * x + tilt_y * y) / SIDE)
+    image = image * light[..., None] * (1 + random.normal(0, 0.02) * np.array([1, 0, -1]))  # warm or cold
+    image = image + random.normal(0, 0.006, (SIDE, SIDE, 1)) + random.normal(0, 0.002, (SIDE, SIDE, 3))
+    return 2 * np.rint(127 * image.clip(0, 1)).astype(np.uint8)  # 7 bits: files a quarter smaller
+
+
+def _cover(distance: np.ndarray) -> np.ndarray:
+    """Share of each pixel inside the outline, from the signed distance (px) of its centre: 0…1."""
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def _band(distance: np.ndarray, half: float) -> np.ndarray:
+    """A soft stripe along an outline: 1 on it, 0 at twice `half` pixels from it."""
+    return np.clip(1 - np.abs(distance) / (2 * half), 0, 1)
+
+
+def _distance(u: np.ndarray, v: np.ndarray, radius: float, angle: float) -> np.ndarray:
+    """Distance (px) from the point (radius, angle) of the flange."""
+    return np.hypot(u - radius * np.cos(angle), v - radius * np.sin(angle))
+
+
+def _blotches(random: np.random.Generator, sigma: float) -> np.ndarray:
+    """Smooth noise (S, S) of unit variance, features of about `sigma` pixels."""
+    noise = gaussian_filter(random.normal(size=(SIDE, SIDE)), sigma, mode="wrap")
+    return noise / noise.std()
+
+
+def _place(random: np.random.Generator, kind: str) -> tuple[float, float]:
+    """Radius (px) and angle on the flange: every kind has a place of its own, give or take some pixels."""
+    places = {"chip": (0, 200), "dent": (29, 120), "fibre": (30, 160), "scratch": (31, -60), "stain": (32, 30)}
+    radius, degrees = places.get(kind, (0, 0))  # a chip needs the angle alone, the others neither
+    return radius + random.normal(0, 3.0), np.deg2rad(degrees + random.normal(0, 14))
+
+
+def _line(random, u: np.ndarray, v: np.ndarray, place: tuple[float, float], length: float, bend: float) -> np.ndarray:
+    """Distance (px) from a line through `place`, about tangential; its heading wanders, more with a larger `bend`."""
+    turns = gaussian_filter(random.normal(size=int(length / 0.7)), 4.0) * 3.0 * bend  # one for each 0.7 px
+    heading = place[1] + np.pi / 2 + random.normal(0, 0.35) + np.cumsum(turns)
+    path_u, path_v = np.cumsum(0.7 * np.cos(heading)), np.cumsum(0.7 * np.sin(heading))
+    path_u += place[0] * np.cos(place[1]) - path_u.mean()
+    path_v += place[0] * np.sin(place[1]) - path_v.mean()
+    return np.min(np.hypot(u[..., None] - path_u, v[..., None] - path_v), axis=-1)
