@@ -4,9 +4,9 @@ A .pth file is a pickle, and a pickle is a program. This reader runs none of it:
 together from a storage and refuses every other name, and it needs no PyTorch.
 """
 
-import collections
 import hashlib
 import io
+import math
 import pickle
 import re
 import struct
@@ -32,6 +32,14 @@ STORAGES = {
     "CharStorage": np.int8,
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
+}
+OPCODES = {  # of pickles: all that torch.save writes
+    getattr(pickle, name)[0]
+    for name in (
+        "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE "
+        "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+        "EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS"
+    ).split()
 }
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before version 1.6
 ZIP_MAGIC = b"PK\x03\x04"
@@ -74,9 +82,12 @@ def _read_safetensors(file: Path) -> Tensors:
 
 
 def _flat(content: Any) -> Tensors:
-    if not isinstance(content, dict) or not all(isinstance(value, np.ndarray) for value in content.values()):
+    plain = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, np.ndarray) for name, value in content.items()
+    )
+    if not plain:
         raise UserError("holds no plain dictionary of tensors: give the released backbone, not a training checkpoint")
-    return dict(content)
+    return content
 
 
 # ---- PyTorch's pickles ----
@@ -89,26 +100,53 @@ class _StorageType:
         self.dtype = np.dtype(dtype)
 
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_unused) -> np.ndarray:
-    """torch._utils._rebuild_tensor_v2: a strided view of a storage; what reaches beyond the storage is refused."""
+class _Storage:
+    """The bytes that tensors are views of."""
+
+    def __init__(self, data: bytes | np.ndarray, dtype: np.dtype):
+        self.data, self.dtype = data, dtype
+
+    def __len__(self) -> int:
+        return len(self.data) // self.dtype.itemsize
+
+
+def _rebuild_tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_unused) -> np.ndarray:
+    """torch._utils._rebuild_tensor_v2: a strided view of a storage; what reaches beyond the storage is refused.
+
+    Neither a copy nor more numbers than the storage has: a small file must not fill the memory.
+    """
+    if not isinstance(storage, _Storage):
+        raise UserError("builds a tensor on something that is not a storage")
     if any(n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
         raise UserError("holds a tensor with impossible strides")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if 0 not in size and last >= len(storage):
+    if 0 not in size and (last >= len(storage) or math.prod(size) > len(storage)):
         raise UserError("holds a tensor that reaches beyond its storage")
-    strides = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False).copy()
+    item = storage.dtype.itemsize  # np.ndarray checks the bounds once more
+    return np.ndarray(size, storage.dtype, storage.data, offset * item, tuple(step * item for step in stride))
 
 
 def _rebuild_parameter(tensor: np.ndarray, *_unused) -> np.ndarray:
     return tensor
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors and ordered dictionaries, and nothing else that could be called."""
+def _refuse(_unpickler) -> None:
+    raise UserError("is a pickle of more than tensors; nothing in it was run: give the original release's .pth")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Knows tensors and dictionaries, and nothing else that could be called.
+
+    The unpickler in Python, not the one in C, because its opcodes can be chosen: that one gives attributes to whatever
+    the file says (BUILD) and lets five bytes claim tens of GB (LONG_BINPUT with a high index).
+    """
+
+    dispatch = {code: run if code in OPCODES else _refuse for code, run in pickle._Unpickler.dispatch.items()}
+    # the attributes of a dictionary (a state_dict has _metadata) are of no use here
+    dispatch[pickle.BUILD[0]] = lambda self: self.stack.pop()
 
     ALLOWED = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("collections", "OrderedDict"): lambda: {},  # without arguments: the items follow
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
         ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     }
@@ -127,29 +165,32 @@ class _Unpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, reference):
-        kind, storage_type, key, _device, count, *_ = reference
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise UserError("refers to something that is not a storage")
-        return self._storage_of(str(key), storage_type.dtype, int(count))
+        match reference:
+            # one more part, if any, is the view of a storage, which only versions before 0.4 wrote
+            case ("storage", _StorageType(dtype=dtype), str(key), str(), int(count), *view) if not any(view):
+                return self._storage_of(key, dtype, count)
+        raise UserError("refers to something that is not a storage")
 
 
 def _read_zip(file: Path) -> Any:
     """The format since PyTorch 1.6: an archive with data.pkl and one entry for each storage."""
     with zipfile.ZipFile(file) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
+            raise UserError("is compressed or its entries overlap, which torch.save never does: unpack it first")
         names = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
         if not names:
             raise UserError("is an archive without data.pkl, so not a weight file: give the original release's .pth")
         prefix = names[0].removesuffix("data.pkl")
         if prefix + "byteorder" in archive.namelist() and archive.read(prefix + "byteorder") != b"little":
             raise UserError("was saved on a big-endian machine, which is not supported")
-        storages: Tensors = {}
+        storages: dict[str, _Storage] = {}
 
-        def storage_of(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        def storage_of(key: str, dtype: np.dtype, count: int) -> _Storage:
             if key not in storages:
                 data = archive.read(f"{prefix}data/{key}")
                 if len(data) != count * dtype.itemsize:
                     raise UserError(f"storage {key} has {len(data)} bytes where {count * dtype.itemsize} are due")
-                storages[key] = np.frombuffer(data, dtype)
+                storages[key] = _Storage(data, dtype)
             return storages[key]
 
         return _Unpickler(io.BytesIO(archive.read(names[0])), storage_of).load()
@@ -158,33 +199,36 @@ def _read_zip(file: Path) -> Any:
 def _read_legacy(file: Path) -> Any:
     """The format before: five pickles (magic, protocol, system, content, storage keys), then the storages' bytes.
 
-    The content comes before its numbers, so tensors are built on empty storages of the right size in a first reading of
-    it, and on the real ones in a second.
+    The content comes before its numbers, so tensors are built on storages that are filled afterwards.
     """
     with open(file, "rb") as stream:
-        empty: Tensors = {}
+        storages: dict[str, _Storage] = {}
+        left = file.stat().st_size
 
-        def reserve(key: str, dtype: np.dtype, count: int) -> np.ndarray:
-            if count * dtype.itemsize > file.stat().st_size:
-                raise UserError(f"storage {key} is larger than the file")
-            return empty.setdefault(key, np.zeros(count, dtype))
+        def reserve(key: str, dtype: np.dtype, count: int) -> _Storage:
+            nonlocal left
+            if key not in storages:
+                left -= count * dtype.itemsize
+                if left < 0:
+                    raise UserError(f"storage {key} is larger than the file")
+                storages[key] = _Storage(np.zeros(count * dtype.itemsize, np.uint8), dtype)
+            return storages[key]
 
-        def load(storage_of) -> Any:
-            return _Unpickler(stream, storage_of).load()
+        def load() -> Any:
+            return _Unpickler(stream, reserve).load()
 
-        if load(reserve) != LEGACY_MAGIC:
+        if load() != LEGACY_MAGIC:
             raise UserError("is a pickle, but not a weight file: give the original release's .pth")
-        load(reserve), load(reserve)
-        start = stream.tell()
-        load(reserve)
-        for key in load(reserve):
+        _protocol, _system, content, keys = load(), load(), load(), load()
+        if sorted(keys) != sorted(storages):
+            raise UserError("lists other storages than its tensors use")
+        for key in keys:
             (count,) = struct.unpack("<q", stream.read(8))
-            if key not in empty or count != len(empty[key]):
+            if count != len(storages[key]):
                 raise UserError(f"storage {key} has another size than the tensors say")
-            data = stream.read(empty[key].nbytes)
-            empty[key] = np.frombuffer(data, empty[key].dtype, count)
-        stream.seek(start)
-        return load(lambda key, dtype, count: empty[key])
+            if stream.readinto(storages[key].data) != len(storages[key].data):
+                raise UserError(f"ends within storage {key}: download it again")
+        return content
 
 
 # ---- names ----
