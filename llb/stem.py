@@ -88,17 +88,16 @@ def energies(images: jax.Array, patch: int = 8) -> jax.Array:
 
 
 class FilterBankStem(nn.Module):
-    """images (B, H, W, 3) → (B, P, width): the energies, standardised by fixed statistics, through a linear layer.
+    """energies (B, P, ENERGIES) → (B, P, width): standardised by fixed statistics, then a linear layer.
 
     "mean" and "std" are those of the energies over drawn images; pre-training sets them and never changes them.
     """
 
     width: int
-    patch: int
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, known: jax.Array) -> jax.Array:
         mean = self.param("mean", nn.initializers.zeros, (ENERGIES,))
         std = self.param("std", nn.initializers.ones, (ENERGIES,))
-        x = (energies(images, self.patch) - jax.lax.stop_gradient(mean)) / jax.lax.stop_gradient(std)
+        x = (known - jax.lax.stop_gradient(mean)) / jax.lax.stop_gradient(std)
         return nn.Dense(self.width, name="dense")(x)

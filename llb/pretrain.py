@@ -1,0 +1,214 @@
+"""Pre-train `tiny`, the embedded encoder, on images that llb.textures draws. No photograph is involved.
+
+    python -m llb.pretrain --export llb/weights/tiny.safetensors      made the shipped file, COST
+
+A small ViT sees the filter-bank energies (llb.stem) of some patches and predicts those of the hidden ones, so it has to
+learn how structure goes on from patch to patch (masked prediction, as in BEiT and MAE, of the fixed description that is
+its input). The energies of an image never change: they are computed once, when it is drawn, and training is all about
+the transformer.
+
+    energies   float16 (N, P, 53)     on disk; standardised by their mean and deviation over drawn images
+    hidden     bool (B, P)            20–60 % of each image's patches
+    tokens     depth × (B, T, D)      of the energies, the hidden ones replaced by the mask token
+    predicted  float32 (B, P, 53)     a linear layer on the last block
+    loss       Huber, 1.0 on hidden and 0.2 on seen patches
+
+An interrupted run goes on when the same command is given again.
+"""
+
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llb import textures
+from llb.checkpoint import open_checkpoints, restore_params, restore_state, save
+from llb.config import flag, influential, parse, real, whole
+from llb.console import choose_device, progress, run, say
+from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, SPECS, ViT
+from llb.files import read_json, write_json
+from llb.run import refuse_differences
+from llb.stem import ENERGIES, energies
+from llb.weights_io import write_tree
+
+SPEC = SPECS["tiny"]
+PATCHES = SPEC.native_grid**2
+DRAW_BATCH = 64  # images per call of the filter bank
+SAMPLE = 2000  # images that the energies' mean and deviation are taken over
+SAVE_SECONDS = 60.0
+
+
+@dataclass
+class Pretrain:
+    """Pre-train the embedded encoder on drawn images."""
+
+    out: str = flag("runs/pretrain", "folder for the drawn energies and the checkpoints", affects=False)
+    export: str | None = flag(None, "write the encoder's weights to this file at the end", affects=False, shown="none")
+    images: int = flag(6000, "number of drawn images", whole(1))
+    steps: int = flag(600, "optimiser steps", whole(1))
+    batch_size: int = flag(16, "images per step", whole(1))
+    learning_rate: float = flag(1.5e-3, "peak learning rate of AdamW", real(0, 1, True))
+    seed: int = flag(0, "all random numbers follow from it", whole(0))
+
+
+def main() -> None:
+    settings = parse(Pretrain)
+    say(choose_device())
+    out = Path(settings.out)
+    config = out / "config.json"
+    if config.exists():
+        refuse_differences(read_json(config), influential(settings), f"--out {out}", "give another --out")
+    else:
+        write_json(config, influential(settings))
+
+    known = draw_energies(settings, out / "energies.npy")
+    params = pretrain(settings, known, out / "checkpoints")
+    if settings.export:
+        about = {name: str(value) for name, value in influential(settings).items()}
+        write_tree(params, settings.export, about)
+        say(f"written: {settings.export}, {os.path.getsize(settings.export) / 1e6:.1f} MB")
+
+
+# ---- drawing ----
+
+
+def draw_image(index: int, seed: int) -> np.ndarray:
+    """Image `index` of the endless set that belongs to a seed: uint8 (S, S, 3)."""
+    return textures.draw(np.random.default_rng([seed, index]), SPEC.image_size)
+
+
+def draw_energies(settings: Pretrain, file: Path) -> np.ndarray:
+    """Draw every image and keep its energies, in `file`: float16 (N, P, E), memory-mapped.
+
+    Worker processes draw, about 70 images a second on two cores.
+    """
+    shape = (settings.images, PATCHES, ENERGIES)
+    describe = jax.jit(lambda x: energies((x.astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD))
+    if not file.exists():
+        unfinished = file.with_suffix(".partial")
+        array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
+        # spawn: a forked process must not inherit JAX's threads
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            drawn = pool.imap(partial(draw_image, seed=settings.seed), range(settings.images), chunksize=8)
+            for start in progress(range(0, settings.images, DRAW_BATCH), desc="drawing", unit="batch"):
+                images = np.zeros((DRAW_BATCH, SPEC.image_size, SPEC.image_size, 3), np.uint8)
+                count = min(DRAW_BATCH, settings.images - start)
+                images[:count] = [next(drawn) for _ in range(count)]
+                array[start : start + count] = describe(images)[:count]
+        array.flush()
+        del array  # Windows does not rename a mapped file
+        os.replace(unfinished, file)
+    return np.load(file, mmap_mode="r")
+
+
+# ---- what is learned ----
+
+
+class Predictor(nn.Module):
+    """The encoder and a linear head that is thrown away after pre-training."""
+
+    @nn.compact
+    def __call__(self, known: jax.Array, hidden: jax.Array) -> jax.Array:
+        """known: float32 (B, P, E), energies; hidden: bool (B, P) → predicted standardised energies (B, P, E)."""
+        x = ViT(SPEC, name="vit")(known, hidden)[-1][:, -PATCHES:]
+        x = nn.LayerNorm(1e-6, use_fast_variance=False, name="norm")(x)
+        return nn.Dense(ENERGIES, name="head")(x)
+
+
+def hide(key: jax.Array, images: int) -> jax.Array:
+    """bool (B, P): 20–60 % of the patches of each image; in half of the images lone patches, in the others blobs."""
+    share_key, fine_key, coarse_key, kind_key = jax.random.split(key, 4)
+    side = SPEC.native_grid
+    share = jax.random.uniform(share_key, (images, 1), minval=0.2, maxval=0.6)
+    fine = jax.random.uniform(fine_key, (images, side, side))
+    coarse = jax.image.resize(jax.random.uniform(coarse_key, (images, 5, 5)), (images, side, side), "linear")
+    blobs = jax.random.bernoulli(kind_key, 0.5, (images, 1, 1))
+    noise = jnp.where(blobs, coarse + 0.05 * fine, fine).reshape(images, -1)
+    return noise.argsort(axis=1).argsort(axis=1) < share * PATCHES
+
+
+def loss_of(params: dict, known: jax.Array, key: jax.Array) -> jax.Array:
+    """Scalar. known: float16 (B, P, E)."""
+    known = known.astype(jnp.float32)
+    stem = jax.lax.stop_gradient(params["vit"]["stem"])
+    hidden = hide(key, len(known))
+    predicted = Predictor().apply({"params": params}, known, hidden)
+    error = optax.huber_loss(predicted, (known - stem["mean"]) / stem["std"]).mean(axis=-1)  # (B, P)
+    return (error * jnp.where(hidden, 1.0, 0.2)).mean()
+
+
+# ---- the loop ----
+
+
+def make_optimizer(settings: Pretrain) -> optax.GradientTransformation:
+    """AdamW with a cosine schedule; biases, norms and tokens do not decay, and the stem's statistics never move."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 20, settings.steps)
+    decays = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+    adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.03, mask=decays))
+
+    def kind(path, _leaf) -> str:
+        return "fixed" if path[-1].key in ("mean", "std") else "learned"
+
+    return optax.multi_transform(
+        {"learned": adamw, "fixed": optax.set_to_zero()}, lambda params: jax.tree_util.tree_map_with_path(kind, params)
+    )
+
+
+def batch(settings: Pretrain, step: int) -> np.ndarray:
+    """int (B,), the images of a step: one shuffled pass over all images after another."""
+    positions = np.arange(step * settings.batch_size, (step + 1) * settings.batch_size)
+    number = positions // settings.images
+    orders = {p: np.random.default_rng([settings.seed, p]).permutation(settings.images) for p in set(number.tolist())}
+    return np.array([orders[p][i] for p, i in zip(number.tolist(), positions % settings.images)])
+
+
+def pretrain(settings: Pretrain, known: np.ndarray, folder: Path) -> dict:
+    """The trained encoder's parameters. known: float16 (N, P, E), energies of the drawn images."""
+    init_key, step_key = jax.random.split(jax.random.key(settings.seed))
+    optimizer = make_optimizer(settings)
+    sample = known[:SAMPLE].astype(np.float32).reshape(-1, ENERGIES)
+    statistics = {"mean": sample.mean(axis=0), "std": sample.std(axis=0) + 1e-3}
+
+    @jax.jit
+    def init() -> dict:
+        params = Predictor().init(init_key, jnp.zeros((1, PATCHES, ENERGIES)), jnp.zeros((1, PATCHES), bool))["params"]
+        params["vit"]["stem"] |= statistics
+        return {"params": params, "opt": optimizer.init(params)}
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: dict, known: jax.Array, step: jax.Array) -> tuple[dict, jax.Array]:
+        key = jax.random.fold_in(step_key, step)
+        loss, gradients = jax.value_and_grad(loss_of)(state["params"], known, key)
+        updates, opt = optimizer.update(gradients, state["opt"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, loss
+
+    with open_checkpoints(folder) as checkpoints:
+        start = checkpoints.latest_step() or 0
+        if start == settings.steps:
+            return restore_params(checkpoints)
+        state = restore_state(checkpoints, jax.eval_shape(init)) if start else init()
+        last_save = time.monotonic()
+        with progress(total=settings.steps, initial=start, desc="pre-training", unit="step") as bar:
+            for step in range(start, settings.steps):
+                state, loss = train_step(state, known[batch(settings, step)], np.int32(step))
+                bar.update()
+                if step % 20 == 0:  # reading a loss waits for the device
+                    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+                if time.monotonic() - last_save > SAVE_SECONDS:
+                    save(checkpoints, step + 1, jax.device_get(state), "")
+                    last_save = time.monotonic()
+        params = jax.device_get(state["params"])["vit"]
+        save(checkpoints, settings.steps, {"params": params}, "")
+    return params
+
+
+if __name__ == "__main__":
+    run(main)

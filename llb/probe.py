@@ -1,0 +1,163 @@
+"""How good are features? A nearest-neighbour detector without anything to train or to tune.
+
+    python -m llb.probe                                               the embedded set
+    python -m llb.probe --data ROOT --category NAME --noise-ratio A   a set with labels
+
+The features of each patch are averaged over its 3 × 3 neighbourhood and whitened by the training images' covariance;
+its distance to the nearest of 10,000 training patches is its anomaly (PatchCore, CVPR 2022, without its coreset).
+Compares `tiny` with what it must beat: itself with random weights, its own filter bank, and raw pixels. The three
+scripts do not need it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.ndimage import uniform_filter
+
+from llb.config import flag, parse, real, whole
+from llb.console import choose_device, progress, run, say
+from llb.data import choose_categories, load_category, load_image, load_mask
+from llb.dinomaly import map_matrix
+from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, SPECS, ViT, load_encoder
+from llb.metrics import image_metrics, pixel_metrics
+from llb.run import data_root
+from llb.stem import energies, pool
+
+MEMORY = 10_000  # patches
+TOP_PATCHES = 0.02  # share of a map's patches whose mean is the image score
+SHRINK = 1e-3  # of the largest variance, added to all: directions without information stay without
+SPEC = SPECS["tiny"]
+ENCODE_BATCH = 32
+
+Describe = Callable[[jax.Array], jax.Array]  # float32 (B, S, S, 3), ImageNet-normalised → (B, P, D)
+
+
+@dataclass
+class Probe:
+    """Compare features by a nearest-neighbour detector."""
+
+    data: str | None = flag(None, "a set with labels, as for stage 1", shown="the embedded set")
+    category: str | None = flag(None, "one category", shown="the only one there is")
+    noise_ratio: float = flag(0.0, "share of defective images in train, as for stage 1", real(0, 1))
+    out: str = flag("runs/probe", "where the embedded set is drawn")
+    seed: int = flag(0, "which patches are remembered, and the random weights", whole(0))
+
+
+def main() -> None:
+    settings = parse(Probe)
+    say(choose_device())
+    root = data_root(Path(settings.out), settings.data)
+    dataset = load_category(root, choose_categories(root, settings.category)[0], settings.noise_ratio, settings.seed)
+    train, test = (
+        np.stack([load_image(root / record.path, SPEC.image_size) for record in records])
+        for records in (dataset.train, dataset.test)
+    )
+    train_labels, labels = ([record.label for record in records] for records in (dataset.train, dataset.test))
+    masks = np.zeros(test.shape[:3], bool)
+    for index, record in enumerate(dataset.test):
+        if record.mask:
+            masks[index] = load_mask(root / record.mask, SPEC.image_size)
+
+    say(f"{'features':24} image AUROC  pixel AUROC  AUROC of the ranking in train")
+    for name, describe in features(settings.seed).items():
+        known, seen = (apply(describe, images, name) for images in (train, test))
+        distances, scores = nearest_neighbours(known, seen, settings.seed)
+        image = image_metrics(labels, scores)["image_auroc"]
+        pixel = pixel_metrics(masks, full_size(distances, SPEC.image_size))["pixel_auroc"]
+        row = [image, pixel]
+        if settings.noise_ratio:
+            row.append(image_metrics(train_labels, nearest_neighbours(known, None, settings.seed)[1])["image_auroc"])
+        say(f"{name:24} " + "  ".join("     –     " if x is None else f"{x:11.3f}" for x in row))
+
+
+def features(seed: int) -> dict[str, Describe]:
+    """What is compared. Tokens are averaged over the blocks that Dinomaly reconstructs."""
+    blocks = sum(SPEC.groups, ())
+
+    def tokens(params: dict, images: jax.Array) -> jax.Array:
+        outputs = ViT(SPEC).apply({"params": params}, images)
+        return sum(outputs[block] for block in blocks)[:, 1 + SPEC.registers :] / len(blocks)
+
+    trained = load_encoder("tiny").params
+    random = ViT(SPEC).init(jax.random.key(seed), jnp.zeros((1, SPEC.image_size, SPEC.image_size, 3)))["params"]
+    random["stem"] |= {name: trained["stem"][name] for name in ("mean", "std")}
+    return {
+        "raw patches": lambda images: pool(images, SPEC.patch).reshape(len(images), SPEC.native_grid**2, -1),
+        "filter-bank energies": partial(energies, patch=SPEC.patch),
+        "tiny, random weights": partial(tokens, random),
+        "tiny": partial(tokens, trained),
+    }
+
+
+def apply(describe: Describe, images: np.ndarray, title: str) -> np.ndarray:
+    """uint8 (N, S, S, 3) → float32 (N, P, D)."""
+    compiled = jax.jit(lambda x: describe((x.astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD))
+    parts = []
+    for start in progress(range(0, len(images), ENCODE_BATCH), desc=title, unit="batch"):
+        part = images[start : start + ENCODE_BATCH]
+        parts.append(np.asarray(compiled(np.resize(part, (ENCODE_BATCH, *images.shape[1:]))))[: len(part)])
+    return np.concatenate(parts)
+
+
+def neighbourhoods(features: np.ndarray) -> np.ndarray:
+    """float (N, P, D), patches of a square grid → float32 (N, P, D): the mean over 3 × 3 patches, mirrored borders."""
+    images, patches, width = features.shape
+    grid = round(patches**0.5)
+    square = features.astype(np.float32).reshape(images, grid, grid, width)
+    return uniform_filter(square, (0, 3, 3, 0), mode="reflect").reshape(images, patches, width)
+
+
+def whitening(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (n, D) → mean (D,) and matrix (D, D): (x − mean) @ matrix has unit covariance, but for SHRINK."""
+    mean = rows.mean(axis=0)
+    variance, axes = np.linalg.eigh(np.cov((rows - mean).T))
+    return mean, (axes / np.sqrt(variance + SHRINK * variance[-1])).astype(np.float32)
+
+
+@partial(jax.jit, static_argnames="leave_out")
+def _nearest(queries: jax.Array, memory: jax.Array, own: jax.Array, origin: jax.Array, leave_out: bool) -> jax.Array:
+    """(P, D), (n, D) → (P,): distance to the nearest; `leave_out` ignores memory patches whose origin is `own`."""
+    square = (queries**2).sum(1)[:, None] + (memory**2).sum(1) - 2 * queries @ memory.T
+    if leave_out:
+        square = jnp.where(origin == own, jnp.inf, square)
+    return jnp.sqrt(jnp.maximum(square.min(axis=1), 0))
+
+
+def nearest_neighbours(train: np.ndarray, test: np.ndarray | None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Distances of patches to those of a training set.
+
+    Args:
+        train: float (N, P, D).
+        test: float (M, P, D); None scores the training images themselves, each against the patches of the others.
+        seed: which patches are remembered.
+
+    Returns:
+        distances float32 (M, P), and image scores float32 (M,), the mean of the highest 2 % of an image's patches.
+    """
+    train = neighbourhoods(train)
+    images, patches, width = train.shape
+    rows = train.reshape(-1, width)
+    picked = np.random.default_rng(seed).permutation(len(rows))[:MEMORY]
+    mean, matrix = whitening(rows[picked])
+    memory, origin = (rows[picked] - mean) @ matrix, picked // patches
+    queries = train if test is None else neighbourhoods(test)
+    whitened = [(query - mean) @ matrix for query in queries]
+    distances = np.stack([_nearest(query, memory, i, origin, test is None) for i, query in enumerate(whitened)])
+    top = max(1, int(TOP_PATCHES * patches))
+    return distances, np.sort(distances, axis=1)[:, -top:].mean(axis=1)
+
+
+def full_size(distances: np.ndarray, size: int) -> np.ndarray:
+    """float32 (M, P) → (M, size, size): upsampled and blurred as the detector's own maps are."""
+    grid = round(distances.shape[1] ** 0.5)
+    matrix = map_matrix(size, grid)
+    return np.einsum("sg,mgh,th->mst", matrix, distances.reshape(-1, grid, grid), matrix, optimize=True)
+
+
+if __name__ == "__main__":
+    run(main)

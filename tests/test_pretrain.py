@@ -1,0 +1,96 @@
+"""Pre-training: what is hidden, what moves, going on, and the file that is shipped."""
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import llb.pretrain
+from llb import load_encoder, textures
+from llb.checkpoint import restore_params
+from llb.encoder import SPECS, ViT
+from llb.pretrain import PATCHES, Pretrain, batch, hide, pretrain
+from llb.stem import ENERGIES
+
+KNOWN = np.random.default_rng(0).normal(3, 2, (12, PATCHES, ENERGIES)).astype(np.float16)
+SETTINGS = Pretrain(images=12, steps=4, batch_size=2)
+
+
+def flat(params: dict) -> dict[str, np.ndarray]:
+    return flatten_dict(params, sep="/")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return flat(pretrain(SETTINGS, KNOWN, tmp_path_factory.mktemp("whole")))
+
+
+def test_between_a_fifth_and_three_fifths_of_the_patches_are_hidden():
+    hidden = np.asarray(hide(jax.random.key(0), 400))
+    share = hidden.mean(axis=1)
+    assert 0.2 <= share.min() < 0.25 and 0.55 < share.max() <= 0.605
+    # blobs: in half of the images a hidden patch's right neighbour is mostly hidden, too
+    square = hidden.reshape(-1, 14, 14)
+    together = (square[:, :, 1:] & square[:, :, :-1]).sum(axis=(1, 2)) / square[:, :, :-1].sum(axis=(1, 2))
+    assert 0.4 < np.mean(together > share + 0.15) < 0.6
+
+
+def test_everything_is_trained_but_the_stems_statistics(trained, tmp_path):
+    rows = KNOWN.astype(np.float32).reshape(-1, ENERGIES)
+    np.testing.assert_allclose(trained["stem/mean"], rows.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(trained["stem/std"], rows.std(axis=0) + 1e-3, rtol=1e-5)
+    start = flat(pretrain(Pretrain(images=12, steps=1, batch_size=2), KNOWN, tmp_path))
+    for name in trained.keys() - {"stem/mean", "stem/std"}:
+        assert (trained[name] != start[name]).any(), name
+
+
+def test_an_interrupted_pre_training_ends_as_if_it_had_not_been(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(llb.pretrain, "SAVE_SECONDS", 0.0)
+
+    def stop_at_step_3(settings, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return batch(settings, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(llb.pretrain, "batch", stop_at_step_3)
+        pretrain(SETTINGS, KNOWN, tmp_path)
+    resumed = flat(pretrain(SETTINGS, KNOWN, tmp_path))
+    for name, value in trained.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+    with llb.pretrain.open_checkpoints(tmp_path) as checkpoints:
+        assert flat(restore_params(checkpoints)).keys() == trained.keys()
+
+
+def test_every_pass_shows_each_image_once():
+    seen = np.concatenate([batch(Pretrain(images=5, batch_size=3), step) for step in range(10)]).reshape(6, 5)
+    assert (np.sort(seen, axis=1) == np.arange(5)).all() and len({tuple(row) for row in seen}) > 1
+
+
+def test_energies_in_place_of_images_give_the_same_tokens():
+    from llb.stem import energies
+
+    encoder = load_encoder("tiny")
+    images = np.random.default_rng(1).normal(size=(1, 112, 112, 3)).astype(np.float32)
+    tokens = ViT(SPECS["tiny"]).apply({"params": encoder.params}, energies(images))
+    np.testing.assert_allclose(tokens[-1], encoder(images)[-1], atol=1e-4)
+
+
+def test_drawn_images_follow_from_their_seed_and_differ():
+    one, again, other = (textures.draw(np.random.default_rng([seed, 5])) for seed in (0, 0, 1))
+    assert one.shape == (112, 112, 3) and one.dtype == np.uint8
+    assert (one == again).all() and (one != other).any()
+
+
+@pytest.mark.parametrize("kind", textures.KINDS)
+def test_every_kind_of_drawing_has_structure(kind):
+    image = textures.draw(np.random.default_rng(3), kinds=(kind,))
+    assert image.std() > 2
+
+
+def test_the_shipped_file_is_small_and_no_random_network():
+    assert llb.encoder.TINY_WEIGHTS.stat().st_size < 12e6
+    encoder = load_encoder("tiny")
+    assert sum(leaf.size for leaf in jax.tree.leaves(encoder.params)) < 6e6
+    statistics = encoder.params["stem"]
+    assert (np.asarray(statistics["std"]) > 0.01).all() and np.abs(statistics["mean"]).max() > 1

@@ -1,0 +1,51 @@
+"""The nearest-neighbour detector against a plain loop."""
+
+import numpy as np
+import pytest
+
+from llb.probe import full_size, nearest_neighbours, neighbourhoods, whitening
+
+RANDOM = np.random.default_rng(0)
+TRAIN, TEST = RANDOM.normal(size=(6, 16, 5)), RANDOM.normal(size=(3, 16, 5))
+
+
+def by_loops(train, queries, own=None):
+    mean, matrix = whitening(train.reshape(-1, train.shape[-1]))
+    distances = np.empty(queries.shape[:2])
+    for i, query in enumerate(queries):
+        memory = np.delete(train, i, axis=0) if own else train
+        for p, patch in enumerate(query):
+            distances[i, p] = min(np.linalg.norm((patch - other) @ matrix) for other in memory.reshape(-1, 5))
+    return distances
+
+
+def test_distances_equal_a_plain_loop():
+    distances, scores = nearest_neighbours(TRAIN, TEST)
+    expected = by_loops(neighbourhoods(TRAIN), neighbourhoods(TEST))
+    np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(scores, distances.max(axis=1))  # 2 % of 16 patches is one
+
+
+def test_a_training_image_is_compared_with_the_others_only():
+    distances, _ = nearest_neighbours(TRAIN, None)
+    expected = by_loops(neighbourhoods(TRAIN), neighbourhoods(TRAIN), own=True)
+    np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_whitened_features_have_unit_covariance():
+    rows = RANDOM.normal(size=(500, 2)) @ np.array([[2.0, 1.0], [0.0, 1.0]])
+    mean, matrix = whitening(rows)
+    assert np.cov(((rows - mean) @ matrix).T) == pytest.approx(np.eye(2), abs=0.02)
+
+
+def test_neighbourhoods_are_means_of_nine():
+    features = RANDOM.normal(size=(1, 25, 2))
+    square = features.reshape(5, 5, 2)
+    np.testing.assert_allclose(neighbourhoods(features)[0, 12], square[1:4, 1:4].mean(axis=(0, 1)), rtol=1e-5)
+
+
+def test_full_size_maps_peak_where_the_distance_does():
+    distances = np.zeros((1, 196), np.float32)
+    distances[0, 14 * 3 + 10] = 1
+    row, column = np.unravel_index(full_size(distances, 112)[0].argmax(), (112, 112))
+    assert abs(row / 111 * 13 - 3) < 0.6 and abs(column / 111 * 13 - 10) < 0.6
