@@ -62,5 +62,6 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # not sys.exit: JAX's threads, still at work, can crash an interpreter that takes itself apart

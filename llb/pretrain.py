@@ -202,7 +202,7 @@ def pretrain(settings: Pretrain, known: np.ndarray, folder: Path) -> dict:
                 bar.update()
                 if step % 20 == 0:  # reading a loss waits for the device
                     bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-                if time.monotonic() - last_save > SAVE_SECONDS:
+                if time.monotonic() - last_save > SAVE_SECONDS and step + 1 < settings.steps:
                     save(checkpoints, step + 1, jax.device_get(state), "")
                     last_save = time.monotonic()
         params = jax.device_get(state["params"])["vit"]
