@@ -1,6 +1,6 @@
 """Pre-train `tiny`, the embedded encoder, on images that llb.textures draws. No photograph is involved.
 
-    python -m llb.pretrain --export llb/weights/tiny.safetensors      made the shipped file, COST
+    python -m llb.pretrain --export llb/weights/tiny.safetensors      made the shipped file in 19 minutes
 
 A small ViT sees the filter-bank energies (llb.stem) of some patches and predicts those of the hidden ones, so it has to
 learn how structure goes on from patch to patch (masked prediction, as in BEiT and MAE, of the fixed description that is
