@@ -33,7 +33,8 @@ SUSPECTS = 24  # images on the contact sheet
 
 def main() -> None:
     # ---- settings, data, encoder: all that can be wrong is found before anything is written ----
-    settings, out = parse(Stage1), Path(parse(Stage1).out)
+    settings = parse(Stage1)
+    out = Path(settings.out)
     say(device := choose_device())
     writable(out)
     root = data_root(out, settings.data)
