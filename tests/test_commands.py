@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -419,16 +420,21 @@ def test_help_lists_every_flag_with_its_default(script, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 def test_ctrl_c_ends_with_one_line(data, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", data, "--out", run, "--steps", 100_000, *SMALL]
     line = [sys.executable, ROOT / "stage1_partition.py", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(list(map(str, line)), env=environment, stderr=subprocess.PIPE, text=True)
+    # a shell's background job hands down that SIGINT is ignored
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        list(map(str, line)), env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeded
+    )
     while not (run / "tile" / "stage1").is_dir():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
