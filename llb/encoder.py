@@ -238,6 +238,20 @@ class Encoder:
         """Pure: float32 (B, H, W, 3), ImageNet-normalised → depth × (B, T, D). For use inside a jitted function."""
         return ViT(self.spec).apply({"params": params}, images)
 
+    def features(self, params: dict, images: jax.Array) -> jax.Array:
+        """Pure: what Dinomaly reconstructs, float32 (B, H, W, 3) → (B, 2, T, D), the means of two groups of blocks.
+
+        tiny's are whitened by their mean and covariance over drawn images, which come with its weights: trained for
+        minutes, it puts most of its variance into a few directions (brightness, contrast), and a cosine would see
+        nothing else.
+        """
+        tokens = self.apply(params, images)
+        groups = jnp.stack([sum(tokens[block] for block in group) / len(group) for group in self.spec.groups], axis=1)
+        if self.spec.filter_bank:
+            mean, matrix = params["whitening"]["mean"], params["whitening"]["matrix"]  # (2, D), (2, D, D)
+            groups = jnp.einsum("bgtd,gde->bgte", groups - mean[:, None], matrix)
+        return groups
+
     def __call__(self, images: jax.Array) -> list[jax.Array]:
         """Compiled `apply` with this encoder's weights."""
         return _apply(self.params, jnp.asarray(images), self.spec)
@@ -283,4 +297,11 @@ def parameter_shapes(spec: Spec) -> dict:
     """The tree of shapes of an encoder's parameters."""
     side = spec.native_grid * spec.patch
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    return jax.eval_shape(ViT(spec).init, jax.random.key(0), images)["params"]
+    shapes = jax.eval_shape(ViT(spec).init, jax.random.key(0), images)["params"]
+    if spec.filter_bank:
+        groups, width = len(spec.groups), spec.width
+        shapes["whitening"] = {
+            "mean": jax.ShapeDtypeStruct((groups, width), jnp.float32),
+            "matrix": jax.ShapeDtypeStruct((groups, width, width), jnp.float32),
+        }
+    return shapes

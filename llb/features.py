@@ -2,7 +2,7 @@
 
     image     uint8   (S, S, 3)
     tokens    float32 (B, T, D) from every block of the encoder
-    features  float16 (N, 2, T, D): the means of the two groups of blocks that Dinomaly reconstructs
+    features  float16 (N, 2, T, D): the means of the two groups of blocks that Dinomaly reconstructs (Encoder.features)
 
 Whoever trains or scores holds a function `fetch(indices) → features`: `cached` looks the rows up, `streamed` computes
 them anew each time. Both round to float16 (half the disk and traffic; its step of 2⁻¹¹ moves a cosine distance by about
@@ -44,9 +44,8 @@ def make_encode(encoder: Encoder) -> Encode:
 
     @jax.jit
     def encode(params, images: jax.Array) -> jax.Array:
-        tokens = encoder.apply(params, (images.astype(jnp.float32) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD)
-        groups = [sum(tokens[block] for block in group) / len(group) for group in encoder.spec.groups]
-        return jnp.stack(groups, axis=1).astype(jnp.float16)  # (b, 2, T, D)
+        images = (images.astype(jnp.float32) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
+        return encoder.features(params, images).astype(jnp.float16)  # (b, 2, T, D)
 
     def encode_batch(images: np.ndarray) -> np.ndarray:
         padded = np.zeros((ENCODE_BATCH, *images.shape[1:]), np.uint8)

@@ -9,7 +9,7 @@ import llb.pretrain
 from llb import load_encoder, textures
 from llb.checkpoint import restore_params
 from llb.encoder import SPECS, ViT
-from llb.pretrain import PATCHES, Pretrain, batch, hide, pretrain
+from llb.pretrain import PATCHES, Pretrain, batch, hide, pretrain, whitening
 from llb.stem import ENERGIES
 
 KNOWN = np.random.default_rng(0).normal(3, 2, (12, PATCHES, ENERGIES)).astype(np.float16)
@@ -74,6 +74,22 @@ def test_energies_in_place_of_images_give_the_same_tokens():
     images = np.random.default_rng(1).normal(size=(1, 112, 112, 3)).astype(np.float32)
     tokens = ViT(SPECS["tiny"]).apply({"params": encoder.params}, energies(images))
     np.testing.assert_allclose(tokens[-1], encoder(images)[-1], atol=1e-4)
+
+
+def test_whitened_patches_of_both_groups_have_unit_covariance():
+    encoder = load_encoder("tiny")
+    images = np.stack([textures.draw(np.random.default_rng([9, i])) for i in range(24)])
+    images = (images / 255 - llb.encoder.IMAGENET_MEAN) / llb.encoder.IMAGENET_STD
+    known = np.asarray(llb.pretrain.energies(images.astype(np.float32)))
+    fresh = encoder.params | {"whitening": whitening(encoder.params, known)}
+    features = np.asarray(encoder.features(fresh, images.astype(np.float32)))[:, :, -PATCHES:]
+    for group in range(2):
+        covariance = np.cov(features[:, group].reshape(-1, 192).T)
+        assert 0.4 < np.diag(covariance).min() and np.diag(covariance).max() < 1.01
+        assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 0.3
+    # the shipped statistics, on images that they were not made of
+    features = np.asarray(encoder.features(encoder.params, images.astype(np.float32)))[:, :, -PATCHES:]
+    assert 0.3 < features.std() < 2 and abs(features.mean()) < 0.3
 
 
 def test_drawn_images_follow_from_their_seed_and_differ():
