@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -426,11 +425,11 @@ def test_ctrl_c_ends_with_one_line(data, tmp_path):
     arguments = ["--data", data, "--out", run, "--steps", 100_000, *SMALL]
     line = [sys.executable, ROOT / "stage1_partition.py", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    # a shell's background job hands down that SIGINT is ignored
-    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        list(map(str, line)), env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeded
-    )
+    # "ignored" is handed down to a child, a handler is not: where this suite is a shell's background job,
+    # which ignores SIGINT, the child would too (preexec_fn would fork, which JAX warns of)
+    here = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(list(map(str, line)), env=environment, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, here)
     while not (run / "tile" / "stage1").is_dir():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
