@@ -130,7 +130,7 @@ def load_masks(root: Path, records: list[Record], size: int) -> np.ndarray | Non
 
 
 def write_examples(
-    file: Path, root: Path, records: list[Record], scores: np.ndarray, params, training: Training, fetch: Fetch, size: int
+    file: Path, root: Path, records: list[Record], scores: np.ndarray, params, training: Training, fetch: Fetch, size
 ) -> None:
     """The images around every level of the ranking: EXAMPLES of them, from the highest score to the lowest.
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,39 @@ def test_maps_read_back_as_the_scores_say(finished):
             heat = np.asarray(image).astype(np.float32) * float(image.info["scale"])
         assert heat.shape == (32, 32)
         assert float(image_score(heat[None])[0]) == pytest.approx(float(row["score"]), rel=1e-3)
+
+
+def test_maps_are_let_go_of_and_examples_show_their_own_images_map(finished, tmp_path, capsys, monkeypatch):
+    """Batches of two in place of one of all six: the same files, and never more than two batches alive."""
+    import evaluate
+    import llb.train
+
+    run = shutil.copytree(finished, tmp_path / "run")
+    batches, alive, examples = [], [], []
+    accumulate, contact_sheet = evaluate.accumulate, evaluate.contact_sheet
+
+    def watched(counts, masks, maps):
+        while maps.base is not None:  # a view: watch what holds the memory
+            maps = maps.base
+        batches.append(weakref.ref(maps))
+        alive.append(sum(batch() is not None for batch in batches))
+        return accumulate(counts, masks, maps)
+
+    def shown(tiles):
+        examples.extend(tiles)
+        return contact_sheet(tiles)
+
+    monkeypatch.setattr(llb.train, "SCORE_BATCH", 2)
+    monkeypatch.setattr(evaluate, "accumulate", watched)
+    monkeypatch.setattr(evaluate, "contact_sheet", shown)
+    assert command(capsys, "evaluate", "--run", run, "--train-on", "all", "--save-maps", "--overwrite")[0] == 0
+    assert len(batches) == 3 and max(alive) <= 2
+    metrics, expected = (json.loads((folder / "metrics.json").read_text())["tile"]["all"] for folder in (run, finished))
+    assert metrics == pytest.approx(expected, abs=1e-5)
+    assert len(examples) == 6 and not (run / "tile" / ".maps-all.tmp").exists()
+    for _, heat, (_, path) in examples:
+        with Image.open(run / "tile" / "maps-all" / f"{path}.png") as image:
+            np.testing.assert_allclose(np.asarray(image) * float(image.info["scale"]), heat, atol=2e-5)
 
 
 def test_finished_stages_are_not_repeated(finished, data, capsys):
