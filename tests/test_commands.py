@@ -164,9 +164,10 @@ def test_maps_are_let_go_of_and_examples_show_their_own_images_map(finished, tmp
     accumulate, contact_sheet = evaluate.accumulate, evaluate.contact_sheet
 
     def watched(counts, masks, maps):
-        while maps.base is not None:  # a view: watch what holds the memory
-            maps = maps.base
-        batches.append(weakref.ref(maps))
+        memory = maps
+        while isinstance(memory.base, np.ndarray):  # a view: watch what holds the memory
+            memory = memory.base
+        batches.append(weakref.ref(memory))
         alive.append(sum(batch() is not None for batch in batches))
         return accumulate(counts, masks, maps)
 
