@@ -9,6 +9,8 @@ from pathlib import Path
 # Always a new folder: no test sees what an earlier suite, or a user's run, has left.
 COMPILED = tempfile.TemporaryDirectory(prefix="llb-compiled-", ignore_cleanup_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# and quickly: most of the suite's time is XLA optimising programs that then run for milliseconds
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax  # noqa: E402 (reads the variable)
 
