@@ -169,7 +169,8 @@ def _compute(encoder, encode, paths, file, shape, state, state_file, title) -> N
 
 def _fingerprint(encoder: Encoder, paths: Sequence[Path]) -> str:
     """A digest of what the features depend on: the encoder, its weights, and every image's path, size and date."""
-    digest = hashlib.sha256(f"{encoder.spec} {encoder.image_size} {encoder.weights_digest}".encode())
+    about = f"{encoder.spec} {encoder.image_size} {encoder.weights_digest} {encoder.precision}"
+    digest = hashlib.sha256(about.encode())
     for path in paths:
         try:
             status = path.stat()

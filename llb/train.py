@@ -62,9 +62,9 @@ class Training:
 def make_training(
     encoder: Encoder, recipe: Recipe, learning_rate: float, dropout: float, steps: int, batch_size: int
 ) -> Training:
-    """Dinomaly as large as the encoder asks: as many decoder blocks as are reconstructed, the encoder's heads."""
+    """Dinomaly as large as the encoder asks: as many decoder blocks as are reconstructed, its heads and precision."""
     depth = sum(len(group) for group in encoder.spec.groups)
-    model = Dinomaly(depth, encoder.spec.heads, encoder.grid**2, dropout, recipe.linear_init)
+    model = Dinomaly(depth, encoder.spec.heads, encoder.grid**2, dropout, recipe.linear_init, encoder.precision)
     return Training(model, recipe, learning_rate, steps, batch_size)
 
 
