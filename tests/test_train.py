@@ -1,5 +1,7 @@
 """K sub-models trained together are those trained alone, on any number of devices, interrupted or not."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -183,3 +185,36 @@ def test_every_image_is_scored_once_and_the_last_batch_adds_nothing():
         by_order, score_all(params, model, FEATURES.__getitem__, IMAGES, 24, "t")[order, 0], rtol=1e-5
     )
     assert np.concatenate([part[2] for part in parts]).shape == (IMAGES, 1, 24, 24)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's, as Linux counts it."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+@pytest.mark.slow  # reads 270 MB of features, since fewer would drown in what JAX itself needs
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted as Linux does")
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """Features that are read from disk are never held in memory, neither in training nor in scoring."""
+    patches, width = 256, 64
+    model = Dinomaly(2, 2, patches, 0.2, RECIPES["dinomaly"].linear_init)
+    setting = Training(model, RECIPES["dinomaly"], 2e-3, steps=20, batch_size=4)
+
+    def peak(images: int) -> tuple[int, int]:
+        file = tmp_path / f"{images}.npy"
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=(images, 2, patches, width))
+        array, seen = np.load(file, mmap_mode="r"), []
+
+        def fetch(indices):
+            seen.append(anonymous_bytes())
+            return array[indices]
+
+        folder = tmp_path / f"checkpoints-{images}"
+        params = train(setting, fetch, [np.arange(images)], KEYS[:1], folder, "d", "t", jax.devices()[:1])
+        score_all(params, model, fetch, images, 16, "t")
+        return max(seen), array.nbytes
+
+    peak(40)  # compiles
+    (small, _), (large, features) = peak(400), peak(4000)
+    assert large - small < features / 4 and large < 1.2 * small
