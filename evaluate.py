@@ -39,7 +39,7 @@ def main() -> None:
     out, config = read_run(settings.run)
     names = config["categories"]
     detectors = trained_on(out, config, settings.train_on)  # what stage 2 has finished for every category
-    encoder = load_encoder(config["encoder"], config["weights"], config["image_size"])
+    encoder = load_encoder(config["encoder"], config["weights"], config["image_size"], config["precision"])
     encode = make_encode(encoder)
 
     metrics = read_json(out / METRICS) if (out / METRICS).exists() else {}

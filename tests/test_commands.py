@@ -276,9 +276,12 @@ def test_a_plain_folder_is_scored_whole_without_metrics(tmp_path, capsys):
     folder, run = tmp_path / "parts", tmp_path / "run"
     for i in range(6):
         draw(folder / "deep" / f"{i}.png", i)
-    assert command(capsys, "stage1_partition", "--data", folder, "--out", run, "--steps", 2, *SMALL)[0] == 0
-    assert command(capsys, "stage2_train", "--run", run, "--steps", 2)[0] == 0
+    rounded = ("--precision", "bfloat16")  # later stages take it from the run, and find the features of stage 1
+    assert command(capsys, "stage1_partition", "--data", folder, "--out", run, "--steps", 2, *rounded, *SMALL)[0] == 0
+    status, out, _ = command(capsys, "stage2_train", "--run", run, "--steps", 2)
+    assert status == 0 and "features of 6 images found" in out
     assert command(capsys, "evaluate", "--run", run)[0] == 0
+    assert json.loads((run / "config.json").read_text())["precision"] == "bfloat16"
     assert len(rows_of(run / "parts" / "predictions-purified.csv")) == 6
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["parts"]["purified"].values()) == {None}
@@ -335,7 +338,7 @@ llb.console.run(stage1_partition.main)
 def test_a_killed_run_ends_with_the_same_files(data, tmp_path):
     """kill -9 while features are computed, then in the middle of training; the same command goes on each time."""
     run = tmp_path / "run"
-    arguments = ["--data", data, "--out", run, "--noise-ratio", 0.25, "--steps", 40, *SMALL]
+    arguments = ["--data", data, "--out", run, "--noise-ratio", 0.25, "--steps", 100, *SMALL]
     line = [sys.executable, "-c", EAGER, *map(str, arguments)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
 
