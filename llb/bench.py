@@ -304,6 +304,7 @@ def reference_ways(stage: Stage, rounds: int) -> dict[str, Way]:
     hard = np.int32(hard_positions(training.recipe, 0, size * training.model.patches))
     steps, batches = -(-training.steps // rounds), -(-len(stage.images) // size // rounds)
     compiled = jax.jit(partial(reference.encode, spec=spec))
+    init = jax.jit(reference.optimizer(training, 1).init)
 
     def encode(calls: int = batches) -> None:
         for call in range(calls):
@@ -316,7 +317,7 @@ def reference_ways(stage: Stage, rounds: int) -> dict[str, Way]:
         for subset, params in zip(stage.subsets, stage.params):
             passes = np.int32(-(-len(subset) // size))
             params = jax.tree.map(jnp.array, params)  # copied, as the step takes the state's memory
-            state = {"params": params, "opt": reference.optimizer(training, passes).init(params)}
+            state = {"params": params, "opt": init(params)}
             for step in range(steps):
                 images = stage.images[random.choice(subset, size)]
                 key = jax.random.fold_in(jax.random.key(0), step)
@@ -335,6 +336,25 @@ def reference_ways(stage: Stage, rounds: int) -> dict[str, Way]:
         "training step": Way(training_steps, steps, partial(training_steps, 1)),
         "scoring": Way(scoring, batches * size, partial(scoring, 1, 1)),
     }
+
+
+def torch_ways(torch, stage: Stage, name: str) -> tuple[dict[str, Way], dict[str, float]]:
+    """PyTorch's, on one sub-model, for the K cost alike; and how far its results are from the reference's in JAX."""
+    encoder, training, count = stage.encoder, stage.training, len(stage.subsets)
+    one = torch.Stage1(stage, name.split()[1])
+    batch = np.arange(training.batch_size) % len(stage.images)
+    images = stage.images[batch]
+    distances = reference.distances(encoder.params, stage.params[0], images, spec=encoder.spec, model=training.model)
+    differences = {
+        "features": difference(one.features(batch), reference.encode(encoder.params, images, encoder.spec)),
+        "distances": difference(one.distances(batch), distances),
+    }
+    ways = {
+        "encoder": Way(lambda: [one.features(batch) for _ in range(2)], 2 * len(batch)),
+        "training step": Way(lambda: one.train(2), 2 / count, lambda: one.train(1)),
+        "scoring": Way(lambda: [one.score(batch) for _ in range(2)], 2 * len(batch) / count),
+    }
+    return ways, differences
 
 
 def add_whole(timings: Timings, images: int, steps: int) -> None:
@@ -511,7 +531,7 @@ def measure(settings: Bench, spec: Spec, device: str) -> dict[str, Any]:
             parts[part][JAX] = way
         if torch:
             for name in TORCH:
-                ways, agreements[name] = torch.ways(name, stage)
+                ways, agreements[name] = torch_ways(torch, stage, name)
                 for part, way in ways.items():
                     parts[part][name] = way
         timings = take_turns({"matrix product": product_ways()} | parts, settings.rounds)
