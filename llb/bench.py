@@ -196,13 +196,13 @@ def random_encoder(spec: Spec, size: int) -> Encoder:
     return Encoder(spec, params, size, "random")
 
 
-def draw_photos(folder: Path, count: int) -> list[Path]:
-    """JPEG files of the size that Real-IAD's have."""
+def draw_photos(folder: Path, count: int, side: int) -> list[Path]:
+    """JPEG files, side × side."""
     random = np.random.default_rng(0)
     paths = [folder / f"{index:04}.jpg" for index in range(count)]
     for path in paths:
         picture = Image.fromarray(np.asarray(draw(random), np.uint8))
-        picture.resize((PHOTO, PHOTO), Image.Resampling.BICUBIC).save(path, quality=95)
+        picture.resize((side, side), Image.Resampling.BICUBIC).save(path, quality=95)
     return paths
 
 
@@ -239,14 +239,14 @@ class Stage:
     params: list[dict]  # K fresh sub-models, host trees
 
 
-def prepare(settings: Bench, spec: Spec, folder: Path) -> Stage:
-    encoder = random_encoder(spec, settings.image_size)
+def prepare(settings: Bench, encoder: Encoder, folder: Path, photo: int = PHOTO) -> Stage:
+    """photo: side of the images on the disk, pixels."""
     recipe = RECIPES["dinomaly"]
     training = make_training(encoder, recipe, recipe.learning_rate, recipe.dropout, settings.steps, settings.batch_size)
-    paths = draw_photos(folder, settings.images)
+    paths = draw_photos(folder, settings.images, photo)
     images = np.stack([load_image(path, settings.image_size) for path in paths])
     subsets = [np.arange(k, settings.images, settings.submodels) for k in range(settings.submodels)]
-    sample = jnp.zeros((1, 2, encoder.tokens_per_image, spec.width))
+    sample = jnp.zeros((1, 2, encoder.tokens_per_image, encoder.spec.width))
     init = jax.jit(training.model.init)
     keys = submodel_keys(jax.random.key(1), settings.submodels)
     params = [jax.tree.map(np.asarray, init(key, sample)["params"]) for key in keys]
@@ -303,12 +303,11 @@ def reference_ways(stage: Stage, rounds: int) -> dict[str, Way]:
     size, random = training.batch_size, np.random.default_rng(2)
     hard = np.int32(hard_positions(training.recipe, 0, size * training.model.patches))
     steps, batches = -(-training.steps // rounds), -(-len(stage.images) // size // rounds)
-    compiled = jax.jit(partial(reference.encode, spec=spec))
     init = jax.jit(reference.optimizer(training, 1).init)
 
     def encode(calls: int = batches) -> None:
         for call in range(calls):
-            np.asarray(compiled(encoder.params, batch(call)))
+            np.asarray(reference.compiled_encode(encoder.params, batch(call), spec=spec))
 
     def batch(number: int) -> np.ndarray:
         return np.take(stage.images, np.arange(number * size, (number + 1) * size), axis=0, mode="wrap")
@@ -344,9 +343,10 @@ def torch_ways(torch, stage: Stage, name: str) -> tuple[dict[str, Way], dict[str
     one = torch.Stage1(stage, name.split()[1])
     batch = np.arange(training.batch_size) % len(stage.images)
     images = stage.images[batch]
+    features = reference.compiled_encode(encoder.params, images, spec=encoder.spec)
     distances = reference.distances(encoder.params, stage.params[0], images, spec=encoder.spec, model=training.model)
     differences = {
-        "features": difference(one.features(batch), reference.encode(encoder.params, images, encoder.spec)),
+        "features": difference(one.features(batch), features),
         "distances": difference(one.distances(batch), distances),
     }
     ways = {
@@ -394,12 +394,12 @@ def small_ways(settings: Bench, stage: Stage, masks: np.ndarray, maps: np.ndarra
     }
 
 
-def product_ways() -> dict[str, Way]:
+def product_ways(side: int) -> dict[str, Way]:
     """The machine's matrix product in float32; a unit is one operation (a multiply-add is two)."""
     random = np.random.default_rng(4)
-    a, b = (random.random((PRODUCT, PRODUCT), np.float32) for _ in range(2))
+    a, b = (random.random((side, side), np.float32) for _ in range(2))
     on_device, product = (jnp.asarray(a), jnp.asarray(b)), jax.jit(jnp.matmul)
-    operations = 2 * PRODUCT**3
+    operations = 2 * side**3
 
     def repeatedly(call: Callable[[], Any]) -> Callable[[], None]:
         return lambda: [call() for _ in range(4)] and None
@@ -423,7 +423,7 @@ def agreement(settings: Bench, stage: Stage, masks: np.ndarray, maps: np.ndarray
     encoder, model, size = stage.encoder, stage.training.model, stage.encoder.image_size
     batch = stage.images[: settings.batch_size]
     features = make_encode(encoder)(batch)
-    plain = np.asarray(jax.jit(partial(reference.encode, spec=encoder.spec))(encoder.params, batch))
+    plain = np.asarray(reference.compiled_encode(encoder.params, batch, spec=encoder.spec))
     everything = score(stack(stage.params), model, features.__getitem__, np.arange(len(batch)), size, "", True)
     _, our_scores, our_maps = next(iter(everything))
     found = np.asarray(reference.distances(encoder.params, stage.params[0], batch, spec=encoder.spec, model=model))
@@ -514,14 +514,17 @@ def main() -> None:
         say(f"written: {settings.json}")
 
 
-def measure(settings: Bench, spec: Spec, device: str) -> dict[str, Any]:
-    """Everything but the accelerator's table; prints it and returns what --json writes."""
+def measure(settings: Bench, spec: Spec, device: str, photo: int = PHOTO, product: int = PRODUCT) -> dict[str, Any]:
+    """Everything but the accelerator's table; prints it and returns what --json writes.
+
+    photo, product: sides of the images on the disk and of the matrices that are multiplied, for tests.
+    """
     check(settings, spec)
     torch = import_torch() if settings.against else None
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        stage = prepare(settings, spec, folder)
+        stage = prepare(settings, random_encoder(spec, settings.image_size), folder, photo)
         masks, maps = draw_maps(settings.maps, settings.image_size)
         work = count_work(stage.encoder, stage.training)
         agreements = {JAX: agreement(settings, stage, masks, maps)}
@@ -534,7 +537,7 @@ def measure(settings: Bench, spec: Spec, device: str) -> dict[str, Any]:
                 ways, agreements[name] = torch_ways(torch, stage, name)
                 for part, way in ways.items():
                     parts[part][name] = way
-        timings = take_turns({"matrix product": product_ways()} | parts, settings.rounds)
+        timings = take_turns({"matrix product": product_ways(product)} | parts, settings.rounds)
         timings |= take_turns(small_ways(settings, stage, masks, maps), max(3, settings.rounds))
         add_whole(timings, settings.images, settings.steps)
     ratios, targets = compare(timings, work, settings)

@@ -133,6 +133,8 @@ def loss(params: dict, features: jax.Array, model, hard: jax.Array, factor: floa
 
 # ---- stage 1: one batch of one sub-model at a time ----
 
+compiled_encode = jax.jit(encode, static_argnames="spec")
+
 
 @partial(jax.jit, static_argnames=("spec", "training"), donate_argnames="state")
 def train_step(encoder_params, state, images, key, steps_per_pass, hard, spec: Spec, training):
