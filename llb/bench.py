@@ -598,7 +598,8 @@ def table(results: dict[str, Any]) -> str:
     counted = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in results["multiply_adds_per_image"].items())
     lines.append(f"multiply-adds of an image, ·10⁹: {counted}")
     for way, found in results["agreement"].items():
-        lines.append(f"llb and {way} differ by " + ", ".join(f"{name} {value:.1e}" for name, value in found.items()))
+        one = "llb" if way == JAX else "the reference in JAX"
+        lines.append(f"{one} and {way} differ by " + ", ".join(f"{name} {value:.1e}" for name, value in found.items()))
     lines += [
         "",
         f"{'part':14} {'way':17} {'time':>10}  {'llb is faster':26} {'of matrix product':>17} {'peak MiB':>9}",
