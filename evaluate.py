@@ -8,6 +8,7 @@ has no test set: all its images are scored, the dropped ones too.
 """
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from llb.config import Evaluate, parse
 from llb.console import choose_device, run, say
 from llb.data import Dataset, Record, load_image, load_mask
 from llb.encoder import Encoder, load_encoder
-from llb.features import Encode, make_encode
+from llb.features import Encode, Fetch, make_encode
 from llb.files import atomic, read_json, write_csv, write_json
-from llb.metrics import image_metrics, pixel_metrics, purification
+from llb.metrics import PixelCounts, accumulate, image_metrics, pixel_metrics_error, pixel_metrics_of, purification
 from llb.optimizer import RECIPES
 from llb.report import contact_sheet, mean_metrics, summary_table, write_metrics_csv, write_report
 from llb.run import METRICS, load_dataset, make_fetch, read_purified, read_run, read_scores, trained_on
 from llb.train import Training, make_training, score
 
 EXAMPLES = 24  # images on the sheet of test examples
+PIXEL_ERROR = 1e-5  # pixel metrics that may be further from exact are reported as such
 
 
 def main() -> None:
@@ -37,7 +39,7 @@ def main() -> None:
     out, config = read_run(settings.run)
     names = config["categories"]
     detectors = trained_on(out, config, settings.train_on)  # what stage 2 has finished for every category
-    encoder = load_encoder(config["encoder"], config["weights"], config["image_size"])
+    encoder = load_encoder(config["encoder"], config["weights"], config["image_size"], config["precision"])
     encode = make_encode(encoder)
 
     metrics = read_json(out / METRICS) if (out / METRICS).exists() else {}
@@ -81,67 +83,79 @@ def evaluate(
     with open_checkpoints(folder / f"stage2-{train_on}") as checkpoints:
         params = restore_params(checkpoints)
 
-    # ---- maps and scores ----
-    scores = np.empty(len(records), np.float32)
-    maps = np.empty((len(records), size, size), np.float32)
-    everything = np.arange(len(records))
+    # ---- scores; the maps pass by, batch after batch, and are counted with their masks ----
+    scores, counts = np.empty(len(records), np.float32), PixelCounts()
+    maps_folder = folder / f"maps-{train_on}"
+    unfinished = maps_folder.with_name(f".{maps_folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
     for positions, score_k, maps_k in score(
-        params, training.model, fetch, everything, size, f"{name}, test on {train_on}", with_maps=True
+        params, training.model, fetch, np.arange(len(records)), size, f"{name}, test on {train_on}", with_maps=True
     ):
-        scores[positions], maps[positions] = score_k[:, 0], maps_k[:, 0]
+        batch, maps = [records[i] for i in positions], maps_k[:, 0]  # maps: float32 (b, S, S)
+        scores[positions] = score_k[:, 0]
+        counts = accumulate(counts, load_masks(dataset.root, batch, size), maps)
+        if settings.save_maps:
+            write_maps(unfinished, batch, maps)
 
-    # ---- metrics: from here on labels and masks are needed ----
+    # ---- metrics ----
     labels = [record.label for record in records]
-    masks = load_masks(dataset.root, records, size)
-    found = image_metrics(labels, scores) | pixel_metrics(masks, maps)
+    found = image_metrics(labels, scores) | pixel_metrics_of(counts)
+    error = max(pixel_metrics_error(counts).values())
+    if error > PIXEL_ERROR:
+        say(f"{name}: so many scores are nearly equal that pixel metrics on {train_on} may be off by {error:.1g}")
 
+    # ---- write ----
     rows = [
         [record.path, float(scores[i]), "" if record.label is None else record.label]
         for i, record in enumerate(records)
     ]
-    write_examples(folder / f"examples-{train_on}.png", dataset.root, records, scores, maps)
+    write_examples(folder / f"examples-{train_on}.png", dataset.root, records, scores, params, training, fetch, size)
     if settings.save_maps:
-        write_maps(folder / f"maps-{train_on}", records, maps)
+        shutil.rmtree(maps_folder, ignore_errors=True)
+        unfinished.rename(maps_folder)
     write_csv(folder / f"predictions-{train_on}.csv", ["path", "score", "label"], rows)
     return found
 
 
 def load_masks(root: Path, records: list[Record], size: int) -> np.ndarray | None:
-    """bool (M, size, size); None when pixels cannot be judged: a label is unknown or a defective image has no mask."""
+    """bool (b, size, size); None when pixels cannot be judged: a label is unknown or a defective image has no mask."""
     if any(record.label is None or (record.label == 1 and record.mask is None) for record in records):
         return None
-    masks = np.zeros((len(records), size, size), bool)
-    for index, record in enumerate(records):
-        if record.label == 1:
-            masks[index] = load_mask(root / record.mask, size)
-    return masks
+
+    def load(record: Record) -> np.ndarray:
+        return load_mask(root / record.mask, size) if record.label == 1 else np.zeros((size, size), bool)
+
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(load, records)))
 
 
-def write_examples(file: Path, root: Path, records: list[Record], scores: np.ndarray, maps: np.ndarray) -> None:
-    """The images around every level of the ranking: EXAMPLES of them, from the highest score to the lowest."""
+def write_examples(
+    file: Path, root: Path, records: list[Record], scores: np.ndarray, params, training: Training, fetch: Fetch, size
+) -> None:
+    """The images around every level of the ranking: EXAMPLES of them, from the highest score to the lowest.
+
+    Which they are is known only when all are scored, so these few are scored again for their maps.
+    """
     order = np.argsort(-scores, kind="stable")
     shown = order[np.unique(np.linspace(0, len(order) - 1, EXAMPLES).round().astype(int))]
     tiles = []
-    for index in shown:
-        record = records[index]
-        caption = (f"{scores[index]:.4f} {record.kind}", record.path)
-        tiles.append((load_image(root / record.path, maps.shape[1]), maps[index], caption))
+    for positions, _, maps in score(params, training.model, fetch, shown, size, "examples", with_maps=True):
+        for index, heat in zip(shown[positions], maps[:, 0]):
+            record = records[index]
+            caption = (f"{scores[index]:.4f} {record.kind}", record.path)
+            tiles.append((load_image(root / record.path, size), heat, caption))
     atomic(file, contact_sheet(tiles).save)
 
 
 def write_maps(folder: Path, records: list[Record], maps: np.ndarray) -> None:
     """One 16-bit PNG for each image, at its path below `folder`; the text chunk "scale" times the pixel is the map."""
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
     for record, heat in zip(records, maps):
-        file = unfinished / f"{record.path}.png"
+        file = folder / f"{record.path}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         scale = max(float(heat.max()), 1e-12) / 65535
         text = PngInfo()
         text.add_text("scale", repr(scale))
         Image.fromarray(np.rint(heat.clip(0) / scale).astype(np.uint16)).save(file, pnginfo=text)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
 
 
 def evaluated(folder: Path, train_on: str, settings: Evaluate) -> bool:

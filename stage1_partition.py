@@ -45,7 +45,7 @@ def main() -> None:
     ]
     for dataset in datasets:
         check(dataset, settings)
-    encoder = load_encoder(settings.encoder, settings.weights, settings.image_size)
+    encoder = load_encoder(settings.encoder, settings.weights, settings.image_size, settings.precision)
     open_run(out, settings, [dataset.category for dataset in datasets], device)
 
     # ---- the encoder and the compiled steps are shared by all categories ----

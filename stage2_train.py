@@ -51,7 +51,7 @@ def main() -> None:
                 f"--run {out}: stage 1 is not finished for {dataset.category}; go on with: {config['command']}"
             )
         choices.append(training_choice(settings.train_on, out / dataset.category, dataset))
-    encoder = load_encoder(config["encoder"], config["weights"], config["image_size"])
+    encoder = load_encoder(config["encoder"], config["weights"], config["image_size"], config["precision"])
     if settings.overwrite:
         for dataset in datasets:
             clear_stage2(out, dataset.category, settings.train_on)

@@ -9,12 +9,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from llb.optimizer import RECIPES
 from llb.purify import AGGREGATES
 
 DETECTORS = ("dinomaly",)
 STEPS, FINAL_STEPS, BATCH = 1000, 5000, 16
 EMBEDDED_STEPS, EMBEDDED_FINAL_STEPS, EMBEDDED_BATCH = 100, 400, 8  # two CPU cores, a few minutes
+PRECISIONS = ("float32", "bfloat16")
 TRAIN_ON = ("purified", "all", "clean")
 
 
@@ -134,6 +137,12 @@ class Stage1:
     keep: str | float = flag(
         "auto", "share of the images to keep, above 0 to 1, or auto: decided from the scores", share_or_auto
     )
+    precision: str | None = flag(
+        None,
+        "what the operands of matrix products are rounded to; sums and parameters are float32",
+        choices=PRECISIONS,
+        shown="bfloat16 on an accelerator, float32 on the CPU",
+    )
     detector: str = flag("dinomaly", "the anomaly detector", choices=DETECTORS)
     cache_gib: float = cache_gib()
     no_cache: bool = no_cache()
@@ -205,7 +214,7 @@ def influential(settings) -> dict[str, Any]:
 
 
 def resolve(settings: Stage1, layout: str) -> Stage1:
-    """Fill in the defaults that depend on the data and on each other.
+    """Fill in the defaults that depend on the data, on the device and on each other.
 
     layout: "embedded", or what `llb.data.recognise` answers.
     """
@@ -219,6 +228,7 @@ def resolve(settings: Stage1, layout: str) -> Stage1:
         "batch_size": EMBEDDED_BATCH if embedded else BATCH,
         "learning_rate": recipe.learning_rate,
         "dropout": dropout,
+        "precision": "float32" if jax.default_backend() == "cpu" else "bfloat16",
     }
     missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     return dataclasses.replace(settings, **missing)

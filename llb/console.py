@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ def choose_device() -> str:
 
     # orbax and absl announce every save at this level
     logging.getLogger("absl").setLevel(logging.ERROR)
+    keep_compiled()
     if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("jax_cuda12_plugin"):
         try:
             ctypes.CDLL("libcuda.so.1")
@@ -49,6 +51,27 @@ def choose_device() -> str:
     if devices[0].platform == "cpu":
         return "device: CPU" + (f", seen as {len(devices)} devices" if len(devices) > 1 else "")
     return f"device: {len(devices)} × {devices[0].device_kind}"
+
+
+def keep_compiled() -> None:
+    """Compiled programs outlive the process: the next start reads them in place of compiling for a minute.
+
+    They lie in JAX_COMPILATION_CACHE_DIR, by default in the user's cache folder. JAX names them by program, version and
+    processor, so a stale one is never read. Where the folder cannot be written, everything is compiled anew.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # JAX has read the variable by itself
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llb" / "jax"
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # read-only; no home
+            return
+        if not os.access(folder, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # JAX's 1 s leaves out a third
 
 
 def run(main: Callable[[], None]) -> None:

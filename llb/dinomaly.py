@@ -38,6 +38,7 @@ class Linear(nn.Module):
 
     features: int
     linear_init: str
+    precision: str  # what the operands of the product, and its result, are rounded to
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -47,9 +48,10 @@ class Linear(nn.Module):
             def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
                 return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-            return nn.Dense(self.features, kernel_init=uniform, bias_init=uniform, name="dense")(x)
-        kernel_init = nn.initializers.truncated_normal(0.01, lower=-3.0, upper=3.0)
-        return nn.Dense(self.features, kernel_init=kernel_init, name="dense")(x)
+            init = {"kernel_init": uniform, "bias_init": uniform}
+        else:
+            init = {"kernel_init": nn.initializers.truncated_normal(0.01, lower=-3.0, upper=3.0)}
+        return nn.Dense(self.features, dtype=self.precision, name="dense", **init)(x)
 
 
 class LinearAttention(nn.Module):
@@ -60,32 +62,39 @@ class LinearAttention(nn.Module):
 
     heads: int
     linear_init: str
+    precision: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
-        qkv = Linear(3 * width, self.linear_init, name="qkv")(x)  # (B, T, 3 D)
+
+        def product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
+            a, b = a.astype(self.precision), b.astype(self.precision)
+            return jnp.einsum(formula, a, b).astype(jnp.float32)
+
+        qkv = Linear(3 * width, self.linear_init, self.precision, name="qkv")(x)  # (B, T, 3 D)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)  # (B, T, H, D/H)
-        q, k = nn.elu(q) + 1.0, nn.elu(k) + 1.0
-        values = jnp.einsum("bthd,bthe->bhde", k, v)
+        q, k = (nn.elu(y.astype(jnp.float32)) + 1.0 for y in (q, k))
+        values = product("bthd,bthe->bhde", k, v)
         normaliser = jnp.einsum("bthd,bhd->bth", q, k.sum(axis=1)) + ATTENTION_EPS
-        x = jnp.einsum("bthd,bhde->bthe", q, values) / normaliser[..., None]
-        return Linear(width, self.linear_init, name="proj")(x.reshape(batch, tokens, width))
+        x = product("bthd,bhde->bthe", q, values) / normaliser[..., None]
+        return Linear(width, self.linear_init, self.precision, name="proj")(x.reshape(batch, tokens, width))
 
 
 class Mlp(nn.Module):
     """D → 4 D → D with exact GELU; with dropout before, between and after the layers it is the noisy bottleneck."""
 
     linear_init: str
+    precision: str
     dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         width = x.shape[-1]
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        x = Linear(4 * width, self.linear_init, name="fc1")(drop(x))
+        x = Linear(4 * width, self.linear_init, self.precision, name="fc1")(drop(x))
         x = drop(nn.gelu(x, approximate=False))
-        return drop(Linear(width, self.linear_init, name="fc2")(x))
+        return drop(Linear(width, self.linear_init, self.precision, name="fc2")(x))
 
 
 class Block(nn.Module):
@@ -93,12 +102,13 @@ class Block(nn.Module):
 
     heads: int
     linear_init: str
+    precision: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         norm1, norm2 = (nn.LayerNorm(1e-8, use_fast_variance=False, name=name) for name in ("norm1", "norm2"))
-        x = x + LinearAttention(self.heads, self.linear_init, name="attn")(norm1(x))
-        return x + Mlp(self.linear_init, name="mlp")(norm2(x))
+        x = x + LinearAttention(self.heads, self.linear_init, self.precision, name="attn")(norm1(x))
+        return x + Mlp(self.linear_init, self.precision, name="mlp")(norm2(x))
 
 
 class Dinomaly(nn.Module):
@@ -110,6 +120,8 @@ class Dinomaly(nn.Module):
         patches: P, the number of patch tokens; they are the last P of the T tokens.
         dropout: rate in the bottleneck while training.
         linear_init: "pytorch" or "truncated", see `Linear`.
+        precision: "float32" or "bfloat16", what the operands of matrix products are rounded to; sums, the residual
+            stream, norms, the attention's normaliser and parameters are float32.
     """
 
     depth: int
@@ -117,15 +129,16 @@ class Dinomaly(nn.Module):
     patches: int
     dropout: float
     linear_init: str
+    precision: str = "float32"
 
     @nn.compact
     def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
         """features: float (B, 2, T, D) → decoded: float32 (B, 2, P, D). `train` needs the rng "dropout"."""
         x = features.astype(jnp.float32).mean(axis=1)  # (B, T, D)
-        x = Mlp(self.linear_init, self.dropout, name="bottleneck")(x, train)
+        x = Mlp(self.linear_init, self.precision, self.dropout, name="bottleneck")(x, train).astype(jnp.float32)
         outputs = []
         for index in range(self.depth):
-            x = Block(self.heads, self.linear_init, name=f"block_{index}")(x)
+            x = Block(self.heads, self.linear_init, self.precision, name=f"block_{index}")(x)
             outputs.append(x[:, -self.patches :])  # (B, P, D)
         # In reverse: the decoder's last blocks rebuild the encoder's first group.
         half = self.depth // 2

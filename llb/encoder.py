@@ -128,24 +128,27 @@ class Attention(nn.Module):
     """Multi-head softmax attention, (B, T, D) → (B, T, D)."""
 
     heads: int
+    precision: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
-        qkv = nn.Dense(3 * width, name="qkv")(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = jnp.moveaxis(qkv, 2, 0)  # (B, T, H, D/H)
-        x = jax.nn.dot_product_attention(q, k, v)
-        return nn.Dense(width, name="proj")(x.reshape(batch, tokens, width))
+        qkv = nn.Dense(3 * width, dtype=self.precision, name="qkv")(x)  # (B, T, 3 D)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)  # (B, T, H, D/H)
+        x = jax.nn.dot_product_attention(q, k, v)  # softmax in float32
+        return nn.Dense(width, dtype=self.precision, name="proj")(x.reshape(batch, tokens, width))
 
 
 class Mlp(nn.Module):
     """D → 4 D → D with exact GELU."""
 
+    precision: str
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        x = nn.gelu(nn.Dense(4 * width, name="fc1")(x), approximate=False)
-        return nn.Dense(width, name="fc2")(x)
+        x = nn.gelu(nn.Dense(4 * width, dtype=self.precision, name="fc1")(x), approximate=False)
+        return nn.Dense(width, dtype=self.precision, name="fc2")(x)
 
 
 class Block(nn.Module):
@@ -157,6 +160,7 @@ class Block(nn.Module):
 
     heads: int
     layer_scale: bool
+    precision: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -166,8 +170,8 @@ class Block(nn.Module):
             scale1, scale2 = (
                 self.param(name, nn.initializers.constant(0.1), (x.shape[-1],)) for name in ("ls1", "ls2")
             )
-        x = x + scale1 * Attention(self.heads, name="attn")(norm1(x))
-        return x + scale2 * Mlp(name="mlp")(norm2(x))
+        x = x + scale1 * Attention(self.heads, self.precision, name="attn")(norm1(x))
+        return x + scale2 * Mlp(self.precision, name="mlp")(norm2(x))
 
 
 class ViT(nn.Module):
@@ -175,9 +179,13 @@ class ViT(nn.Module):
 
     Pre-training `tiny` (llb.pretrain) gives the energies (B, P, E) of square images in place of the images, and a mask,
     bool (B, P): True replaces a patch by the learned mask token.
+
+    precision: "float32" or "bfloat16", what the operands of matrix products are rounded to; sums, the residual stream,
+    norms and parameters are float32.
     """
 
     spec: Spec
+    precision: str = "float32"
 
     @nn.compact
     def __call__(self, images: jax.Array, mask: jax.Array | None = None) -> list[jax.Array]:
@@ -196,7 +204,7 @@ class ViT(nn.Module):
                 x = jnp.where(mask[..., None], mask_token, x)
         else:
             patch = (spec.patch, spec.patch)
-            x = nn.Conv(width, patch, patch, padding="VALID", name="patch_embed")(images)
+            x = nn.Conv(width, patch, patch, padding="VALID", dtype=self.precision, name="patch_embed")(images)
             x = x.reshape(batch, rows * columns, width)
 
         # Positions belong to the class token and the patches; registers have none.
@@ -210,7 +218,7 @@ class ViT(nn.Module):
 
         outputs = []
         for index in range(spec.depth):
-            x = Block(spec.heads, spec.layer_scale, name=f"block_{index}")(x)
+            x = Block(spec.heads, spec.layer_scale, self.precision, name=f"block_{index}")(x)
             outputs.append(x)
         return outputs
 
@@ -223,6 +231,7 @@ class Encoder:
     params: dict
     image_size: int
     weights_digest: str
+    precision: str = "float32"  # of matrix products, see ViT
 
     @property
     def grid(self) -> int:
@@ -236,7 +245,7 @@ class Encoder:
 
     def apply(self, params: dict, images: jax.Array) -> list[jax.Array]:
         """Pure: float32 (B, H, W, 3), ImageNet-normalised → depth × (B, T, D). For use inside a jitted function."""
-        return ViT(self.spec).apply({"params": params}, images)
+        return ViT(self.spec, self.precision).apply({"params": params}, images)
 
     def features(self, params: dict, images: jax.Array) -> jax.Array:
         """Pure: what Dinomaly reconstructs, float32 (B, H, W, 3) → (B, 2, T, D), the means of two groups of blocks.
@@ -254,15 +263,17 @@ class Encoder:
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
         """Compiled `apply` with this encoder's weights."""
-        return _apply(self.params, jnp.asarray(images), self.spec)
+        return _apply(self.params, jnp.asarray(images), self.spec, self.precision)
 
 
-@jax.jit(static_argnames="spec")
-def _apply(params: dict, images: jax.Array, spec: Spec) -> list[jax.Array]:
-    return ViT(spec).apply({"params": params}, images)
+@jax.jit(static_argnames=("spec", "precision"))
+def _apply(params: dict, images: jax.Array, spec: Spec, precision: str) -> list[jax.Array]:
+    return ViT(spec, precision).apply({"params": params}, images)
 
 
-def load_encoder(name: str, weights: Path | str | None = None, image_size: int | None = None) -> Encoder:
+def load_encoder(
+    name: str, weights: Path | str | None = None, image_size: int | None = None, precision: str = "float32"
+) -> Encoder:
     """A frozen encoder by name.
 
     Args:
@@ -270,6 +281,7 @@ def load_encoder(name: str, weights: Path | str | None = None, image_size: int |
         weights: Hugging Face's model.safetensors or the original release's .pth; None fetches the named weights from
             the hub once (tiny's are part of this package).
         image_size: side in pixels, a multiple of the patch size; None takes the encoder's default.
+        precision: "float32" or "bfloat16", what the operands of matrix products are rounded to.
 
     Returns:
         `encoder(images)`: float32 (B, H, W, 3), ImageNet-normalised → list, one array for each block: (B, T, D).
@@ -290,7 +302,7 @@ def load_encoder(name: str, weights: Path | str | None = None, image_size: int |
     else:
         file = Path(weights) if weights else fetch(spec)
         params = to_params(read_tensors(file), spec, file)
-    return Encoder(spec, jax.tree.map(jnp.asarray, params), size, digest(params))
+    return Encoder(spec, jax.tree.map(jnp.asarray, params), size, digest(params), precision)
 
 
 def parameter_shapes(spec: Spec) -> dict:

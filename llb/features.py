@@ -13,9 +13,10 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,22 @@ def load_batches(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
+
+
+def ahead(prepare: Callable[[Any], Any], items: Iterable) -> Iterator[tuple[Any, Any]]:
+    """(item, prepare(item)) for each item; a background thread prepares the next while the caller works on this one."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting = None
+        for item in items:
+            following = item, pool.submit(prepare, item)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting:
+            yield waiting[0], waiting[1].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def feature_shape(encoder: Encoder) -> tuple[int, int, int]:
@@ -152,7 +169,8 @@ def _compute(encoder, encode, paths, file, shape, state, state_file, title) -> N
 
 def _fingerprint(encoder: Encoder, paths: Sequence[Path]) -> str:
     """A digest of what the features depend on: the encoder, its weights, and every image's path, size and date."""
-    digest = hashlib.sha256(f"{encoder.spec} {encoder.image_size} {encoder.weights_digest}".encode())
+    about = f"{encoder.spec} {encoder.image_size} {encoder.weights_digest} {encoder.precision}"
+    digest = hashlib.sha256(about.encode())
     for path in paths:
         try:
             status = path.stat()

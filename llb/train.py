@@ -9,10 +9,15 @@ One step is written for ONE sub-model and vmapped, so the gradient norm that is 
 dropout mask and the hard-mining quantile are each sub-model's own, and a sub-model trained beside others is the one
 that would have been trained alone. Stage 2 is the same with K = 1.
 
-The axis K is sharded over the devices there are. Sub-models never talk to each other, so nothing is communicated.
+Steps are compiled into loops of CHUNK, so that Python is not asked between two steps.
+
+The devices form a mesh with two axes. "model" shares the sub-models out; they never talk to each other, so nothing is
+communicated. Where there are more devices than sub-models, "data" shares out each sub-model's batch as well.
 """
 
+import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -27,14 +32,20 @@ from llb.checkpoint import check_digest, open_checkpoints, restore_params, resto
 from llb.console import progress, say
 from llb.dinomaly import Dinomaly, anomaly_map, cosine_distance, image_score, patch_targets, reconstruction_loss
 from llb.encoder import Encoder
-from llb.features import Fetch
+from llb.features import Fetch, ahead
 from llb.files import UserError
 from llb.optimizer import Recipe, hard_positions, make_optimizer
 
+CHUNK = 10  # steps in one compiled loop; the state is looked at, and saved, between loops
+# At most this much is fetched for one loop. On a CPU, where a step on as much takes many seconds, a loop must be
+# short for the sake of checkpoints and of Ctrl-C (measured there: steps in a loop are no slower than one by one).
+CHUNK_BYTES = {"cpu": 2**27, "accelerator": 2**31}
+RESIDENT_SHARE = 0.5  # of an accelerator's memory may hold features
 SCORE_BATCH = 16  # images per call while scoring
 SAVE_SECONDS = 10.0  # between checkpoints, or more where saving is slow:
 SAVE_SHARE = 0.05  # at most this share of the time goes into saving
 State = dict  # {"params": …, "opt": …}, every leaf (K, …)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,9 @@ class Training:
 def make_training(
     encoder: Encoder, recipe: Recipe, learning_rate: float, dropout: float, steps: int, batch_size: int
 ) -> Training:
-    """Dinomaly as large as the encoder asks: as many decoder blocks as are reconstructed, the encoder's heads."""
+    """Dinomaly as large as the encoder asks: as many decoder blocks as are reconstructed, its heads and precision."""
     depth = sum(len(group) for group in encoder.spec.groups)
-    model = Dinomaly(depth, encoder.spec.heads, encoder.grid**2, dropout, recipe.linear_init)
+    model = Dinomaly(depth, encoder.spec.heads, encoder.grid**2, dropout, recipe.linear_init, encoder.precision)
     return Training(model, recipe, learning_rate, steps, batch_size)
 
 
@@ -93,24 +104,33 @@ class Placement:
     """Where the K sub-models live. Any K fits any number of devices: the last ones are filled up with copies."""
 
     rows: np.ndarray  # the sub-model in each row of the stack: 0 … K−1, then copies from 0 on
-    sharding: jax.sharding.NamedSharding
+    mesh: jax.sharding.Mesh  # axes "model", "data"
+
+    def sharding(self, *axes: str | None) -> jax.NamedSharding:
+        return jax.NamedSharding(self.mesh, jax.P(*axes))
 
     def spread(self, tree):
         """A host tree with leading axis K → on the devices, with leading axis len(rows)."""
-        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[self.rows], self.sharding), tree)
+        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[self.rows], self.sharding("model")), tree)
+
+    def spread_rows(self, fetch: Fetch, indices: np.ndarray) -> jax.Array:
+        """int (K, n) → features (len(rows), n, 2, T, D), each sub-model's on its device."""
+        return jax.device_put(fetch(indices[self.rows]), self.sharding("model"))
 
     def gather(self, tree, submodels: int):
-        """The reverse: a host tree with leading axis K. Copied, since the next step reuses the device's memory."""
+        """The reverse of `spread`: a host tree with leading axis K. Copied, since the next step reuses the memory."""
         return jax.tree.map(lambda leaf: np.array(leaf)[:submodels], tree)
 
 
-def place(submodels: int, devices: Sequence[jax.Device] | None = None) -> Placement:
-    """Share K sub-models out evenly, on as few devices as that takes."""
+def place(submodels: int, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Placement:
+    """Share K sub-models out evenly, on as few devices as that takes; then their batches over the devices left."""
     devices = devices or jax.local_devices()
     per_device = -(-submodels // len(devices))
-    used = -(-submodels // per_device)
-    mesh = jax.make_mesh((used,), ("model",), (jax.sharding.AxisType.Auto,), devices=devices[:used])
-    return Placement(np.arange(per_device * used) % submodels, jax.NamedSharding(mesh, jax.P("model")))
+    model = -(-submodels // per_device)
+    data = max(n for n in range(1, len(devices) // model + 1) if batch_size % n == 0)
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((model, data), ("model", "data"), (auto, auto), devices=devices[: model * data])
+    return Placement(np.arange(per_device * model) % submodels, mesh)
 
 
 @partial(jax.jit, static_argnames="training")
@@ -124,7 +144,6 @@ def init_state(keys: jax.Array, sample: jax.Array, training: Training) -> State:
     return jax.vmap(one)(keys)
 
 
-@partial(jax.jit, static_argnames="training", donate_argnames="state")
 def train_step(
     state: State,
     features: jax.Array,
@@ -137,7 +156,7 @@ def train_step(
     """One optimiser step of every sub-model.
 
     Args:
-        state: stacked (K, …); donated.
+        state: stacked (K, …).
         features: (K, B, 2, T, D).
         keys: (K,) sub-model keys.
         steps_per_pass: int (K,), batches in a pass over the subset.
@@ -163,6 +182,41 @@ def train_step(
     return jax.vmap(one)(state, features, keys, steps_per_pass)
 
 
+@partial(jax.jit, static_argnames=("sharding", "training"), donate_argnames="state")
+def train_steps(
+    state: State,
+    rows: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    steps_per_pass: jax.Array,
+    steps: jax.Array,
+    hard: jax.Array,
+    sharding: jax.NamedSharding,
+    training: Training,
+) -> tuple[State, jax.Array]:
+    """`train_step` at each of `steps`, in one compiled loop.
+
+    Args:
+        state: stacked (K, …); donated.
+        rows: float16 (K, n, 2, T, D), features to take batches from, each sub-model's own.
+        positions: int (K, steps, B), which of the n rows each step sees.
+        steps, hard: int (steps,), as for `train_step`.
+        sharding: of one step's features (K, B, 2, T, D).
+
+    Returns:
+        the state after the last step, and the losses, float32 (K, steps).
+    """
+
+    def one_step(state: State, inputs: tuple[jax.Array, jax.Array, jax.Array]):
+        positions, step, hard = inputs
+        features = jax.vmap(lambda rows, positions: rows[positions])(rows, positions)
+        features = jax.lax.with_sharding_constraint(features, sharding)
+        return train_step(state, features, keys, steps_per_pass, step, hard, training)
+
+    state, losses = jax.lax.scan(one_step, state, (positions.swapaxes(0, 1), steps, hard))
+    return state, losses.T
+
+
 def _optimizer(training: Training, steps_per_pass) -> optax.GradientTransformation:
     return make_optimizer(training.recipe, training.learning_rate, training.steps, steps_per_pass)
 
@@ -185,7 +239,7 @@ def train(
         keys: (K,) keys, one for each sub-model, see `submodel_keys`.
         folder: where the Orbax checkpoints lie.
         digest: names what is trained on; a checkpoint of another digest is refused.
-        devices: those to share the sub-models out to; all of this process by default.
+        devices: those to share the work out to; all of this process by default.
 
     Returns:
         the parameters, a host tree with leading axis K.
@@ -193,12 +247,11 @@ def train(
     Raises:
         UserError: a loss is not finite, or the checkpoint belongs to other images.
     """
-    submodels = len(subsets)
-    placement = place(submodels, devices)
-    spread_keys = jax.device_put(keys[placement.rows], placement.sharding)
+    submodels, batch_size = len(subsets), training.batch_size
+    placement = place(submodels, batch_size, devices)
+    spread_keys = jax.device_put(keys[placement.rows], placement.sharding("model"))
     sample = fetch(np.zeros(1, int))  # (1, 2, T, D)
-    streams = [batches(purposes(keys[k])[1], subset, training.batch_size) for k, subset in enumerate(subsets)]
-    passes = placement.spread(np.array([-(-len(subset) // training.batch_size) for subset in subsets], np.int32))
+    passes = placement.spread(np.array([-(-len(subset) // batch_size) for subset in subsets], np.int32))
 
     with open_checkpoints(folder) as checkpoints:
         start = checkpoints.latest_step() or 0
@@ -211,33 +264,90 @@ def train(
             shapes = jax.eval_shape(partial(init_state, training=training), keys, sample)
             state = placement.spread(restore_state(checkpoints, shapes))
         else:
-            state = jax.device_put(init_state(spread_keys, sample, training=training), placement.sharding)
+            state = init_state(spread_keys, sample, training=training)
+            state = jax.device_put(state, placement.sharding("model"))
 
-        pending, last_save, save_cost = [], time.monotonic(), 0.0
+        chunks, prepare = plan(training, fetch, subsets, keys, placement, start, sample.nbytes)
+        pending, last_save, save_cost = deque(), time.monotonic(), 0.0
         with progress(total=training.steps, initial=start, desc=title, unit="step") as bar:
-            for step in range(start, training.steps):
-                indices = np.stack([stream(step) for stream in streams])  # (K, B)
-                features = jax.device_put(fetch(indices[placement.rows]), placement.sharding)
-                hard = hard_positions(training.recipe, step, training.batch_size * training.model.patches)
-                state, loss = train_step(
-                    state, features, spread_keys, passes, np.int32(step), np.int32(hard), training=training
+            for steps, (rows, positions) in ahead(prepare, chunks):
+                hard = [hard_positions(training.recipe, step, batch_size * training.model.patches) for step in steps]
+                numbers = np.array(steps, np.int32), np.array(hard, np.int32)
+                batch_sharding = placement.sharding("model", "data")
+                state, losses = train_steps(
+                    state, rows, positions, spread_keys, passes, *numbers, batch_sharding, training=training
                 )
-                pending.append(loss)
-                # Reading a loss waits for the device, so look only now and then, and one step behind.
+                pending.append((steps, losses))
                 due = time.monotonic() - last_save > max(SAVE_SECONDS, save_cost / SAVE_SHARE)
-                if len(pending) == 10 or due or step + 1 == training.steps:
-                    check_finite(np.stack(pending)[:, :submodels], step + 1 - len(pending))
-                    bar.set_postfix_str(f"loss {np.asarray(loss)[:submodels].mean():.4f}", refresh=False)
-                    bar.update(len(pending))
-                    pending = []
-                if due and step + 1 < training.steps:
+                last = steps.stop == training.steps
+                # Reading losses waits for the device: leave it the newest chunk to work on meanwhile.
+                while len(pending) > (0 if due or last else 1):
+                    done, losses = pending.popleft()
+                    losses = placement.gather(losses, submodels)
+                    check_finite(losses.T, done.start)
+                    bar.set_postfix_str(f"loss {losses[:, -1].mean():.4f}", refresh=False)
+                    bar.update(len(done))
+                if due and not last:
                     began = time.monotonic()
-                    save(checkpoints, step + 1, placement.gather(state, submodels), digest)
+                    save(checkpoints, steps.stop, placement.gather(state, submodels), digest)
                     last_save = time.monotonic()
                     save_cost = last_save - began
         params = placement.gather(state["params"], submodels)
         save(checkpoints, training.steps, {"params": params}, digest)  # what stays: no optimiser state
     return params
+
+
+def plan(
+    training: Training,
+    fetch: Fetch,
+    subsets: list[np.ndarray],
+    keys: jax.Array,
+    placement: Placement,
+    start: int,
+    row_bytes: int,
+) -> tuple[list[range], Callable[[range], tuple[jax.Array, np.ndarray]]]:
+    """Cut the steps from `start` on into chunks, and say how a chunk gets its features.
+
+    Features that fit an accelerator's memory are sent there once, each sub-model's own; a chunk is then a list of
+    positions in them. Otherwise a chunk brings its own features. What a step sees is the same.
+
+    Chunks end at multiples of their length, so that an interrupted training goes on with the chunks it would have had.
+    All but the last (and a first that goes on from another machine's checkpoint) are equally long: two compilations.
+
+    Returns:
+        chunks of steps, and steps ↦ (rows (K, n, 2, T, D) on the devices, positions (K, steps, B) in them).
+    """
+    batch_size, longest = training.batch_size, max(len(subset) for subset in subsets)
+    streams = [batches(purposes(keys[k])[1], np.arange(len(subset)), batch_size) for k, subset in enumerate(subsets)]
+    resident = fits_device(longest * row_bytes * len(placement.rows) // placement.mesh.shape["model"], placement)
+    step_bytes = len(placement.rows) * batch_size * row_bytes
+    kind = "cpu" if placement.mesh.devices.flat[0].platform == "cpu" else "accelerator"
+    length = CHUNK if resident else max(1, min(CHUNK, CHUNK_BYTES[kind] // step_bytes))
+    first_end = min(start - start % length + length, training.steps)
+    ends = [*range(first_end, training.steps, length), training.steps]
+    chunks = [range(begin, end) for begin, end in zip([start, *ends], ends)]
+    where, lengths = "stay on the devices" if resident else "come with each chunk", {len(chunk) for chunk in chunks}
+    log.debug("features %s; compiled once for each length of a chunk: %s", where, lengths)
+
+    if resident:
+        all_rows = placement.spread_rows(fetch, np.stack([np.resize(subset, longest) for subset in subsets]))
+
+    def prepare(steps: range) -> tuple[jax.Array, jax.Array]:
+        positions = np.stack([[stream(step) for step in steps] for stream in streams])  # (K, steps, B)
+        if resident:
+            return all_rows, placement.spread(positions)
+        flat = positions.reshape(len(subsets), -1)
+        rows = placement.spread_rows(fetch, np.stack([subset[p] for subset, p in zip(subsets, flat)]))
+        own = np.broadcast_to(np.arange(flat.shape[1]).reshape(positions.shape[1:]), positions.shape)
+        return rows, placement.spread(own)
+
+    return chunks, prepare
+
+
+def fits_device(size: int, placement: Placement) -> bool:
+    """Whether `size` bytes may stay on each device. Never on the CPU, whose memory is where the features come from."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in placement.mesh.local_devices]
+    return size <= RESIDENT_SHARE * min(limits)
 
 
 def check_finite(losses: np.ndarray, first_step: int) -> None:
@@ -280,12 +390,16 @@ def score(
         positions in `indices`, int (b,); scores, float32 (b, K); maps, float32 (b, K, size, size) or None.
     """
     submodels = len(jax.tree.leaves(params)[0])
-    placement = place(submodels)
+    placement = place(submodels, SCORE_BATCH)
     params = placement.spread(params)
-    for start in progress(range(0, len(indices), SCORE_BATCH), desc=title, unit="batch"):
-        positions = np.arange(start, min(start + SCORE_BATCH, len(indices)))
-        filled = np.resize(positions, SCORE_BATCH)
-        maps, scores = score_step(params, fetch(indices[filled]), model=model, size=size)
+
+    def prepare(positions: np.ndarray) -> jax.Array:
+        return jax.device_put(fetch(indices[np.resize(positions, SCORE_BATCH)]), placement.sharding("data"))
+
+    everything = np.arange(len(indices))
+    chunks = [everything[start : start + SCORE_BATCH] for start in range(0, len(indices), SCORE_BATCH)]
+    for positions, features in progress(ahead(prepare, chunks), total=len(chunks), desc=title, unit="batch"):
+        maps, scores = score_step(params, features, model=model, size=size)
 
         def wanted(stack: jax.Array, count: int = len(positions)) -> np.ndarray:
             return np.asarray(stack)[:submodels, :count].swapaxes(0, 1)

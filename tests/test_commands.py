@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,40 @@ def test_maps_read_back_as_the_scores_say(finished):
         assert float(image_score(heat[None])[0]) == pytest.approx(float(row["score"]), rel=1e-3)
 
 
+def test_maps_are_let_go_of_and_examples_show_their_own_images_map(finished, tmp_path, capsys, monkeypatch):
+    """Batches of two in place of one of all six: the same files, and never more than two batches alive."""
+    import evaluate
+    import llb.train
+
+    run = shutil.copytree(finished, tmp_path / "run")
+    batches, alive, examples = [], [], []
+    accumulate, contact_sheet = evaluate.accumulate, evaluate.contact_sheet
+
+    def watched(counts, masks, maps):
+        memory = maps
+        while isinstance(memory.base, np.ndarray):  # a view: watch what holds the memory
+            memory = memory.base
+        batches.append(weakref.ref(memory))
+        alive.append(sum(batch() is not None for batch in batches))
+        return accumulate(counts, masks, maps)
+
+    def shown(tiles):
+        examples.extend(tiles)
+        return contact_sheet(tiles)
+
+    monkeypatch.setattr(llb.train, "SCORE_BATCH", 2)
+    monkeypatch.setattr(evaluate, "accumulate", watched)
+    monkeypatch.setattr(evaluate, "contact_sheet", shown)
+    assert command(capsys, "evaluate", "--run", run, "--train-on", "all", "--save-maps", "--overwrite")[0] == 0
+    assert len(batches) == 3 and max(alive) <= 2
+    metrics, expected = (json.loads((folder / "metrics.json").read_text())["tile"]["all"] for folder in (run, finished))
+    assert metrics == pytest.approx(expected, abs=1e-5)
+    assert len(examples) == 6 and not (run / "tile" / ".maps-all.tmp").exists()
+    for _, heat, (_, path) in examples:
+        with Image.open(run / "tile" / "maps-all" / f"{path}.png") as image:
+            np.testing.assert_allclose(np.asarray(image) * float(image.info["scale"]), heat, atol=2e-5)
+
+
 def test_finished_stages_are_not_repeated(finished, data, capsys):
     before = {file: file.stat().st_mtime_ns for file in (finished / "tile").rglob("*") if file.is_file()}
     out = command(
@@ -241,9 +276,12 @@ def test_a_plain_folder_is_scored_whole_without_metrics(tmp_path, capsys):
     folder, run = tmp_path / "parts", tmp_path / "run"
     for i in range(6):
         draw(folder / "deep" / f"{i}.png", i)
-    assert command(capsys, "stage1_partition", "--data", folder, "--out", run, "--steps", 2, *SMALL)[0] == 0
-    assert command(capsys, "stage2_train", "--run", run, "--steps", 2)[0] == 0
+    rounded = ("--precision", "bfloat16")  # later stages take it from the run, and find the features of stage 1
+    assert command(capsys, "stage1_partition", "--data", folder, "--out", run, "--steps", 2, *rounded, *SMALL)[0] == 0
+    status, out, _ = command(capsys, "stage2_train", "--run", run, "--steps", 2)
+    assert status == 0 and "features of 6 images found" in out
     assert command(capsys, "evaluate", "--run", run)[0] == 0
+    assert json.loads((run / "config.json").read_text())["precision"] == "bfloat16"
     assert len(rows_of(run / "parts" / "predictions-purified.csv")) == 6
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["parts"]["purified"].values()) == {None}
@@ -300,7 +338,7 @@ llb.console.run(stage1_partition.main)
 def test_a_killed_run_ends_with_the_same_files(data, tmp_path):
     """kill -9 while features are computed, then in the middle of training; the same command goes on each time."""
     run = tmp_path / "run"
-    arguments = ["--data", data, "--out", run, "--noise-ratio", 0.25, "--steps", 40, *SMALL]
+    arguments = ["--data", data, "--out", run, "--noise-ratio", 0.25, "--steps", 100, *SMALL]
     line = [sys.executable, "-c", EAGER, *map(str, arguments)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
 

@@ -81,7 +81,7 @@ def test_the_gradient_of_an_easy_position_is_zero_with_factor_zero():
 
 def test_linear_attention_is_finite_where_all_keys_vanish():
     # elu(x) + 1 underflows to 0 below about -17 in float32: without the term in the denominator this is 0 / 0
-    layer = LinearAttention(heads=1, linear_init="truncated")
+    layer = LinearAttention(heads=1, linear_init="truncated", precision="float32")
     x = jnp.ones((1, 3, 4))
     params = layer.init(jax.random.key(0), x)
     params["params"]["qkv"]["dense"]["bias"] = jnp.full(12, -200.0)
@@ -131,3 +131,15 @@ def test_dropout_acts_while_training_only():
     ]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert np.abs(outputs[0] - outputs[2]).max() > 1e-3
+
+
+def test_in_bfloat16_products_are_rounded_and_nothing_else_is():
+    params, features = tree("params/"), STORED["features"]
+    rounded = MODEL.clone(precision="bfloat16")
+    initial = rounded.init(jax.random.key(0), features)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype("float32")}
+    decoded = rounded.apply({"params": params}, features)
+    assert decoded.dtype == jnp.float32
+    assert (decoded != decoded.astype(jnp.bfloat16)).mean() > 0.5  # none, were the residual stream rounded too
+    error = np.linalg.norm(decoded - STORED["decoded"]) / np.linalg.norm(STORED["decoded"])
+    assert 1e-4 < error < 2e-2  # bfloat16 has 8 bits: 2e-3 a rounding

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 from reference.encoder_weights import FAMILIES, SIZES, draw, images, in_memory, kept, original, saved
 
+from llb.config import PRECISIONS
 from llb.encoder import (
     SPECS,
     Encoder,
@@ -128,6 +129,15 @@ def test_each_name_has_its_models_sizes(row):
 def test_the_names_are_those_of_the_interface():
     names = {row.split()[0] for row in TABLE.strip().splitlines()[1:]}
     assert set(SPECS) - set(FAMILIES) == names | {"tiny"}
+
+
+def test_in_bfloat16_the_tokens_stay_float32_and_near():
+    random = np.random.default_rng(0)
+    pictures = random.normal(0, 1, (2, 56, 56, 3)).astype(np.float32)
+    exact, rounded = (load_encoder("tiny", image_size=56, precision=name)(pictures) for name in PRECISIONS)
+    for one, other in zip(exact, rounded):
+        assert other.dtype == jnp.float32
+        assert 1e-5 < np.linalg.norm(one - other) / np.linalg.norm(one) < 2e-2
 
 
 def test_a_full_size_model_runs_and_gives_the_tokens_of_its_12_blocks():

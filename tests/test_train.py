@@ -1,5 +1,7 @@
 """K sub-models trained together are those trained alone, on any number of devices, interrupted or not."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import llb.train
 from llb.dinomaly import Dinomaly
 from llb.files import UserError
 from llb.optimizer import RECIPES
-from llb.train import Training, batches, place, score, score_all, submodel_keys, train
+from llb.train import Training, batches, place, plan, purposes, score, score_all, submodel_keys, train
 
 IMAGES, PATCHES, PREFIX, WIDTH = 23, 9, 2, 8
 FEATURES = np.random.default_rng(3).normal(size=(IMAGES, 2, PREFIX + PATCHES, WIDTH)).astype(np.float16)
@@ -58,6 +60,43 @@ def test_a_sub_model_sees_its_own_subset_only(tmp_path):
         run(tmp_path, fetch=spoiled.__getitem__)
 
 
+def test_steps_in_a_compiled_loop_equal_steps_one_by_one(tmp_path, monkeypatch):
+    fused = run(tmp_path / "fused")
+    monkeypatch.setattr(llb.train, "CHUNK", 1)
+    assert_trees_close(fused, run(tmp_path / "one"), 1e-6)
+
+
+@pytest.mark.parametrize("resident", (False, True))
+@pytest.mark.parametrize("start", (0, 5, 14))
+def test_chunks_show_every_step_its_own_batch(monkeypatch, resident, start):
+    """Whether features stay on the device or come with the chunk; chunks end at multiples of their length."""
+    monkeypatch.setattr(llb.train, "CHUNK", 7)
+    monkeypatch.setattr(llb.train, "fits_device", lambda size, placement: resident)
+    fetched = []
+
+    def fetch(indices):
+        fetched.append(indices.shape)
+        return FEATURES[indices]
+
+    chunks, prepare = plan(training(), fetch, SUBSETS, KEYS, place(3, 3), start, FEATURES[0].nbytes)
+    first = {0: [range(7), range(7, 14)], 5: [range(5, 7), range(7, 14)], 14: []}[start]
+    assert chunks == [*first, range(14, 20)]
+    for steps in chunks:
+        rows, positions = map(np.asarray, prepare(steps))
+        for place_in_chunk, step in enumerate(steps):
+            for k, subset in enumerate(SUBSETS):
+                expected = FEATURES[batches(purposes(KEYS[k])[1], subset, 3)(step)]
+                np.testing.assert_array_equal(rows[k][positions[k, place_in_chunk]], expected)
+    assert fetched == [(3, 8)] if resident else [(3, 3 * len(steps)) for steps in chunks]
+
+
+def test_a_chunk_of_large_features_is_short(monkeypatch):
+    row = FEATURES[0].nbytes
+    monkeypatch.setattr(llb.train, "CHUNK_BYTES", {"cpu": 2 * 3 * 3 * row})  # two steps, K = 3, B = 3
+    chunks, _ = plan(training(), FEATURES.__getitem__, SUBSETS, KEYS, place(3, 3), 0, row)
+    assert {len(steps) for steps in chunks} == {2}
+
+
 @pytest.mark.parametrize("devices", (1, 3))
 def test_an_interrupted_training_ends_as_if_it_had_not_been(tmp_path, monkeypatch, devices):
     whole = run(tmp_path / "whole", devices=devices)
@@ -67,7 +106,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(tmp_path, monkeypatc
 
     def fetch(indices):
         calls.append(indices)
-        if len(calls) == 14:
+        if len(calls) == 3:  # a sample, then two chunks of ten steps
             raise KeyboardInterrupt
         return FEATURES[indices]
 
@@ -75,7 +114,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(tmp_path, monkeypatc
         run(tmp_path / "broken", devices=devices, fetch=fetch)
     resumed = []
     params = run(tmp_path / "broken", devices=3, fetch=lambda indices: resumed.append(indices) or FEATURES[indices])
-    assert len(resumed) < 10, "it went on from a late checkpoint"
+    assert len(resumed) == 1 + 1, "it went on from step 10"
     assert_trees_close(whole, params, 0 if devices == 3 else 1e-5)
 
 
@@ -108,11 +147,17 @@ def test_a_batch_larger_than_the_subset_is_still_full():
     assert batches(jax.random.key(0), np.arange(2), 5)(0).shape == (5,)
 
 
+def test_a_batch_shared_out_to_several_devices_trains_the_same_sub_model(tmp_path):
+    shared = run(tmp_path / "shared", "dinomaly", SUBSETS[:1], KEYS[:1], devices=3)
+    assert dict(place(1, 3, jax.devices()).mesh.shape) == {"model": 1, "data": 3}
+    assert_trees_close(shared, run(tmp_path / "alone", "dinomaly", SUBSETS[:1], KEYS[:1], devices=1), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("submodels", "rows"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4, 0])]
 )
 def test_any_number_of_sub_models_fits_three_devices(submodels, rows):
-    assert place(submodels, jax.devices()).rows.tolist() == rows
+    assert place(submodels, 1, jax.devices()).rows.tolist() == rows
 
 
 @pytest.mark.parametrize("submodels", (1, 4, 5))
@@ -140,3 +185,36 @@ def test_every_image_is_scored_once_and_the_last_batch_adds_nothing():
         by_order, score_all(params, model, FEATURES.__getitem__, IMAGES, 24, "t")[order, 0], rtol=1e-5
     )
     assert np.concatenate([part[2] for part in parts]).shape == (IMAGES, 1, 24, 24)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's, as Linux counts it."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+@pytest.mark.slow  # reads 270 MB of features, since fewer would drown in what JAX itself needs
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted as Linux does")
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """Features that are read from disk are never held in memory, neither in training nor in scoring."""
+    patches, width = 256, 64
+    model = Dinomaly(2, 2, patches, 0.2, RECIPES["dinomaly"].linear_init)
+    setting = Training(model, RECIPES["dinomaly"], 2e-3, steps=20, batch_size=4)
+
+    def peak(images: int) -> tuple[int, int]:
+        file = tmp_path / f"{images}.npy"
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=(images, 2, patches, width))
+        array, seen = np.load(file, mmap_mode="r"), []
+
+        def fetch(indices):
+            seen.append(anonymous_bytes())
+            return array[indices]
+
+        folder = tmp_path / f"checkpoints-{images}"
+        params = train(setting, fetch, [np.arange(images)], KEYS[:1], folder, "d", "t", jax.devices()[:1])
+        score_all(params, model, fetch, images, 16, "t")
+        return max(seen), array.nbytes
+
+    peak(40)  # compiles
+    (small, _), (large, features) = peak(400), peak(4000)
+    assert large - small < features / 4 and large < 1.2 * small
