@@ -84,7 +84,8 @@ def measure(settings, device: str, sizes: Sizes = Sizes()) -> dict[str, Any]:  #
 
 def prepare(sizes: Sizes, folder: Path) -> bench.Stage:
     """K = the first of sizes.submodels; few different images, each under many names: drawing 2,000 takes long."""
-    encoder = bench.random_encoder(sizes.spec, sizes.image_size)
+    precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # as stage1_partition.py chooses
+    encoder = bench.random_encoder(sizes.spec, sizes.image_size, precision)
     settings = bench.Bench(
         image_size=sizes.image_size,
         images=min(sizes.images, 64),

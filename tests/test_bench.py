@@ -35,7 +35,7 @@ def test_both_ways_agree_on_features_maps_and_scores(results):
     found = results["agreement"]["reference"]
     assert found["features"] < 1e-3  # llb's are float16
     assert found["maps"] < 1e-3 and found["scores"] < 1e-3
-    assert max(found[name] for name in ("pixel_auroc", "pixel_ap", "pixel_f1_max")) < 1e-9
+    assert max(found[name] for name in ("pixel_auroc", "pixel_ap", "pixel_f1_max")) < 1e-5
 
 
 def test_sub_models_trained_one_after_the_other_score_as_those_trained_together(tmp_path, results):
