@@ -33,8 +33,8 @@ from llb.config import flag, parse, whole
 from llb.console import choose_device, run, say
 from llb.data import load_image
 from llb.dinomaly import anomaly_map, map_matrix
-from llb.encoder import SPECS, Encoder, Spec, ViT
-from llb.features import cached, load_batches, make_encode
+from llb.encoder import SPECS, Encoder, Spec, parameter_shapes
+from llb.features import Encode, cached, load_batches, make_encode
 from llb.files import UserError, write_json
 from llb.metrics import PixelCounts, accumulate, pixel_metrics, pixel_metrics_error, pixel_metrics_of
 from llb.optimizer import RECIPES, hard_positions
@@ -197,10 +197,26 @@ def count_work(encoder: Encoder, training: Training) -> dict[str, int]:
 # ---- what is measured on ----
 
 
+def random_weights(shapes: dict, seed: int) -> dict:
+    """A host tree: kernels and tokens normal with σ = 0.02. Nothing is compiled for it, unlike the models' own."""
+    random = np.random.default_rng(seed)
+
+    def leaf(path, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        mean, spread = {"bias": (0.0, 0.0), "scale": (1.0, 0.0)}.get(path[-1].key, (0.0, 0.02))
+        return random.normal(mean, spread, shape.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
 def random_encoder(spec: Spec, size: int, precision: str = "float32") -> Encoder:
-    images = jnp.zeros((1, size, size, 3))
-    params = jax.jit(ViT(spec).init)(jax.random.key(0), images)["params"]
+    params = jax.tree.map(jnp.asarray, random_weights(parameter_shapes(spec), 0))
     return Encoder(spec, params, size, "random", precision)
+
+
+def random_submodels(encoder: Encoder, training: Training, count: int) -> list[dict]:
+    sample = jax.ShapeDtypeStruct((1, 2, encoder.tokens_per_image, encoder.spec.width), jnp.float32)
+    shapes = jax.eval_shape(training.model.init, jax.random.key(0), sample)["params"]
+    return [random_weights(shapes, 1 + k) for k in range(count)]
 
 
 def draw_photos(folder: Path, count: int, side: int) -> list[Path]:
@@ -240,6 +256,7 @@ class Stage:
     images: np.ndarray  # uint8 (N, S, S, 3), what `paths` hold: the reference gets them decoded
     subsets: list[np.ndarray]  # K arrays of indices
     params: list[dict]  # K fresh sub-models, host trees
+    encode: Encode  # llb's
 
 
 def prepare(settings: Bench, encoder: Encoder, folder: Path, photo: int = PHOTO) -> Stage:
@@ -249,11 +266,8 @@ def prepare(settings: Bench, encoder: Encoder, folder: Path, photo: int = PHOTO)
     paths = draw_photos(folder, settings.images, photo)
     images = np.stack([load_image(path, settings.image_size) for path in paths])
     subsets = [np.arange(k, settings.images, settings.submodels) for k in range(settings.submodels)]
-    sample = jnp.zeros((1, 2, encoder.tokens_per_image, encoder.spec.width))
-    init = jax.jit(training.model.init)
-    keys = submodel_keys(jax.random.key(1), settings.submodels)
-    params = [jax.tree.map(np.asarray, init(key, sample)["params"]) for key in keys]
-    return Stage(encoder, training, paths, images, subsets, params)
+    params = random_submodels(encoder, training, settings.submodels)
+    return Stage(encoder, training, paths, images, subsets, params, make_encode(encoder))
 
 
 def stack(trees: Sequence[dict]) -> dict:
@@ -263,12 +277,14 @@ def stack(trees: Sequence[dict]) -> dict:
 def our_ways(stage: Stage, folder: Path) -> dict[str, Way]:
     """Encoder, training and scoring as stage1_partition.py calls them: features to disk, checkpoints and all."""
     encoder, training, count = stage.encoder, stage.training, len(stage.paths)
-    encode, keys = make_encode(encoder), submodel_keys(jax.random.key(0), len(stage.subsets))
+    keys = submodel_keys(jax.random.key(0), len(stage.subsets))
     made = iter(range(10**6))
     latest = {}
 
     def features() -> None:
-        latest["fetch"] = cached(encoder, encode, stage.paths, folder / f"features{next(made)}.npy", 64.0, "  features")
+        latest["fetch"] = cached(
+            encoder, stage.encode, stage.paths, folder / f"features{next(made)}.npy", 64.0, "  features"
+        )
 
     def training_steps() -> None:
         target = folder / f"training{next(made)}"
@@ -290,7 +306,6 @@ def reference_ways(stage: Stage, rounds: int) -> dict[str, Way]:
     size, random = training.batch_size, np.random.default_rng(2)
     hard = np.int32(hard_positions(training.recipe, 0, size * training.model.patches))
     steps, batches = -(-training.steps // rounds), -(-len(stage.images) // size // rounds)
-    init = jax.jit(reference.optimizer(training, 1).init)
 
     def encode(calls: int = batches) -> None:
         for call in range(calls):
@@ -302,8 +317,8 @@ def reference_ways(stage: Stage, rounds: int) -> dict[str, Way]:
     def training_steps(steps: int = steps) -> None:
         for subset, params in zip(stage.subsets, stage.params):
             passes = np.int32(-(-len(subset) // size))
-            params = jax.tree.map(jnp.array, params)  # copied, as the step takes the state's memory
-            state = {"params": params, "opt": init(params)}
+            opt = reference.optimizer(training, passes).init(params)
+            state = jax.tree.map(jnp.array, {"params": params, "opt": opt})  # copied: the step takes the memory
             for step in range(steps):
                 images = stage.images[random.choice(subset, size)]
                 key = jax.random.fold_in(jax.random.key(0), step)
@@ -418,7 +433,7 @@ def agreement(settings: Bench, stage: Stage, masks: np.ndarray, maps: np.ndarray
     """How far llb's results and the reference's differ on the same input: relative; metrics absolute."""
     encoder, model, size = stage.encoder, stage.training.model, stage.encoder.image_size
     batch = stage.images[: settings.batch_size]
-    features = make_encode(encoder)(batch)
+    features = stage.encode(batch)
     plain = np.asarray(reference.compiled_encode(encoder.params, batch, spec=encoder.spec))
     everything = score(stack(stage.params), model, features.__getitem__, np.arange(len(batch)), size, "", True)
     _, our_scores, our_maps = next(iter(everything))

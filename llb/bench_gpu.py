@@ -26,7 +26,7 @@ from llb import bench
 from llb import bench_reference as reference
 from llb.console import say
 from llb.encoder import SPECS, Spec
-from llb.features import ENCODE_BATCH, Fetch, cached, make_encode
+from llb.features import ENCODE_BATCH, Fetch, cached
 from llb.optimizer import RECIPES, hard_positions
 from llb.train import Training, make_training, score_all, submodel_keys, train
 
@@ -97,7 +97,7 @@ def prepare(sizes: Sizes, folder: Path) -> bench.Stage:
     paths = [stage.paths[index % len(stage.paths)] for index in range(sizes.images)]
     images = np.take(stage.images, np.arange(sizes.images), axis=0, mode="wrap")
     subsets = deal(sizes.images, sizes.submodels[0])
-    return bench.Stage(encoder, stage.training, paths, images, subsets, stage.params)
+    return bench.Stage(encoder, stage.training, paths, images, subsets, stage.params, stage.encode)
 
 
 def deal(images: int, submodels: int) -> list[np.ndarray]:
@@ -124,12 +124,11 @@ def bf16_rate(sizes: Sizes) -> float:
 
 def encoder_rate(stage: bench.Stage, sizes: Sizes) -> dict[str, float]:
     """Decoded images on the host → features on the host, by llb's own batches."""
-    encode = make_encode(stage.encoder)
     images = stage.images[: 8 * ENCODE_BATCH]
 
     def work() -> None:
         for start in range(0, len(images), ENCODE_BATCH):
-            encode(images[start : start + ENCODE_BATCH])
+            stage.encode(images[start : start + ENCODE_BATCH])
 
     return {"images_per_second": len(images) / statistics.median(timed(work, sizes.repeats))}
 
@@ -175,10 +174,8 @@ def replaced(stage: bench.Stage, sizes: Sizes) -> Training:
 def whole(stage: bench.Stage, sizes: Sizes, folder: Path) -> dict[str, float]:
     """llb's stage 1, from image files to scores. A warm-up has compiled everything but the step."""
     size, keys = stage.encoder.image_size, submodel_keys(jax.random.key(0), len(stage.subsets))
-    encode = make_encode(stage.encoder)
-    encode(stage.images[:1])
     clock = [time.perf_counter()]
-    fetch = cached(stage.encoder, encode, stage.paths, folder / "features.npy", 64.0, "  features")
+    fetch = cached(stage.encoder, stage.encode, stage.paths, folder / "features.npy", 64.0, "  features")
     clock.append(time.perf_counter())
     params = train(stage.training, fetch, stage.subsets, keys, folder / "whole", "bench", "  training")
     clock.append(time.perf_counter())

@@ -161,7 +161,7 @@ def distances(encoder_params, params, images, spec: Spec, model) -> jax.Array:
 
 def score(encoder_params, params, images, spec: Spec, model) -> np.ndarray:
     """ONE sub-model's image scores, (B,): the maps' highest 1 %."""
-    found = np.asarray(distances(encoder_params, params, images, spec, model))
+    found = np.asarray(distances(encoder_params, params, images, spec=spec, model=model))
     return np.array([top_mean(heat_map(one, images.shape[1])) for one in found])
 
 

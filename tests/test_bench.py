@@ -31,6 +31,7 @@ def results():
         return bench.measure(SETTINGS, TOY, "device: CPU", photo=32, product=16)
 
 
+@pytest.mark.slow  # compiles encoder, step and scoring both ways; the other tests read the same results
 def test_both_ways_agree_on_features_maps_and_scores(results):
     found = results["agreement"]["reference"]
     assert found["features"] < 1e-3  # llb's are float16
