@@ -172,7 +172,7 @@ def replaced(stage: bench.Stage, sizes: Sizes) -> Training:
 
 
 def whole(stage: bench.Stage, sizes: Sizes, folder: Path) -> dict[str, float]:
-    """llb's stage 1, from image files to scores. A warm-up has compiled everything but the step."""
+    """llb's stage 1, from image files to scores; what the training and the scoring take to compile is in it."""
     size, keys = stage.encoder.image_size, submodel_keys(jax.random.key(0), len(stage.subsets))
     clock = [time.perf_counter()]
     fetch = cached(stage.encoder, stage.encode, stage.paths, folder / "features.npy", 64.0, "  features")
