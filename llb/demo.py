@@ -6,8 +6,8 @@
 A turned steel flange lies on a woven mat: a bore with a keyway, six bolt holes, an engraved ring with a scale. From
 image to image it is shifted (±3 px) and turned (±4°), the light changes in strength, direction and tint, and every tool
 mark, thread and grain of noise is drawn anew. In test there are six kinds of defect, from plain to faint. As in a
-factory each kind has its cause, so it recurs at about the same place with about the same look: a detector that meets
-enough of them in train learns them as normal.
+factory each kind has its cause, so it recurs at about the same place with about the same look, and one is common: two
+worn drills leave holes shallow. A detector that meets enough of them in train learns them as normal.
 
 Everything follows from the seed: the pixels are the same on every machine.
 """
@@ -22,8 +22,8 @@ from scipy.ndimage import binary_closing, binary_fill_holes, gaussian_filter
 from llb.files import write_text
 
 SIDE = 128  # pixels
-KINDS = ("chip", "dent", "fibre", "missing_hole", "scratch", "stain")
-COUNTS = {"train/good": 160, "test/good": 50} | {f"test/{kind}": 16 for kind in KINDS}
+KINDS = ("chip", "dent", "fibre", "scratch", "shallow_hole", "stain")
+COUNTS = {"train/good": 160, "test/good": 50} | {f"test/{kind}": 12 for kind in KINDS} | {"test/shallow_hole": 44}
 VISIBLE = 12  # grey levels of 255: what differs by more belongs to the mask
 MARKER = "finished.txt"  # written last: without it the set is drawn anew
 
@@ -36,8 +36,8 @@ MAT = np.array([0.15, 0.23, 0.27])
 def write_demo(folder: Path | str, seed: int = 0) -> None:
     """Draw the whole set into `folder`/part, as MVTec AD lays it out; a finished one is left as it is.
 
-    160 normal training images; for test 50 normal ones and 16 with each kind of defect, and their masks: 128 × 128 px,
-    PNG. Takes a few seconds. If it is interrupted, the next call draws anew.
+    160 normal training images; for test 50 normal ones, 44 with a shallow hole, 12 with each other kind of defect, and
+    their masks: 128 × 128 px, PNG. Takes a few seconds. If it is interrupted, the next call draws anew.
     """
     folder = Path(folder)
     marker, text = folder / MARKER, f"drawn by llb.demo, seed {seed}, {sum(COUNTS.values())} images\n"
@@ -90,16 +90,16 @@ def _photograph(seed: int | list[int], kind: str) -> np.ndarray:
     rim = r - RADIUS
     bore = np.minimum(r - BORE, np.maximum(np.abs(u) - 2.6, np.abs(v + BORE) - 4.0))
     corners = np.arange(6) * np.pi / 3 + np.pi / 6
-    drilled = np.ones(6, bool)
-    if kind == "missing_hole":
-        lost = (0, 5)[fault.integers(2)]  # two of the six drills are worn
-        drilled[lost] = False
-    bolts = np.min([_distance(u, v, BOLT_CIRCLE, corner) - BOLT for corner in corners[drilled]], axis=0)
+    holes = [_distance(u, v, BOLT_CIRCLE, corner) - BOLT for corner in corners]
+    bolts = np.min(holes, axis=0)
     if kind == "chip":
         bite = _distance(u, v, RADIUS + 1.5, place[1]) - fault.uniform(4.5, 7.0) + 1.1 * _blotches(fault, 2.0)
         rim = np.maximum(rim, -bite)
     solid = np.maximum(rim, -np.minimum(bore, bolts))
     metal = _cover(solid)
+    if kind == "shallow_hole":
+        floor = _cover(holes[(0, 5)[fault.integers(2)]])  # of one of the two that the worn drills make
+        metal = np.maximum(metal, fault.uniform(0.6, 0.8) * floor)
 
     # ---- the mat: a plain weave, threads of uneven brightness; the flange throws a soft shadow ----
     phase_x, phase_y = random.uniform(0, 6, 2)
@@ -180,7 +180,7 @@ def _place(random: np.random.Generator, kind: str) -> tuple[float, float]:
     """Radius (px) and angle on the flange: every kind has a place of its own, give or take some pixels."""
     places = {"chip": (0, 200), "dent": (29, 120), "fibre": (30, 160), "scratch": (31, -60), "stain": (32, 30)}
     radius, degrees = places.get(kind, (0, 0))  # a chip needs the angle alone, the others neither
-    return radius + random.normal(0, 3.0), np.deg2rad(degrees + random.normal(0, 14))
+    return radius + random.normal(0, 1.5), np.deg2rad(degrees + random.normal(0, 6))
 
 
 def _line(random, u: np.ndarray, v: np.ndarray, place: tuple[float, float], length: float, bend: float) -> np.ndarray:

@@ -87,7 +87,13 @@ def read_run(run: str) -> tuple[Path, dict[str, Any]]:
     folder = Path(run)
     if not (folder / "config.json").is_file():
         raise UserError(f"--run {run}: there is no run; make one with: python stage1_partition.py --out {run}")
-    return folder, read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    if missing := sorted(influential(Stage1()).keys() - config.keys()):
+        raise UserError(
+            f"--run {run} was made by another version of llb (config.json has no {', '.join(missing)}): "
+            f"make it anew with: {config.get('command', 'python stage1_partition.py')} --overwrite"
+        )
+    return folder, config
 
 
 def record_stage2(run: Path, config: dict[str, Any], settings: Stage2) -> None:

@@ -437,6 +437,14 @@ def test_bad_input_ends_with_status_2_and_one_helpful_line(bad, capsys):
 
 
 @pytest.mark.parametrize("script", ("stage2_train", "evaluate"))
+def test_a_run_of_another_version_says_how_to_make_it_anew(script, tmp_path, capsys):
+    old = {"encoder": "tiny", "command": "python stage1_partition.py --seed 7"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    status, _, err = command(capsys, script, "--run", tmp_path)
+    assert status == 2 and len(err.splitlines()) == 1 and "precision" in err and "--seed 7 --overwrite" in err
+
+
+@pytest.mark.parametrize("script", ("stage2_train", "evaluate"))
 def test_a_later_stage_without_a_run_says_how_to_make_one(script, tmp_path, capsys):
     status, _, err = command(capsys, script, "--run", tmp_path / "nothing")
     assert status == 2 and len(err.splitlines()) == 1 and "stage1_partition.py" in err
