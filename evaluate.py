@@ -27,7 +27,7 @@ from llb.metrics import PixelCounts, accumulate, image_metrics, pixel_metrics_er
 from llb.optimizer import RECIPES
 from llb.report import contact_sheet, mean_metrics, summary_table, write_metrics_csv, write_report
 from llb.run import METRICS, load_dataset, make_fetch, read_purified, read_run, read_scores, trained_on
-from llb.train import Training, make_training, score
+from llb.train import Training, heat_maps, make_training, score
 
 EXAMPLES = 24  # images on the sheet of test examples
 PIXEL_ERROR = 1e-5  # pixel metrics that may be further from exact are reported as such
@@ -132,18 +132,14 @@ def load_masks(root: Path, records: list[Record], size: int) -> np.ndarray | Non
 def write_examples(
     file: Path, root: Path, records: list[Record], scores: np.ndarray, params, training: Training, fetch: Fetch, size
 ) -> None:
-    """The images around every level of the ranking: EXAMPLES of them, from the highest score to the lowest.
-
-    Which they are is known only when all are scored, so these few are scored again for their maps.
-    """
+    """The images around every level of the ranking: EXAMPLES of them, from the highest score to the lowest."""
     order = np.argsort(-scores, kind="stable")
     shown = order[np.unique(np.linspace(0, len(order) - 1, EXAMPLES).round().astype(int))]
     tiles = []
-    for positions, _, maps in score(params, training.model, fetch, shown, size, "examples", with_maps=True):
-        for index, heat in zip(shown[positions], maps[:, 0]):
-            record = records[index]
-            caption = (f"{scores[index]:.4f} {record.kind}", record.path)
-            tiles.append((load_image(root / record.path, size), heat, caption))
+    for index, heat in heat_maps(params, training.model, fetch, shown, size, "examples"):
+        record = records[index]
+        caption = (f"{scores[index]:.4f} {record.kind}", record.path)
+        tiles.append((load_image(root / record.path, size), heat, caption))
     atomic(file, contact_sheet(tiles).save)
 
 

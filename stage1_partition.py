@@ -26,7 +26,7 @@ from llb.optimizer import RECIPES
 from llb.purify import aggregate, keep_auto, keep_lowest, partition, ranks
 from llb.report import contact_sheet
 from llb.run import data_root, finished_stage1, make_fetch, open_run, writable, write_purified, write_scores
-from llb.train import Training, make_training, score, score_all, submodel_keys, train
+from llb.train import Training, heat_maps, make_training, score_all, submodel_keys, train
 
 SUSPECTS = 24  # images on the contact sheet
 
@@ -123,15 +123,12 @@ def write_suspects(
     """suspects.png: the highest-scoring training images, each with its map (the mean over the sub-models)."""
     first = np.argsort(ranks(aggregated))[:SUSPECTS]
     tiles = []
-    for positions, _, maps in score(params, training.model, fetch, first, size, "suspects", with_maps=True):
-        for index, heat in zip(first[positions], maps.mean(axis=1)):
-            tiles.append((load_image(dataset.root / dataset.train[index].path, size), heat, index))
-    captions = [
-        (f"{place}. {aggregated[index]:.4f} {'kept' if kept[index] else 'dropped'}", dataset.train[index].path)
-        for place, (_, _, index) in enumerate(tiles, 1)
-    ]
-    sheet = contact_sheet([(image, heat, caption) for (image, heat, _), caption in zip(tiles, captions)])
-    atomic(folder / "suspects.png", sheet.save)
+    heats = heat_maps(params, training.model, fetch, first, size, "suspects")
+    for place, (index, heat) in enumerate(heats, 1):
+        path = dataset.train[index].path
+        caption = (f"{place}. {aggregated[index]:.4f} {'kept' if kept[index] else 'dropped'}", path)
+        tiles.append((load_image(dataset.root / path, size), heat, caption))
+    atomic(folder / "suspects.png", contact_sheet(tiles).save)
 
 
 def found(dataset: Dataset, aggregated: np.ndarray, kept: np.ndarray) -> str:

@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -265,9 +265,14 @@ def prepare(settings: Bench, encoder: Encoder, folder: Path, photo: int = PHOTO)
     training = make_training(encoder, recipe, recipe.learning_rate, recipe.dropout, settings.steps, settings.batch_size)
     paths = draw_photos(folder, settings.images, photo)
     images = np.stack([load_image(path, settings.image_size) for path in paths])
-    subsets = [np.arange(k, settings.images, settings.submodels) for k in range(settings.submodels)]
+    subsets = deal(settings.images, settings.submodels)
     params = random_submodels(encoder, training, settings.submodels)
     return Stage(encoder, training, paths, images, subsets, params, make_encode(encoder))
+
+
+def deal(images: int, submodels: int) -> list[np.ndarray]:
+    """K subsets, int (images / K,) each."""
+    return [np.arange(k, images, submodels) for k in range(submodels)]
 
 
 def stack(trees: Sequence[dict]) -> dict:
@@ -478,12 +483,12 @@ def compare(timings: Timings, work: dict[str, int], settings: Bench) -> tuple[di
         ("training step / matrix product", [share], 0.7),
         ("encoder / PyTorch's best", best, 1.0),
     ]
-    targets = {
-        name: {"ratio": found[0], "target": target, "met": bool(found[0] >= target)}
-        for name, found, target in wanted
-        if found is not None
-    }
-    return ratios, targets
+    return ratios, judge((name, found[0], target) for name, found, target in wanted if found is not None)
+
+
+def judge(reached: Iterable[tuple[str, float, float]]) -> dict[str, dict[str, Any]]:
+    """Name, ratio and target of each → {name: {ratio, target, met}}."""
+    return {name: {"ratio": r, "target": target, "met": bool(r >= target)} for name, r, target in reached}
 
 
 def operations(work: dict[str, int], settings: Bench) -> dict[str, int]:
@@ -628,10 +633,16 @@ def table(results: dict[str, Any]) -> str:
             peak = f"{found['peak_mib']:9.0f}" if found["peak_mib"] else ""
             lines.append(f"{text}{spread:26} {share} {peak}")
     lines += ["", f"{'target':34} {'measured':>9} {'wanted':>7}"]
+    return "\n".join([*lines, *conclusion(results)])
+
+
+def conclusion(results: dict[str, Any]) -> list[str]:
+    """The last lines of a table: which targets are met, and how long it took."""
+    lines = []
     for name, found in results["targets"].items():
         verdict = "met" if found["met"] else "not met"
         lines.append(f"{name:34} {found['ratio']:9.2f} {found['target']:7.2f}  {verdict}")
-    return "\n".join([*lines, "", f"took {results['seconds'] / 60:.1f} minutes"])
+    return [*lines, "", f"took {results['seconds'] / 60:.1f} minutes"]
 
 
 def duration(seconds: float) -> str:

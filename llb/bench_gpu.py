@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ import numpy as np
 
 from llb import bench
 from llb import bench_reference as reference
+from llb.config import default_precision
 from llb.console import say
 from llb.encoder import SPECS, Spec
 from llb.features import ENCODE_BATCH, Fetch, cached
-from llb.optimizer import RECIPES, hard_positions
-from llb.train import Training, make_training, score_all, submodel_keys, train
+from llb.optimizer import hard_positions
+from llb.train import score_all, submodel_keys, train
 
 # Dense bf16 peak, operations per second, by a word of the device's name; NVIDIA's data sheets (SXM).
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
@@ -84,8 +85,7 @@ def measure(settings, device: str, sizes: Sizes = Sizes()) -> dict[str, Any]:  #
 
 def prepare(sizes: Sizes, folder: Path) -> bench.Stage:
     """K = the first of sizes.submodels; few different images, each under many names: drawing 2,000 takes long."""
-    precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # as stage1_partition.py chooses
-    encoder = bench.random_encoder(sizes.spec, sizes.image_size, precision)
+    encoder = bench.random_encoder(sizes.spec, sizes.image_size, default_precision())
     settings = bench.Bench(
         image_size=sizes.image_size,
         images=min(sizes.images, 64),
@@ -96,12 +96,7 @@ def prepare(sizes: Sizes, folder: Path) -> bench.Stage:
     stage = bench.prepare(settings, encoder, folder, sizes.photo)
     paths = [stage.paths[index % len(stage.paths)] for index in range(sizes.images)]
     images = np.take(stage.images, np.arange(sizes.images), axis=0, mode="wrap")
-    subsets = deal(sizes.images, sizes.submodels[0])
-    return bench.Stage(encoder, stage.training, paths, images, subsets, stage.params, stage.encode)
-
-
-def deal(images: int, submodels: int) -> list[np.ndarray]:
-    return [np.arange(k, images, submodels) for k in range(submodels)]
+    return replace(stage, paths=paths, images=images, subsets=bench.deal(sizes.images, sizes.submodels[0]))
 
 
 def timed(work: Callable[[], Any], repeats: int) -> list[float]:
@@ -142,7 +137,7 @@ def joint_step(
     stage: bench.Stage, sizes: Sizes, submodels: int, folder: Path, work: dict[str, int], peak: float
 ) -> dict[str, float]:
     """Seconds of a step of K sub-models together, and of K steps of one; reading features and checkpoint included."""
-    training = replaced(stage, sizes)
+    training = replace(stage.training, steps=sizes.short)
     images = max(16, 2 * submodels)
     fetch, made = random_features(stage, images), iter(range(10**6))
 
@@ -151,7 +146,7 @@ def joint_step(
 
         def work() -> None:
             target = folder / f"step{submodels}-{next(made)}"
-            train(training, fetch, deal(images, submodels)[:count], keys, target, "bench", "  steps")
+            train(training, fetch, bench.deal(images, submodels)[:count], keys, target, "bench", "  steps")
 
         return statistics.median(timed(work, sizes.repeats)) / training.steps
 
@@ -163,12 +158,6 @@ def joint_step(
         "ratio": submodels * alone / together,
         "share_of_bf16_peak": needed / together / peak,
     }
-
-
-def replaced(stage: bench.Stage, sizes: Sizes) -> Training:
-    """The training of `short` steps."""
-    recipe = RECIPES["dinomaly"]
-    return make_training(stage.encoder, recipe, recipe.learning_rate, recipe.dropout, sizes.short, sizes.batch_size)
 
 
 def whole(stage: bench.Stage, sizes: Sizes, folder: Path) -> dict[str, float]:
@@ -220,10 +209,10 @@ def reference_whole(stage: bench.Stage, sizes: Sizes, torch) -> dict[str, Any]:
 
 def profile(stage: bench.Stage, sizes: Sizes, folder: Path) -> dict[str, Any]:
     """JAX's profiler over a short training: the share of the time that the device works, and on what."""
-    training, images = replaced(stage, sizes), 16
+    training, images = replace(stage.training, steps=sizes.short), 16
     fetch, keys = random_features(stage, images), submodel_keys(jax.random.key(0), len(stage.subsets))
     with jax.profiler.trace(str(folder / "profile")):
-        train(training, fetch, deal(images, len(stage.subsets)), keys, folder / "profiled", "bench", "  profile")
+        train(training, fetch, bench.deal(images, len(stage.subsets)), keys, folder / "profiled", "bench", "  profile")
     trace = next((folder / "profile").rglob("*.xplane.pb"))
     planes = [plane for plane in jax.profiler.ProfileData.from_file(str(trace)).planes if "/device:" in plane.name]
     if not planes:
@@ -257,12 +246,12 @@ def covered(spans: list[tuple[float, float]]) -> float | None:
 
 def compare(found: dict[str, Any], sizes: Sizes) -> dict[str, dict[str, Any]]:
     most = max(sizes.submodels)
-    reached = {
-        "stage 1 / reference": (found["stage 1, reference"]["seconds"] / found["stage 1"]["seconds"], 8.0),
-        "encoder / bf16 peak": (found["encoder"]["share_of_bf16_peak"], 0.4),
-        f"joint step / sequential, K = {most}": (found[f"step, K = {most}"]["ratio"], 1.5),
-    }
-    return {name: {"ratio": r, "target": target, "met": bool(r >= target)} for name, (r, target) in reached.items()}
+    reached = [
+        ("stage 1 / reference", found["stage 1, reference"]["seconds"] / found["stage 1"]["seconds"], 8.0),
+        ("encoder / bf16 peak", found["encoder"]["share_of_bf16_peak"], 0.4),
+        (f"joint step / sequential, K = {most}", found[f"step, K = {most}"]["ratio"], 1.5),
+    ]
+    return bench.judge(reached)
 
 
 def device_memory() -> float | None:
@@ -294,7 +283,4 @@ def table(results: dict[str, Any]) -> str:
     lines.append("device while training: " + ("no trace of it" if busy is None else f"busy {busy:.1%} of the time"))
     for operation in found["profile"]["longest_operations"]:
         lines.append(f"    {operation['share']:6.1%}  {operation['name']}")
-    for name, target in results["targets"].items():
-        verdict = "met" if target["met"] else "not met"
-        lines.append(f"{name:34} {target['ratio']:9.2f} {target['target']:7.2f}  {verdict}")
-    return "\n".join([*lines, "", f"took {results['seconds'] / 60:.1f} minutes"])
+    return "\n".join([*lines, *bench.conclusion(results)])

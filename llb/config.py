@@ -213,6 +213,11 @@ def influential(settings) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["affects"]}
 
 
+def default_precision() -> str:
+    """What the operands of matrix products are rounded to on the device there is."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def resolve(settings: Stage1, layout: str) -> Stage1:
     """Fill in the defaults that depend on the data, on the device and on each other.
 
@@ -228,7 +233,7 @@ def resolve(settings: Stage1, layout: str) -> Stage1:
         "batch_size": EMBEDDED_BATCH if embedded else BATCH,
         "learning_rate": recipe.learning_rate,
         "dropout": dropout,
-        "precision": "float32" if jax.default_backend() == "cpu" else "bfloat16",
+        "precision": default_precision(),
     }
     missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     return dataclasses.replace(settings, **missing)

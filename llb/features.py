@@ -13,8 +13,11 @@ import hashlib
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,32 +66,26 @@ def make_encode(encoder: Encoder) -> Encode:
 
 def load_batches(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
     """Decode and resize in worker threads, two batches ahead of whoever reads: uint8 (≤ ENCODE_BATCH, S, S, 3)."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        chunks = [paths[start : start + ENCODE_BATCH] for start in range(0, len(paths), ENCODE_BATCH)]
-        pending = []
-        for chunk in [*chunks, None, None]:
-            if chunk is not None:
-                pending.append([pool.submit(load_image, path, size) for path in chunk])
-            if pending and (chunk is None or len(pending) > 2):
-                try:
-                    yield np.stack([image.result() for image in pending.pop(0)])
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+    load = partial(load_image, size=size)
+    images = (image for _, image in ahead(load, paths, min(8, os.cpu_count() or 1), 2 * ENCODE_BATCH))
+    while batch := list(islice(images, ENCODE_BATCH)):
+        yield np.stack(batch)
 
 
-def ahead(prepare: Callable[[Any], Any], items: Iterable) -> Iterator[tuple[Any, Any]]:
-    """(item, prepare(item)) for each item; a background thread prepares the next while the caller works on this one."""
-    pool = ThreadPoolExecutor(1)
+def ahead(
+    prepare: Callable[[Any], Any], items: Iterable, workers: int = 1, depth: int = 1
+) -> Iterator[tuple[Any, Any]]:
+    """(item, prepare(item)) for each item in order; background threads prepare the next `depth` while the caller works
+    on this one."""
+    pool, pending = ThreadPoolExecutor(workers), deque()
     try:
-        waiting = None
         for item in items:
-            following = item, pool.submit(prepare, item)
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-        if waiting:
-            yield waiting[0], waiting[1].result()
+            pending.append((item, pool.submit(prepare, item)))
+            if len(pending) > depth:
+                item, prepared = pending.popleft()
+                yield item, prepared.result()
+        for item, prepared in pending:
+            yield item, prepared.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

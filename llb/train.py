@@ -267,13 +267,13 @@ def train(
             state = init_state(spread_keys, sample, training=training)
             state = jax.device_put(state, placement.sharding("model"))
 
+        batch_sharding = placement.sharding("model", "data")
         chunks, prepare = plan(training, fetch, subsets, keys, placement, start, sample.nbytes)
         pending, last_save, save_cost = deque(), time.monotonic(), 0.0
         with progress(total=training.steps, initial=start, desc=title, unit="step") as bar:
             for steps, (rows, positions) in ahead(prepare, chunks):
                 hard = [hard_positions(training.recipe, step, batch_size * training.model.patches) for step in steps]
                 numbers = np.array(steps, np.int32), np.array(hard, np.int32)
-                batch_sharding = placement.sharding("model", "data")
                 state, losses = train_steps(
                     state, rows, positions, spread_keys, passes, *numbers, batch_sharding, training=training
                 )
@@ -413,3 +413,14 @@ def score_all(params, model: Dinomaly, fetch: Fetch, count: int, size: int, titl
     scores = np.concatenate([scores for _, scores, _ in parts])
     assert scores.shape[0] == count and not np.isnan(scores).any()
     return scores
+
+
+def heat_maps(
+    params, model: Dinomaly, fetch: Fetch, indices: np.ndarray, size: int, title: str
+) -> Iterator[tuple[int, np.ndarray]]:
+    """A few images' maps, for a picture: each index with float32 (size, size), the mean over the sub-models.
+
+    Which images are worth showing is known only when all are scored, so these few are scored again.
+    """
+    for positions, _, maps in score(params, model, fetch, indices, size, title, with_maps=True):
+        yield from zip(indices[positions], maps.mean(axis=1))
