@@ -49,7 +49,7 @@ def make_encode(encoder: Encoder) -> Encode:
     @jax.jit
     def encode(params, images: jax.Array) -> jax.Array:
         images = (images.astype(jnp.float32) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
-        return encoder.features(params, images).astype(jnp.float16)  # (b, 2, T, D)
+        return by_image(partial(encoder.features, params))(images).astype(jnp.float16)  # (b, 2, T, D)
 
     def encode_batch(images: np.ndarray) -> np.ndarray:
         padded = np.zeros((ENCODE_BATCH, *images.shape[1:]), np.uint8)
@@ -62,6 +62,17 @@ def make_encode(encoder: Encoder) -> Encode:
         return features
 
     return encode_batch
+
+
+def by_image(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """The same function of a batch, to be compiled: on a CPU it goes image by image, since one image's activations stay
+    in the cache (llb.BENCHMARKS: 1.5 to 2 times as fast on two cores); on an accelerator all at once.
+
+    function: (b, …) → a tree of (b, …), each image's result its own.
+    """
+    if jax.default_backend() != "cpu":
+        return function
+    return partial(jax.lax.map, lambda image: jax.tree.map(lambda leaf: leaf[0], function(image[None])))
 
 
 def load_batches(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:

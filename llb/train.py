@@ -32,7 +32,7 @@ from llb.checkpoint import check_digest, open_checkpoints, restore_params, resto
 from llb.console import progress, say
 from llb.dinomaly import Dinomaly, anomaly_map, cosine_distance, image_score, patch_targets, reconstruction_loss
 from llb.encoder import Encoder
-from llb.features import Fetch, ahead
+from llb.features import Fetch, ahead, by_image
 from llb.files import UserError
 from llb.optimizer import Recipe, hard_positions, make_optimizer
 
@@ -364,15 +364,20 @@ def check_finite(losses: np.ndarray, first_step: int) -> None:
 def score_step(params, features: jax.Array, model: Dinomaly, size: int) -> tuple[jax.Array, jax.Array]:
     """All sub-models on the same images.
 
-    params: stacked (K, …); features: (b, 2, T, D) → maps float32 (K, b, size, size), scores float32 (K, b).
+    params: stacked (K, …); features: (b, 2, T, D) → maps float32 (b, K, size, size), scores float32 (b, K).
     """
 
-    def one(params):
-        decoded = model.apply({"params": params}, features)
-        maps = anomaly_map(cosine_distance(decoded, patch_targets(features, model.patches)), size)
-        return maps, image_score(maps)
+    def all_of(features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        target = patch_targets(features, model.patches)
 
-    return jax.vmap(one)(params)
+        def one(params):
+            distance = cosine_distance(model.apply({"params": params}, features), target)
+            maps = anomaly_map(distance, size)
+            return maps, image_score(maps)
+
+        return jax.vmap(one, out_axes=1)(params)  # (b, K, …)
+
+    return by_image(all_of)(features)
 
 
 def score(
@@ -402,7 +407,7 @@ def score(
         maps, scores = score_step(params, features, model=model, size=size)
 
         def wanted(stack: jax.Array, count: int = len(positions)) -> np.ndarray:
-            return np.asarray(stack)[:submodels, :count].swapaxes(0, 1)
+            return np.asarray(stack)[:count, :submodels]
 
         yield positions, wanted(scores), wanted(maps) if with_maps else None
 
