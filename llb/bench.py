@@ -40,7 +40,19 @@ from llb.metrics import PixelCounts, accumulate, pixel_metrics, pixel_metrics_er
 from llb.optimizer import RECIPES, hard_positions
 from llb.run import environment
 from llb.textures import draw
-from llb.train import SCORE_BATCH, Training, make_training, score, score_all, submodel_keys, train
+from llb.train import (
+    SCORE_BATCH,
+    Training,
+    init_state,
+    make_training,
+    place,
+    plan,
+    score,
+    score_all,
+    submodel_keys,
+    train,
+    train_steps,
+)
 
 PHOTO = 1024  # side of the images on the disk, pixels: Real-IAD's
 PRODUCT = 2048  # side of the matrices whose product is the machine's arithmetic rate
@@ -81,7 +93,7 @@ class Bench:
     batch_size: int = flag(4, "images per step, sub-model, and per call of the reference", whole(1))
     steps: int = flag(6, "steps of each sub-model", whole(1))
     maps: int = flag(504, "maps for the pixel metrics", whole(2))
-    reference_maps: int = flag(32, "of these for the reference's way, whose time grows with their number", whole(2))
+    reference_maps: int = flag(16, "of these for the reference's way, whose time grows with their number", whole(2))
 
 
 # ---- taking turns ----
@@ -291,17 +303,31 @@ def our_ways(stage: Stage, folder: Path) -> dict[str, Way]:
             encoder, stage.encode, stage.paths, folder / f"features{next(made)}.npy", 64.0, "  features"
         )
 
+    def compile_steps() -> None:
+        """The loop that `train` will run, compiled without running it: its steps take minutes, and they are timed anyway."""
+        placement, fetch = place(len(keys), training.batch_size), latest["fetch"]
+        sample = fetch(np.zeros(1, int))
+        spread_keys = jax.device_put(keys[placement.rows], placement.sharding("model"))
+        state = jax.device_put(init_state(spread_keys, sample, training=training), placement.sharding("model"))
+        passes = placement.spread(np.ones(len(keys), np.int32))
+        chunks, features_of = plan(training, fetch, stage.subsets, keys, placement, 0, sample.nbytes)
+        for steps in {len(chunk): chunk for chunk in chunks}.values():
+            numbers = np.array(steps, np.int32), np.array(steps, np.int32)
+            arguments = (state, *features_of(steps), spread_keys, passes, *numbers, placement.sharding("model", "data"))
+            train_steps.lower(*arguments, training=training).compile()
+
     def training_steps() -> None:
         target = folder / f"training{next(made)}"
         latest["params"] = train(training, latest["fetch"], stage.subsets, keys, target, "bench", "  training")
 
-    def scoring() -> None:
-        score_all(latest["params"], training.model, latest["fetch"], count, encoder.image_size, "  scoring")
+    def scoring(images: int = count) -> None:
+        params = latest.get("params", stack(stage.params))
+        score_all(params, training.model, latest["fetch"], images, encoder.image_size, "  scoring")
 
     return {
         "encoder": Way(features, count),
-        "training step": Way(training_steps, training.steps),
-        "scoring": Way(scoring, count),
+        "training step": Way(training_steps, training.steps, compile_steps),
+        "scoring": Way(scoring, count, partial(scoring, 1)),
     }
 
 
