@@ -25,6 +25,7 @@ from llb.features import Encode, Fetch, make_encode
 from llb.files import atomic, read_json, write_csv, write_json
 from llb.metrics import PixelCounts, accumulate, image_metrics, pixel_metrics_error, pixel_metrics_of, purification
 from llb.optimizer import RECIPES
+from llb.processes import launched
 from llb.report import contact_sheet, mean_metrics, summary_table, write_metrics_csv, write_report
 from llb.run import METRICS, load_dataset, make_fetch, read_purified, read_run, read_scores, trained_on
 from llb.train import Training, heat_maps, make_training, score
@@ -35,6 +36,8 @@ PIXEL_ERROR = 1e-5  # pixel metrics that may be further from exact are reported 
 
 def main() -> None:
     settings = parse(Evaluate)
+    if launched()[1] > 0:
+        return  # srun or mpirun started several: one is enough for a test set
     say(choose_device())
     out, config = read_run(settings.run)
     names = config["categories"]

@@ -23,6 +23,7 @@ from llb.features import Encode, Fetch, make_encode
 from llb.files import UserError, atomic
 from llb.metrics import purification
 from llb.optimizer import RECIPES
+from llb.processes import first, first_ahead
 from llb.purify import aggregate, keep_auto, keep_lowest, partition, ranks
 from llb.report import contact_sheet
 from llb.run import data_root, finished_stage1, make_fetch, open_run, writable, write_purified, write_scores
@@ -35,8 +36,9 @@ def main() -> None:
     # ---- settings, data, encoder: all that can be wrong is found before anything is written ----
     settings = parse(Stage1)
     out = Path(settings.out)
-    say(device := choose_device())
-    writable(out)
+    say(device := choose_device(settings))
+    with first_ahead("out"):
+        writable(out)
     root = data_root(out, settings.data)
     settings = resolve(settings, recognise(root) if settings.data else "embedded")
     datasets = [
@@ -96,9 +98,10 @@ def stage1(dataset: Dataset, settings: Stage1, out: Path, encoder: Encoder, enco
     kept = keep_auto(aggregated) if settings.keep == "auto" else keep_lowest(aggregated, settings.keep)  # (N,) bool
 
     # ---- write; each score stands beside the path it belongs to ----
-    write_scores(folder, dataset, subset, scores, aggregated, kept)
-    write_suspects(folder, dataset, aggregated, kept, params, training, fetch, size)
-    write_purified(folder, dataset, kept)
+    if first():
+        write_scores(folder, dataset, subset, scores, aggregated, kept)
+        write_suspects(folder, dataset, aggregated, kept, params, training, fetch, size)
+        write_purified(folder, dataset, kept)
     say(found(dataset, aggregated, kept))
 
 

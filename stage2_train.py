@@ -20,6 +20,7 @@ from llb.encoder import Encoder, load_encoder
 from llb.features import Encode, make_encode
 from llb.files import UserError
 from llb.optimizer import RECIPES
+from llb.processes import first, first_ahead
 from llb.run import (
     clear_stage2,
     finished_stage1,
@@ -34,7 +35,7 @@ from llb.train import Training, make_training, submodel_keys, train
 
 def main() -> None:
     settings = parse(Stage2)
-    say(choose_device())
+    say(choose_device(settings))
     out, config = read_run(settings.run)
     # ---- what is not given is stage 1's ----
     default_steps = EMBEDDED_FINAL_STEPS if config["data"] is None else FINAL_STEPS
@@ -52,10 +53,11 @@ def main() -> None:
             )
         choices.append(training_choice(settings.train_on, out / dataset.category, dataset))
     encoder = load_encoder(config["encoder"], config["weights"], config["image_size"], config["precision"])
-    if settings.overwrite:
-        for dataset in datasets:
-            clear_stage2(out, dataset.category, settings.train_on)
-    record_stage2(out, config, settings)
+    with first_ahead("record"):
+        if settings.overwrite and first():
+            for dataset in datasets:
+                clear_stage2(out, dataset.category, settings.train_on)
+        record_stage2(out, config, settings)
 
     recipe = RECIPES[config["recipe"]]
     training = make_training(

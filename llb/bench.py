@@ -300,17 +300,17 @@ def our_ways(stage: Stage, folder: Path) -> dict[str, Way]:
 
     def features() -> None:
         latest["fetch"] = cached(
-            encoder, stage.encode, stage.paths, folder / f"features{next(made)}.npy", 64.0, "  features"
+            encoder, stage.encode, stage.paths, folder / f"features{next(made)}", 64.0, "  features"
         )
 
     def compile_steps() -> None:
-        """The loop that `train` will run, compiled without running it: its steps take minutes, and they are timed anyway."""
+        """The loop that `train` will run, compiled without running it: its steps take long, and are timed anyway."""
         placement, fetch = place(len(keys), training.batch_size), latest["fetch"]
         sample = fetch(np.zeros(1, int))
-        spread_keys = jax.device_put(keys[placement.rows], placement.sharding("model"))
-        state = jax.device_put(init_state(spread_keys, sample, training=training), placement.sharding("model"))
+        spread_keys = placement.spread_keys(keys)
+        state = init_state(spread_keys, sample, training=training, sharding=placement.sharding("model"))
         passes = placement.spread(np.ones(len(keys), np.int32))
-        chunks, features_of = plan(training, fetch, stage.subsets, keys, placement, 0, sample.nbytes)
+        chunks, features_of = plan(training, fetch, stage.subsets, keys, placement, 0, sample[0])
         for steps in {len(chunk): chunk for chunk in chunks}.values():
             numbers = np.array(steps, np.int32), np.array(steps, np.int32)
             arguments = (state, *features_of(steps), spread_keys, passes, *numbers, placement.sharding("model", "data"))

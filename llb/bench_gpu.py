@@ -164,7 +164,7 @@ def whole(stage: bench.Stage, sizes: Sizes, folder: Path) -> dict[str, float]:
     """llb's stage 1, from image files to scores; what the training and the scoring take to compile is in it."""
     size, keys = stage.encoder.image_size, submodel_keys(jax.random.key(0), len(stage.subsets))
     clock = [time.perf_counter()]
-    fetch = cached(stage.encoder, stage.encode, stage.paths, folder / "features.npy", 64.0, "  features")
+    fetch = cached(stage.encoder, stage.encode, stage.paths, folder / "features", 64.0, "  features")
     clock.append(time.perf_counter())
     params = train(stage.training, fetch, stage.subsets, keys, folder / "whole", "bench", "  training")
     clock.append(time.perf_counter())

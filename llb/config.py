@@ -86,6 +86,19 @@ def overwrite(text: str) -> Any:
     return flag(False, text, affects=False)
 
 
+def coordinator() -> Any:
+    text = "HOST:PORT of process 0, when several processes run this together (llb/processes.py); all see the same files"
+    return flag(None, text, shown="srun's or mpirun's word, else one process", affects=False)
+
+
+def processes() -> Any:
+    return flag(None, "with --coordinator: how many processes", whole(1), shown="likewise", affects=False)
+
+
+def process_id() -> Any:
+    return flag(None, "with --coordinator: which one this is, from 0", whole(0), shown="likewise", affects=False)
+
+
 @dataclass
 class Stage1:
     """Find the hidden defects: partition, train K sub-models together, score, aggregate, select."""
@@ -146,6 +159,9 @@ class Stage1:
     detector: str = flag("dinomaly", "the anomaly detector", choices=DETECTORS)
     cache_gib: float = cache_gib()
     no_cache: bool = no_cache()
+    coordinator: str | None = coordinator()
+    processes: int | None = processes()
+    process_id: int | None = process_id()
     overwrite: bool = overwrite("start the run anew: delete what it holds, stage 2 and reports included")
 
 
@@ -167,6 +183,9 @@ class Stage2:
     learning_rate: float | None = flag(None, "peak learning rate", real(0, float("inf"), True), shown="stage 1's")
     cache_gib: float = cache_gib()
     no_cache: bool = no_cache()
+    coordinator: str | None = coordinator()
+    processes: int | None = processes()
+    process_id: int | None = process_id()
     overwrite: bool = overwrite("train anew on the chosen images; what was trained on them before is deleted")
 
 

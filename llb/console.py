@@ -8,49 +8,59 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
+from llb import processes
 from llb.files import UserError
 
 
 def say(text: str) -> None:
-    """One line on standard output, at once (so that a redirected log keeps its order)."""
+    """One line on standard output, at once (a redirected log keeps its order); of several processes one speaks."""
+    if not processes.first():
+        return
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 
 def progress(iterable: Iterable | None = None, **settings) -> tqdm:
     """A bar with rate and time left on standard error; redirected to a file, a line every half minute at most."""
+    settings["disable"] = not processes.first()
     if sys.stderr.isatty():
         return tqdm(iterable, dynamic_ncols=True, leave=False, **settings)
     return tqdm(iterable, ascii=True, ncols=100, leave=False, mininterval=30, delay=15, **settings)
 
 
-def choose_device() -> str:
+def choose_device(settings=None) -> str:
     """Start JAX on the accelerator there is, else on the CPU without a plug-in's traceback; returns a line about it.
+
+    settings: those of a script that several processes may run together, see `llb.processes.join`.
 
     jax[cuda12] installs its plug-in on every Linux machine. Without NVIDIA's driver the plug-in fails loudly at first
     use, so look for the driver first.
     """
-    import jax
-
     # orbax and absl announce every save at this level
     logging.getLogger("absl").setLevel(logging.ERROR)
     keep_compiled()
+    no_driver = False
     if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("jax_cuda12_plugin"):
         try:
             ctypes.CDLL("libcuda.so.1")
         except OSError:
             jax.config.update("jax_platforms", "cpu")
-            return "device: CPU (no NVIDIA driver found)"
+            no_driver = True
+    if settings is not None:
+        processes.join(settings)
     try:
         devices = jax.devices()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: no such device ({reason})") from None
+    together = f", in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     if devices[0].platform == "cpu":
-        return "device: CPU" + (f", seen as {len(devices)} devices" if len(devices) > 1 else "")
-    return f"device: {len(devices)} × {devices[0].device_kind}"
+        line = "device: CPU" + (f", seen as {len(devices)} devices" if len(devices) > 1 else "")
+        return line + (" (no NVIDIA driver found)" if no_driver else "") + together
+    return f"device: {len(devices)} × {devices[0].device_kind}{together}"
 
 
 def keep_compiled() -> None:
@@ -59,8 +69,6 @@ def keep_compiled() -> None:
     They lie in JAX_COMPILATION_CACHE_DIR, by default in the user's cache folder. JAX names them by program, version and
     processor, so a stale one is never read. Where the folder cannot be written, everything is compiled anew.
     """
-    import jax
-
     if jax.config.jax_compilation_cache_dir is None:  # JAX has read the variable by itself
         try:
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llb" / "jax"
@@ -82,7 +90,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized():
+            sys.stdout.flush()
+            os._exit(2)  # not sys.exit: this process would wait for the others to end as well
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr, flush=True)

@@ -12,11 +12,10 @@ them anew each time. Both round to float16 (half the disk and traffic; its step 
 import hashlib
 import os
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llb import processes
 from llb.console import progress, say
 from llb.data import load_image
 from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
-from llb.files import UserError, read_json, write_json
+from llb.files import UserError, atomic, read_json, write_json
 
 ENCODE_BATCH = 16  # images per call of the encoder: one fixed shape, compiled once
 GIB = 2**30
+SHARD_BYTES = 2**24  # of features in one file: what an interruption may cost
+OPEN_SHARDS = 64  # each holds a file open, of which a process may have few
+ABOUT = "features.json"
 
 Encode = Callable[[np.ndarray], np.ndarray]
 Fetch = Callable[[np.ndarray], np.ndarray]
@@ -117,62 +120,73 @@ def streamed(encoder: Encoder, encode: Encode, paths: Sequence[Path]) -> Fetch:
     return fetch
 
 
-def cached(encoder: Encoder, encode: Encode, paths: Sequence[Path], file: Path, memory_gib: float, title: str) -> Fetch:
+def cached(
+    encoder: Encoder, encode: Encode, paths: Sequence[Path], folder: Path, memory_gib: float, title: str
+) -> Fetch:
     """Features of all `paths`, computed at most once per run and shared by its stages.
 
-    They lie in `file` (.npy, float16 (N, 2, T, D)); up to `memory_gib` they are read into memory, beyond it the file
-    is memory-mapped. An interrupted computation goes on where it was.
+    They lie in `folder`, cut into shards (00000.npy …, float16 (n, 2, T, D)). Up to `memory_gib` they are read into
+    memory; beyond it the shards are memory-mapped, and what is asked for is read. Where the disk has no room for them,
+    they are computed anew each time, as with `streamed`. A shard is there whole or not at all, so an interrupted
+    computation goes on with the next one; several processes compute every P-th shard each.
 
     Raises:
-        UserError: an image cannot be read, or the disk is too small.
+        UserError: an image cannot be read.
     """
     shape = (len(paths), *feature_shape(encoder))
-    size = int(np.prod(shape)) * 2
+    row_bytes = int(np.prod(shape[1:])) * 2
+    size = len(paths) * row_bytes
+    rows = max(1, SHARD_BYTES // row_bytes // ENCODE_BATCH) * ENCODE_BATCH  # in a shard
+    starts = range(0, len(paths), rows)
+    shards = [folder / f"{number:05}.npy" for number in range(len(starts))]
+    with processes.first_ahead(f"{title}: cache"):
+        fingerprint = _fingerprint(encoder, paths)
+        if not _made_of(folder, fingerprint):
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(folder / ABOUT, {"fingerprint": fingerprint, "images": len(paths), "shard": rows})
+    missing = [number for number, shard in enumerate(shards) if not shard.exists()]
     place = "in memory" if size <= memory_gib * GIB else "read from disk"
-    fingerprint = _fingerprint(encoder, paths)
-    state_file = file.with_suffix(".json")
-    state = read_json(state_file) if state_file.exists() else {}
-    if state.get("fingerprint") != fingerprint:
-        state = {"fingerprint": fingerprint, "done": 0}
+    needed, free = size * len(missing) // len(shards), shutil.disk_usage(folder).free
+    if processes.agreed(needed > free):
+        say(
+            f"{title}: features of {len(paths)} images, computed each time they are needed: on the disk of {folder} "
+            f"they would take {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free"
+        )
+        return streamed(encoder, encode, paths)
+    say(f"{title}: features of {len(paths)} images{'' if missing else ' found'}, {size / GIB:.2f} GiB, {place}")
 
-    if file.exists() and state["done"] == len(paths):
-        say(f"{title}: features of {len(paths)} images found, {size / GIB:.2f} GiB, {place}")
-    else:
-        say(f"{title}: features of {len(paths)} images, {size / GIB:.2f} GiB, {place}")
-        _compute(encoder, encode, paths, file, shape, state, state_file, title)
-    array = np.load(file, mmap_mode=None if size <= memory_gib * GIB else "r")
-    return array.__getitem__
+    own = [number for number in missing if number % jax.process_count() == jax.process_index()]
+    with progress(total=sum(len(paths[starts[n] : starts[n] + rows]) for n in own), desc=title, unit="image") as bar:
+        batches = load_batches([path for n in own for path in paths[starts[n] : starts[n] + rows]], encoder.image_size)
+        for number in own:
+            parts, wanted = [], len(paths[starts[number] : starts[number] + rows])
+            while sum(map(len, parts)) < wanted:
+                parts.append(encode(next(batches)))
+                bar.update(len(parts[-1]))
+            atomic(shards[number], partial(np.save, arr=np.concatenate(parts)))
+    processes.wait(f"{title}: shards")
+
+    if size <= memory_gib * GIB:
+        everything = np.empty(shape, np.float16)
+        for start, shard in zip(starts, shards):
+            everything[start : start + rows] = np.load(shard)
+        return everything.__getitem__
+    opened = lru_cache(maxsize=OPEN_SHARDS)(partial(np.load, mmap_mode="r"))
+
+    def fetch(indices: np.ndarray) -> np.ndarray:
+        found = np.empty((*indices.shape, *shape[1:]), np.float16)
+        for number in np.unique(indices // rows):
+            here = indices // rows == number
+            found[here] = opened(shards[number])[indices[here] % rows]
+        return found
+
+    return fetch
 
 
-def _compute(encoder, encode, paths, file, shape, state, state_file, title) -> None:
-    """Fill `file` from row state["done"] on, by way of a partial file whose progress is recorded every few seconds."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    if not partial.exists():
-        state["done"] = 0
-    done = state["done"]
-    if done == 0:
-        needed, free = int(np.prod(shape)) * 2, shutil.disk_usage(file.parent).free
-        if needed > free:
-            raise UserError(
-                f"--out: the features need {needed / GIB:.1f} GiB in {file.parent}, {free / GIB:.1f} are free; "
-                "add --no-cache, or give an --out on a larger disk"
-            )
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-    else:
-        array = np.lib.format.open_memmap(partial, mode="r+")
-    last_record = time.monotonic()
-    with progress(total=len(paths), initial=done, desc=title, unit="image") as bar:
-        for images in load_batches(paths[done:], encoder.image_size):
-            array[done : done + len(images)] = encode(images)
-            done += len(images)
-            bar.update(len(images))
-            if time.monotonic() - last_record > 5 or done == len(paths):
-                array.flush()  # the rows first, then the record that they are there
-                write_json(state_file, {**state, "done": done})
-                last_record = time.monotonic()
-    del array  # Windows does not rename a mapped file
-    os.replace(partial, file)
+def _made_of(folder: Path, fingerprint: str) -> bool:
+    """Whether the shards in `folder` are features of these images by this encoder."""
+    about = folder / ABOUT
+    return about.exists() and read_json(about).get("fingerprint") == fingerprint
 
 
 def _fingerprint(encoder: Encoder, paths: Sequence[Path]) -> str:

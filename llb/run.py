@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llb import processes
 from llb.config import Stage1, Stage2, influential
 from llb.data import Dataset, Record, load_category
 from llb.demo import write_demo
@@ -32,7 +33,8 @@ def data_root(run: Path, data: str | None) -> Path:
     if data is not None:
         return Path(data)
     embedded = run / "cache" / "embedded"
-    write_demo(embedded)
+    with processes.first_ahead("embedded set"):
+        write_demo(embedded)
     return embedded
 
 
@@ -44,13 +46,16 @@ def open_run(run: Path, settings: Stage1, categories: list[str], device: str) ->
     """
     file = run / "config.json"
     wanted = influential(settings) | {"categories": categories}
-    if settings.overwrite and file.exists():
-        clear_run(run)
-    if file.exists():
-        mend = "give another --out, or --overwrite to start it anew"
-        refuse_differences(read_json(file), wanted, f"--out {run}", mend)
-    else:
-        write_json(file, wanted | {"command": command_line()} | environment(device))
+    with processes.first_ahead("open run"):
+        if settings.overwrite and file.exists() and processes.first():
+            clear_run(run)
+        if file.exists():
+            mend = "give another --out, or --overwrite to start it anew"
+            refuse_differences(read_json(file), wanted, f"--out {run}", mend)
+        elif processes.first():
+            write_json(file, wanted | {"command": command_line()} | environment(device))
+        else:
+            raise UserError(f"--out {run}: process 0 has written it, but here it is not to be seen; share the folder")
 
 
 def writable(run: Path) -> None:
@@ -103,7 +108,7 @@ def record_stage2(run: Path, config: dict[str, Any], settings: Stage2) -> None:
     if old is not None and not settings.overwrite:
         where = f"--run {run}: stage 2 on {settings.train_on}"
         refuse_differences(old, new, where, "give the same, or --overwrite to train it anew")
-    if old != new:
+    if old != new and processes.first():
         noted[settings.train_on] = new
         write_json(run / "config.json", config)
 
@@ -161,12 +166,12 @@ def make_fetch(
     encode: Encode,
     settings,
 ) -> Fetch:
-    """Features of `records`, from RUN/cache/<category>/<part>.npy or, with --no-cache, computed when asked for."""
+    """Features of `records`, from RUN/cache/<category>/<part>/ or, with --no-cache, computed when asked for."""
     paths = [root / record.path for record in records]
     if settings.no_cache:
         return streamed(encoder, encode, paths)
-    file = run / "cache" / category / f"{part}.npy"
-    return cached(encoder, encode, paths, file, settings.cache_gib, f"{category}, {part}")
+    folder = run / "cache" / category / part
+    return cached(encoder, encode, paths, folder, settings.cache_gib, f"{category}, {part}")
 
 
 def write_scores(folder: Path, dataset: Dataset, subset, scores, aggregated, kept) -> None:

@@ -11,8 +11,9 @@ that would have been trained alone. Stage 2 is the same with K = 1.
 
 Steps are compiled into loops of CHUNK, so that Python is not asked between two steps.
 
-The devices form a mesh with two axes. "model" shares the sub-models out; they never talk to each other, so nothing is
-communicated. Where there are more devices than sub-models, "data" shares out each sub-model's batch as well.
+The devices, of all processes, form a mesh with two axes. "model" shares the sub-models out; they never talk to each
+other, so nothing is communicated. Where there are more devices than sub-models, "data" shares out each sub-model's
+batch as well. While scoring, a process is alone with its devices and its share of the images.
 """
 
 import logging
@@ -35,6 +36,7 @@ from llb.encoder import Encoder
 from llb.features import Fetch, ahead, by_image
 from llb.files import UserError
 from llb.optimizer import Recipe, hard_positions, make_optimizer
+from llb.processes import agreed, gathered, joined, share
 
 CHUNK = 10  # steps in one compiled loop; the state is looked at, and saved, between loops
 # At most this much is fetched for one loop. On a CPU, where a step on as much takes many seconds, a loop must be
@@ -111,37 +113,64 @@ class Placement:
 
     def spread(self, tree):
         """A host tree with leading axis K → on the devices, with leading axis len(rows)."""
-        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[self.rows], self.sharding("model")), tree)
 
-    def spread_rows(self, fetch: Fetch, indices: np.ndarray) -> jax.Array:
-        """int (K, n) → features (len(rows), n, 2, T, D), each sub-model's on its device."""
-        return jax.device_put(fetch(indices[self.rows]), self.sharding("model"))
+        def one(leaf) -> jax.Array:
+            leaf = np.asarray(leaf)[self.rows]
+            return jax.make_array_from_callback(leaf.shape, self.sharding("model"), leaf.__getitem__)
+
+        return jax.tree.map(one, tree)
+
+    def spread_keys(self, keys: jax.Array) -> jax.Array:
+        """(K,) keys → (len(rows),), each on its sub-model's device."""
+        return jax.random.wrap_key_data(self.spread(jax.random.key_data(keys)))
+
+    def spread_rows(self, fetch: Fetch, indices: np.ndarray, row: tuple[int, int, int]) -> jax.Array:
+        """int (K, n) → features (len(rows), n, 2, T, D), each sub-model's on its device.
+
+        Only what this process's devices need is fetched. row: (2, T, D).
+        """
+        indices = indices[self.rows]
+        fetch_once = lru_cache(lambda start, stop: fetch(indices[start:stop]))  # the devices of axis "data" share it
+
+        def part(where: tuple[slice, ...]) -> np.ndarray:
+            return fetch_once(*where[0].indices(len(indices))[:2])
+
+        return jax.make_array_from_callback((*indices.shape, *row), self.sharding("model"), part)
 
     def gather(self, tree, submodels: int):
-        """The reverse of `spread`: a host tree with leading axis K. Copied, since the next step reuses the memory."""
-        return jax.tree.map(lambda leaf: np.array(leaf)[:submodels], tree)
+        """The reverse of `spread`: a host tree with leading axis K, in all processes."""
+        return jax.tree.map(lambda leaf: leaf[:submodels], gathered(tree))
 
 
 def place(submodels: int, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Placement:
-    """Share K sub-models out evenly, on as few devices as that takes; then their batches over the devices left."""
-    devices = devices or jax.local_devices()
+    """Share K sub-models out evenly, on as few devices as that takes; then their batches over the devices left.
+
+    devices: all of all processes by default. Where these are several, no device is left out, since each must have some.
+    """
+    devices = devices or jax.devices()
     per_device = -(-submodels // len(devices))
     model = -(-submodels // per_device)
     data = max(n for n in range(1, len(devices) // model + 1) if batch_size % n == 0)
+    if len({device.process_index for device in devices}) > 1:
+        data = max(n for n in range(1, data + 1) if batch_size % n == 0 and len(devices) % n == 0)
+        model = len(devices) // data
     auto = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((model, data), ("model", "data"), (auto, auto), devices=devices[: model * data])
     return Placement(np.arange(per_device * model) % submodels, mesh)
 
 
-@partial(jax.jit, static_argnames="training")
-def init_state(keys: jax.Array, sample: jax.Array, training: Training) -> State:
-    """K fresh sub-models. keys: (K,); sample: (1, 2, T, D), only its shape matters."""
+@partial(jax.jit, static_argnames=("training", "sharding"))
+def init_state(
+    keys: jax.Array, sample: jax.Array, training: Training, sharding: jax.NamedSharding | None = None
+) -> State:
+    """K fresh sub-models. keys: (K,); sample: (1, 2, T, D), only its shape matters; sharding: of every leaf."""
 
     def one(key: jax.Array) -> State:
         params = training.model.init(purposes(key)[0], sample)["params"]
         return {"params": params, "opt": _optimizer(training, 1).init(params)}
 
-    return jax.vmap(one)(keys)
+    state = jax.vmap(one)(keys)
+    return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
 
 
 def train_step(
@@ -239,7 +268,7 @@ def train(
         keys: (K,) keys, one for each sub-model, see `submodel_keys`.
         folder: where the Orbax checkpoints lie.
         digest: names what is trained on; a checkpoint of another digest is refused.
-        devices: those to share the work out to; all of this process by default.
+        devices: those to share the work out to; all by default.
 
     Returns:
         the parameters, a host tree with leading axis K.
@@ -249,7 +278,7 @@ def train(
     """
     submodels, batch_size = len(subsets), training.batch_size
     placement = place(submodels, batch_size, devices)
-    spread_keys = jax.device_put(keys[placement.rows], placement.sharding("model"))
+    spread_keys = placement.spread_keys(keys)
     sample = fetch(np.zeros(1, int))  # (1, 2, T, D)
     passes = placement.spread(np.array([-(-len(subset) // batch_size) for subset in subsets], np.int32))
 
@@ -264,11 +293,10 @@ def train(
             shapes = jax.eval_shape(partial(init_state, training=training), keys, sample)
             state = placement.spread(restore_state(checkpoints, shapes))
         else:
-            state = init_state(spread_keys, sample, training=training)
-            state = jax.device_put(state, placement.sharding("model"))
+            state = init_state(spread_keys, sample, training=training, sharding=placement.sharding("model"))
 
         batch_sharding = placement.sharding("model", "data")
-        chunks, prepare = plan(training, fetch, subsets, keys, placement, start, sample.nbytes)
+        chunks, prepare = plan(training, fetch, subsets, keys, placement, start, sample[0])
         pending, last_save, save_cost = deque(), time.monotonic(), 0.0
         with progress(total=training.steps, initial=start, desc=title, unit="step") as bar:
             for steps, (rows, positions) in ahead(prepare, chunks):
@@ -278,7 +306,7 @@ def train(
                     state, rows, positions, spread_keys, passes, *numbers, batch_sharding, training=training
                 )
                 pending.append((steps, losses))
-                due = time.monotonic() - last_save > max(SAVE_SECONDS, save_cost / SAVE_SHARE)
+                due = agreed(time.monotonic() - last_save > max(SAVE_SECONDS, save_cost / SAVE_SHARE))
                 last = steps.stop == training.steps
                 # Reading losses waits for the device: leave it the newest chunk to work on meanwhile.
                 while len(pending) > (0 if due or last else 1):
@@ -304,7 +332,7 @@ def plan(
     keys: jax.Array,
     placement: Placement,
     start: int,
-    row_bytes: int,
+    sample: np.ndarray,
 ) -> tuple[list[range], Callable[[range], tuple[jax.Array, np.ndarray]]]:
     """Cut the steps from `start` on into chunks, and say how a chunk gets its features.
 
@@ -314,12 +342,15 @@ def plan(
     Chunks end at multiples of their length, so that an interrupted training goes on with the chunks it would have had.
     All but the last (and a first that goes on from another machine's checkpoint) are equally long: two compilations.
 
+    sample: one image's features, (2, T, D).
+
     Returns:
         chunks of steps, and steps ↦ (rows (K, n, 2, T, D) on the devices, positions (K, steps, B) in them).
     """
-    batch_size, longest = training.batch_size, max(len(subset) for subset in subsets)
+    batch_size, longest, row_bytes = training.batch_size, max(len(subset) for subset in subsets), sample.nbytes
     streams = [batches(purposes(keys[k])[1], np.arange(len(subset)), batch_size) for k, subset in enumerate(subsets)]
-    resident = fits_device(longest * row_bytes * len(placement.rows) // placement.mesh.shape["model"], placement)
+    resident_bytes = longest * row_bytes * len(placement.rows) // placement.mesh.shape["model"]
+    resident = agreed(fits_device(resident_bytes, placement))
     step_bytes = len(placement.rows) * batch_size * row_bytes
     kind = "cpu" if placement.mesh.devices.flat[0].platform == "cpu" else "accelerator"
     length = CHUNK if resident else max(1, min(CHUNK, CHUNK_BYTES[kind] // step_bytes))
@@ -330,14 +361,16 @@ def plan(
     log.debug("features %s; compiled once for each length of a chunk: %s", where, lengths)
 
     if resident:
-        all_rows = placement.spread_rows(fetch, np.stack([np.resize(subset, longest) for subset in subsets]))
+        images = np.stack([np.resize(subset, longest) for subset in subsets])
+        all_rows = placement.spread_rows(fetch, images, sample.shape)
 
     def prepare(steps: range) -> tuple[jax.Array, jax.Array]:
         positions = np.stack([[stream(step) for step in steps] for stream in streams])  # (K, steps, B)
         if resident:
             return all_rows, placement.spread(positions)
         flat = positions.reshape(len(subsets), -1)
-        rows = placement.spread_rows(fetch, np.stack([subset[p] for subset, p in zip(subsets, flat)]))
+        images = np.stack([subset[p] for subset, p in zip(subsets, flat)])
+        rows = placement.spread_rows(fetch, images, sample.shape)
         own = np.broadcast_to(np.arange(flat.shape[1]).reshape(positions.shape[1:]), positions.shape)
         return rows, placement.spread(own)
 
@@ -395,7 +428,7 @@ def score(
         positions in `indices`, int (b,); scores, float32 (b, K); maps, float32 (b, K, size, size) or None.
     """
     submodels = len(jax.tree.leaves(params)[0])
-    placement = place(submodels, SCORE_BATCH)
+    placement = place(submodels, SCORE_BATCH, jax.local_devices())
     params = placement.spread(params)
 
     def prepare(positions: np.ndarray) -> jax.Array:
@@ -413,9 +446,9 @@ def score(
 
 
 def score_all(params, model: Dinomaly, fetch: Fetch, count: int, size: int, title: str) -> np.ndarray:
-    """Every image by every sub-model: float32 (N, K); row i belongs to image i."""
-    parts = list(score(params, model, fetch, np.arange(count), size, title))
-    scores = np.concatenate([scores for _, scores, _ in parts])
+    """Every image by every sub-model: float32 (N, K); row i belongs to image i. Each process scores its share."""
+    own = [scores for _, scores, _ in score(params, model, fetch, share(count), size, title)]
+    scores = joined(np.concatenate([np.empty((0, len(jax.tree.leaves(params)[0])), np.float32), *own]), count)
     assert scores.shape[0] == count and not np.isnan(scores).any()
     return scores
 

@@ -78,7 +78,7 @@ def test_chunks_show_every_step_its_own_batch(monkeypatch, resident, start):
         fetched.append(indices.shape)
         return FEATURES[indices]
 
-    chunks, prepare = plan(training(), fetch, SUBSETS, KEYS, place(3, 3), start, FEATURES[0].nbytes)
+    chunks, prepare = plan(training(), fetch, SUBSETS, KEYS, place(3, 3), start, FEATURES[0])
     first = {0: [range(7), range(7, 14)], 5: [range(5, 7), range(7, 14)], 14: []}[start]
     assert chunks == [*first, range(14, 20)]
     for steps in chunks:
@@ -87,13 +87,13 @@ def test_chunks_show_every_step_its_own_batch(monkeypatch, resident, start):
             for k, subset in enumerate(SUBSETS):
                 expected = FEATURES[batches(purposes(KEYS[k])[1], subset, 3)(step)]
                 np.testing.assert_array_equal(rows[k][positions[k, place_in_chunk]], expected)
-    assert fetched == [(3, 8)] if resident else [(3, 3 * len(steps)) for steps in chunks]
+    assert fetched == 3 * [(1, 8)] if resident else [(1, 3 * len(steps)) for steps in chunks for _ in range(3)]
 
 
 def test_a_chunk_of_large_features_is_short(monkeypatch):
     row = FEATURES[0].nbytes
     monkeypatch.setattr(llb.train, "CHUNK_BYTES", {"cpu": 2 * 3 * 3 * row})  # two steps, K = 3, B = 3
-    chunks, _ = plan(training(), FEATURES.__getitem__, SUBSETS, KEYS, place(3, 3), 0, row)
+    chunks, _ = plan(training(), FEATURES.__getitem__, SUBSETS, KEYS, place(3, 3), 0, FEATURES[0])
     assert {len(steps) for steps in chunks} == {2}
 
 
