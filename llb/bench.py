@@ -410,6 +410,7 @@ def small_ways(settings: Bench, stage: Stage, masks: np.ndarray, maps: np.ndarra
     found = np.random.default_rng(3).random((settings.images * settings.submodels, 2, stage.training.model.patches))
     found = found.astype(np.float32)
     ours = jax.jit(partial(anomaly_map, size=size))
+    batches = [found[start : start + SCORE_BATCH] for start in range(0, len(found), SCORE_BATCH)]  # as `score` does
     some = settings.reference_maps
     return {
         "decoding": {
@@ -417,7 +418,7 @@ def small_ways(settings: Bench, stage: Stage, masks: np.ndarray, maps: np.ndarra
             JAX: Way(lambda: np.stack([load_image(path, size) for path in stage.paths]), settings.images),
         },
         "maps": {
-            OURS: Way(lambda: np.asarray(ours(found)), len(found)),
+            OURS: Way(lambda: [np.asarray(ours(part)) for part in batches], len(found)),
             JAX: Way(lambda: np.stack([reference.heat_map(one, size) for one in found]), len(found)),
         },
         "pixel metrics": {
