@@ -73,7 +73,7 @@ def flag(default: Any, text: str, parse=str, choices=None, shown: str | None = N
 
 
 def cache_gib() -> Any:
-    text = "features up to this size, in GiB, are held in memory, larger ones read from disk, or computed anew without room"
+    text = "features up to this size, in GiB, are held in memory; larger ones are read from disk, or computed anew"
     return flag(4.0, text, real(0, float("inf")), affects=False)
 
 
