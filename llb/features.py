@@ -69,7 +69,7 @@ def make_encode(encoder: Encoder) -> Encode:
 
 def by_image(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
     """The same function of a batch, to be compiled: on a CPU it goes image by image, since one image's activations stay
-    in the cache (llb.BENCHMARKS: 1.5 to 2 times as fast on two cores); on an accelerator all at once.
+    in the cache (llb/BENCHMARKS.md: 1.5 to 2 times as fast); on an accelerator all at once.
 
     function: (b, …) → a tree of (b, …), each image's result its own.
     """

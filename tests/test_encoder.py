@@ -17,6 +17,7 @@ from llb.encoder import (
     SPECS,
     Encoder,
     Spec,
+    attention,
     interpolate_positions,
     interpolation_matrix,
     load_encoder,
@@ -168,3 +169,14 @@ def test_encoders_with_the_same_weights_have_the_same_digest_whatever_the_file(t
     changed["encoder.layer.1.mlp.fc2.bias"][0] += 1e-6
     safetensors.numpy.save_file(changed, tmp_path / "other")
     assert load_encoder("stored", tmp_path / "other").weights_digest != first.weights_digest
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_attention_on_a_cpu_is_that_of_an_accelerator(dtype, tolerance):
+    """Written out with the heads first, it gives what jax.nn's gives."""
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.normal(size=(2, 13, 3, 8)), dtype) for _ in range(3))
+    expected = jax.nn.dot_product_attention(q, k, v)
+    found = attention(q, k, v)
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (found, expected)), rtol=tolerance, atol=tolerance)

@@ -10,7 +10,7 @@ from PIL import Image
 
 import llb.features
 from llb import processes
-from llb.features import cached
+from llb.features import by_image, cached
 
 IMAGES = 7
 ENCODER = SimpleNamespace(
@@ -106,3 +106,16 @@ def test_several_processes_compute_every_shard_once(paths, tmp_path, monkeypatch
             fetch = cached(ENCODER, second := Encode(), paths, tmp_path / "cache", 1.0, "test")
             seen += second.seen
     assert seen == [2, 3, 6, 0, 1, 4, 5] and brightness(fetch) == SOME.tolist()
+
+
+def test_image_by_image_is_the_batch_at_once(monkeypatch):
+    images = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32)
+
+    def function(batch):
+        return {"sum": batch.sum(axis=1), "largest": batch.max(axis=(1, 2))}
+
+    assert by_image(function) is not function, "these tests run on a CPU"
+    found = jax.jit(by_image(function))(images)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, function(images))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert by_image(function) is function
