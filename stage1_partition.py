@@ -23,7 +23,7 @@ from llb.features import Encode, Fetch, make_encode
 from llb.files import UserError, atomic
 from llb.metrics import purification
 from llb.optimizer import RECIPES
-from llb.processes import first, first_ahead
+from llb.processes import first
 from llb.purify import aggregate, keep_auto, keep_lowest, partition, ranks
 from llb.report import contact_sheet
 from llb.run import data_root, finished_stage1, make_fetch, open_run, writable, write_purified, write_scores
@@ -37,8 +37,7 @@ def main() -> None:
     settings = parse(Stage1)
     out = Path(settings.out)
     say(device := choose_device(settings))
-    with first_ahead("out"):
-        writable(out)
+    writable(out)
     root = data_root(out, settings.data)
     settings = resolve(settings, recognise(root) if settings.data else "embedded")
     datasets = [

@@ -296,7 +296,7 @@ def our_ways(stage: Stage, folder: Path) -> dict[str, Way]:
     encoder, training, count = stage.encoder, stage.training, len(stage.paths)
     keys = submodel_keys(jax.random.key(0), len(stage.subsets))
     made = iter(range(10**6))
-    latest = {}
+    latest = {"params": stack(stage.params)}  # what is scored before anything is trained
 
     def features() -> None:
         latest["fetch"] = cached(
@@ -321,8 +321,7 @@ def our_ways(stage: Stage, folder: Path) -> dict[str, Way]:
         latest["params"] = train(training, latest["fetch"], stage.subsets, keys, target, "bench", "  training")
 
     def scoring(images: int = count) -> None:
-        params = latest.get("params", stack(stage.params))
-        score_all(params, training.model, latest["fetch"], images, encoder.image_size, "  scoring")
+        score_all(latest["params"], training.model, latest["fetch"], images, encoder.image_size, "  scoring")
 
     return {
         "encoder": Way(features, count),

@@ -140,7 +140,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 @lru_cache
 def attention_kernel(shape: tuple[int, ...], dtype: str) -> str | None:
-    """ "cudnn", whose fused attention never forms the (T, T) matrix, where it takes this shape; else None: XLA's own.
+    """cuDNN's, by name, where it takes this shape: it never forms the (T, T) matrix. Else None: XLA's own.
 
     By itself JAX chooses XLA's. What cuDNN takes depends on its version, on the GPU and on the dtype (16 bits): ask it.
     """

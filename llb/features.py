@@ -140,10 +140,10 @@ def cached(
     starts = range(0, len(paths), rows)
     shards = [folder / f"{number:05}.npy" for number in range(len(starts))]
     with processes.first_ahead(f"{title}: cache"):
-        fingerprint = _fingerprint(encoder, paths)
-        if not _made_of(folder, fingerprint):
+        about = {"fingerprint": _fingerprint(encoder, paths), "images in a shard": rows}
+        if not (folder / ABOUT).exists() or read_json(folder / ABOUT) != about:
             shutil.rmtree(folder, ignore_errors=True)
-            write_json(folder / ABOUT, {"fingerprint": fingerprint, "images": len(paths), "shard": rows})
+            write_json(folder / ABOUT, about)
     missing = [number for number, shard in enumerate(shards) if not shard.exists()]
     place = "in memory" if size <= memory_gib * GIB else "read from disk"
     needed, free = size * len(missing) // len(shards), shutil.disk_usage(folder).free
@@ -156,13 +156,14 @@ def cached(
     say(f"{title}: features of {len(paths)} images{'' if missing else ' found'}, {size / GIB:.2f} GiB, {place}")
 
     own = [number for number in missing if number % jax.process_count() == jax.process_index()]
-    with progress(total=sum(len(paths[starts[n] : starts[n] + rows]) for n in own), desc=title, unit="image") as bar:
-        batches = load_batches([path for n in own for path in paths[starts[n] : starts[n] + rows]], encoder.image_size)
+    wanted = [path for number in own for path in paths[starts[number] : starts[number] + rows]]
+    with progress(total=len(wanted), desc=title, unit="image") as bar:
+        batches = load_batches(wanted, encoder.image_size)
         for number in own:
-            parts, wanted = [], len(paths[starts[number] : starts[number] + rows])
-            while sum(map(len, parts)) < wanted:
-                parts.append(encode(next(batches)))
-                bar.update(len(parts[-1]))
+            parts = []
+            for images in islice(batches, rows // ENCODE_BATCH):  # fewer in the last shard
+                parts.append(encode(images))
+                bar.update(len(images))
             atomic(shards[number], partial(np.save, arr=np.concatenate(parts)))
     processes.wait(f"{title}: shards")
 
@@ -181,12 +182,6 @@ def cached(
         return found
 
     return fetch
-
-
-def _made_of(folder: Path, fingerprint: str) -> bool:
-    """Whether the shards in `folder` are features of these images by this encoder."""
-    about = folder / ABOUT
-    return about.exists() and read_json(about).get("fingerprint") == fingerprint
 
 
 def _fingerprint(encoder: Encoder, paths: Sequence[Path]) -> str:

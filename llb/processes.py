@@ -73,7 +73,10 @@ def wait(name: str) -> None:
 
 @contextmanager
 def first_ahead(name: str) -> Iterator[None]:
-    """Process 0 goes through the block while the others wait; then they do, and find done what it did."""
+    """Process 0 goes through the block while the others wait; then they do, and find done what it did.
+
+    Also a decorator, for a function that is such a block.
+    """
     if not first():
         wait(name)
     try:
@@ -95,9 +98,14 @@ def gathered(tree):
     return jax.tree.map(np.array, tree)  # copied, since the next step reuses the memory
 
 
+def share_size(count: int) -> int:
+    """How many of `count` rows a process has, the last ones excepted."""
+    return -(-count // jax.process_count())
+
+
 def share(count: int) -> np.ndarray:
     """The rows, of `count`, that are this process's: int, contiguous, those of later processes may be fewer."""
-    size = -(-count // jax.process_count())
+    size = share_size(count)
     start = jax.process_index() * size
     return np.arange(min(start, count), min(start + size, count))
 
@@ -106,6 +114,5 @@ def joined(rows: np.ndarray, count: int) -> np.ndarray:
     """Each process's `share` of the rows → all `count` of them, in all processes."""
     if jax.process_count() == 1:
         return rows
-    size = -(-count // jax.process_count())
-    padded = np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
+    padded = np.concatenate([rows, np.zeros((share_size(count) - len(rows), *rows.shape[1:]), rows.dtype)])
     return multihost_utils.process_allgather(padded, tiled=True)[:count]

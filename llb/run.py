@@ -38,6 +38,7 @@ def data_root(run: Path, data: str | None) -> Path:
     return embedded
 
 
+@processes.first_ahead("open run")
 def open_run(run: Path, settings: Stage1, categories: list[str], device: str) -> None:
     """Begin a run, or go on with it: writes RUN/config.json.
 
@@ -46,18 +47,18 @@ def open_run(run: Path, settings: Stage1, categories: list[str], device: str) ->
     """
     file = run / "config.json"
     wanted = influential(settings) | {"categories": categories}
-    with processes.first_ahead("open run"):
-        if settings.overwrite and file.exists() and processes.first():
-            clear_run(run)
-        if file.exists():
-            mend = "give another --out, or --overwrite to start it anew"
-            refuse_differences(read_json(file), wanted, f"--out {run}", mend)
-        elif processes.first():
-            write_json(file, wanted | {"command": command_line()} | environment(device))
-        else:
-            raise UserError(f"--out {run}: process 0 has written it, but here it is not to be seen; share the folder")
+    if settings.overwrite and file.exists() and processes.first():
+        clear_run(run)
+    if file.exists():
+        mend = "give another --out, or --overwrite to start it anew"
+        refuse_differences(read_json(file), wanted, f"--out {run}", mend)
+    elif processes.first():
+        write_json(file, wanted | {"command": command_line()} | environment(device))
+    else:
+        raise UserError(f"--out {run}: process 0 has written it, but here it is not to be seen; share the folder")
 
 
+@processes.first_ahead("writable")
 def writable(run: Path) -> None:
     """Make the run's folder, or say why not; a folder that holds something else is left alone."""
     try:

@@ -17,6 +17,7 @@ batch as well. While scoring, a process is alone with its devices and its share 
 """
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -150,9 +151,10 @@ def place(submodels: int, batch_size: int, devices: Sequence[jax.Device] | None 
     devices = devices or jax.devices()
     per_device = -(-submodels // len(devices))
     model = -(-submodels // per_device)
-    data = max(n for n in range(1, len(devices) // model + 1) if batch_size % n == 0)
-    if len({device.process_index for device in devices}) > 1:
-        data = max(n for n in range(1, data + 1) if batch_size % n == 0 and len(devices) % n == 0)
+    several = len({device.process_index for device in devices}) > 1
+    shared_out = batch_size if not several else math.gcd(batch_size, len(devices))
+    data = max(n for n in range(1, len(devices) // model + 1) if shared_out % n == 0)
+    if several:
         model = len(devices) // data
     auto = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((model, data), ("model", "data"), (auto, auto), devices=devices[: model * data])

@@ -35,10 +35,8 @@ def together(count: int, script: str, *arguments, devices: int = 2) -> list[subp
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen(line, env=environment, **pipes) for line in lines]
     try:
-        return [
-            subprocess.CompletedProcess(one.args, one.wait(timeout=300), *one.communicate(timeout=300))
-            for one in started
-        ]
+        outputs = [one.communicate(timeout=300) for one in started]
+        return [subprocess.CompletedProcess(one.args, one.returncode, *output) for one, output in zip(started, outputs)]
     finally:
         for one in started:
             one.kill()
