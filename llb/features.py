@@ -49,15 +49,23 @@ def make_encode(encoder: Encoder) -> Encode:
         UserError: a feature is not finite in float16.
     """
 
+    # a batch is shared out to this process's devices
+    devices = jax.local_devices()
+    size = -(-ENCODE_BATCH // len(devices)) * len(devices)
+    mesh = jax.make_mesh((len(devices),), ("data",), (jax.sharding.AxisType.Auto,), devices=devices)
+    shares = jax.NamedSharding(mesh, jax.P("data"))
+    params = jax.device_put(encoder.params, jax.NamedSharding(mesh, jax.P()))
+
     @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P("data"))
     def encode(params, images: jax.Array) -> jax.Array:
         images = (images.astype(jnp.float32) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
         return by_image(partial(encoder.features, params))(images).astype(jnp.float16)  # (b, 2, T, D)
 
     def encode_batch(images: np.ndarray) -> np.ndarray:
-        padded = np.zeros((ENCODE_BATCH, *images.shape[1:]), np.uint8)
+        padded = np.zeros((size, *images.shape[1:]), np.uint8)
         padded[: len(images)] = images
-        features = np.asarray(encode(encoder.params, padded))[: len(images)]
+        features = np.asarray(encode(params, jax.device_put(padded, shares)))[: len(images)]
         if not np.isfinite(features).all():
             raise UserError(
                 f"--encoder {encoder.spec.name}: features are not finite; are these --weights the right ones?"

@@ -188,6 +188,17 @@ def test_maps_are_let_go_of_and_examples_show_their_own_images_map(finished, tmp
             np.testing.assert_allclose(np.asarray(image) * float(image.info["scale"]), heat, atol=2e-5)
 
 
+def test_pixel_metrics_that_may_be_off_are_said_to_be(finished, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("predictions-*"))
+    import evaluate
+
+    for error, said in ((0.9e-5, False), (3e-5, True)):
+        monkeypatch.setattr(evaluate, "pixel_metrics_error", lambda counts: {"pixel_ap": 1e-9, "pixel_aupro": error})
+        status, out, _ = command(capsys, "evaluate", "--run", run, "--overwrite", "--train-on", "all")
+        assert status == 0 and ("pixel metrics on all may be off by 3e-05" in out) == said
+
+
 def test_finished_stages_are_not_repeated(finished, data, capsys):
     before = {file: file.stat().st_mtime_ns for file in (finished / "tile").rglob("*") if file.is_file()}
     out = command(

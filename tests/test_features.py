@@ -10,7 +10,8 @@ from PIL import Image
 
 import llb.features
 from llb import processes
-from llb.features import by_image, cached
+from llb.encoder import load_encoder
+from llb.features import by_image, cached, make_encode
 
 IMAGES = 7
 ENCODER = SimpleNamespace(
@@ -119,3 +120,16 @@ def test_image_by_image_is_the_batch_at_once(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, function(images))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert by_image(function) is function
+
+
+def test_a_batch_is_shared_out_to_the_devices(monkeypatch):
+    """Sixteen images are filled up to eighteen on three devices: the features are those of one device alone."""
+    encoder = load_encoder("tiny", image_size=32)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    seen = []
+    together = make_encode(encoder)
+    monkeypatch.setattr(jax, "device_put", lambda *args, put=jax.device_put: seen.append(put(*args)) or seen[-1])
+    shared = together(images)
+    assert len(seen[-1].sharding.device_set) == len(jax.local_devices()) == 3
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    np.testing.assert_array_equal(shared, make_encode(encoder)(images))
