@@ -13,6 +13,7 @@ Everything follows from the seed: the pixels are the same on every machine.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,22 +40,31 @@ def write_demo(folder: Path | str, seed: int = 0) -> None:
     160 normal training images; for test 50 normal ones, 44 with a shallow hole, 12 with each other kind of defect, and
     their masks: 128 × 128 px, PNG. Takes a few seconds. If it is interrupted, the next call draws anew.
     """
-    folder = Path(folder)
-    marker, text = folder / MARKER, f"drawn by llb.demo, seed {seed}, {sum(COUNTS.values())} images\n"
+    write_set(Path(folder) / "part", COUNTS, draw, seed)
+
+
+def write_set(
+    folder: Path, counts: dict[str, int], draw: Callable[[list[int], str], tuple[np.ndarray, np.ndarray]], seed: int
+) -> None:
+    """Draw one category of an MVTec-style root into `folder`; a finished one is left as it is, any other drawn anew.
+
+    counts: images of each "train/good", "test/<kind>".
+    draw: (random seed, kind) → image uint8 (S, S, 3), mask bool (S, S).
+    """
+    marker, text = folder / MARKER, f"drawn by {draw.__module__}, seed {seed}, {sum(counts.values())} images\n"
     if marker.exists() and marker.read_text(encoding="utf-8") == text:
         return
     marker.unlink(missing_ok=True)
-    part = folder / "part"
-    shutil.rmtree(part, ignore_errors=True)
-    for group, (place, count) in enumerate(COUNTS.items()):
+    shutil.rmtree(folder, ignore_errors=True)
+    for group, (place, count) in enumerate(counts.items()):
         kind = place.split("/")[1]
-        masks = part / "ground_truth" / kind
-        for made in (part / place, masks) if kind in KINDS else (part / place,):
+        masks = folder / "ground_truth" / kind
+        for made in (folder / place,) if kind == "good" else (folder / place, masks):
             made.mkdir(parents=True)
         for index in range(count):
             image, mask = draw([seed, group, index], kind)
-            Image.fromarray(image).save(part / place / f"{index:03}.png")
-            if kind in KINDS:
+            Image.fromarray(image).save(folder / place / f"{index:03}.png")
+            if kind != "good":
                 Image.fromarray(mask.astype(np.uint8) * 255).save(masks / f"{index:03}_mask.png")
     write_text(marker, text)
 

@@ -2,20 +2,19 @@
 
     python -m llb.pretrain --export llb/weights/tiny.safetensors      made the shipped file in 19 minutes
 
-A small ViT sees the filter-bank energies (llb.stem) of some patches and predicts those of the hidden ones, so it has to
-learn how structure goes on from patch to patch (masked prediction, as in BEiT and MAE, of the fixed description that is
-its input). The energies of an image never change: they are computed once, when it is drawn, and training is all about
-the transformer.
+A small ViT sees the filter-bank energies (llb.stem) of some patches and learns to say something of the hidden ones, so
+it has to learn how structure goes on from patch to patch. What it is asked, its loss, is one of four objectives
+(llb.objectives); which kinds of images are drawn, one of three mixes (llb.textures). The energies of an image never
+change: they are computed once, when it is drawn, and training is all about the transformer.
 
-    energies   float16 (N, P, 53)     on disk; standardised by their mean and deviation over drawn images
-    hidden     bool (B, P)            20–60 % of each image's patches
-    tokens     depth × (B, T, D)      of the energies, the hidden ones replaced by the mask token
-    predicted  float32 (B, P, 53)     a linear layer on the last block
-    loss       Huber, 1.0 on hidden and 0.2 on seen patches
+    energies   float16 (N, P, 53)   on disk
+    batch      float16 (B, P, 53)   one shuffled pass over all images after another
+    state      the parameters, AdamW's moments, and where the objective has one its teacher, a moving average
 
 An interrupted run goes on when the same command is given again.
 """
 
+import math
 import multiprocessing
 import os
 import time
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,18 +31,20 @@ from llb import textures
 from llb.checkpoint import open_checkpoints, restore_params, restore_state, save
 from llb.config import flag, influential, parse, real, whole
 from llb.console import choose_device, progress, run, say
-from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, SPECS, ViT
+from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, ViT
 from llb.files import read_json, write_json
+from llb.objectives import OBJECTIVES, PATCHES, SPEC, init
 from llb.run import refuse_differences
 from llb.stem import ENERGIES, energies
+from llb.textures import MIXES
 from llb.weights_io import write_tree
 
-SPEC = SPECS["tiny"]
-PATCHES = SPEC.native_grid**2
 DRAW_BATCH = 64  # images per call of the filter bank
 SAMPLE = 2000  # images that the energies' mean and deviation are taken over
 WHITEN = 512  # images that the features are whitened over
 SHRINK = 1e-4  # of the largest variance, added to all; between 1e-2 and 1e-5 smaller was better, down to about here
+TEACHER_MOMENTUM = 0.99  # a step: runs are short
+PART = 4  # images: on a CPU a step takes its batch in parts, whose activations stay in the cache (a third faster)
 SAVE_SECONDS = 60.0
 
 
@@ -54,8 +54,10 @@ class Pretrain:
 
     out: str = flag("runs/pretrain", "folder for the drawn energies and the checkpoints", affects=False)
     export: str | None = flag(None, "write the encoder's weights to this file at the end", affects=False, shown="none")
+    objective: str = flag("energies", "what is learned, see llb/objectives.py", choices=tuple(OBJECTIVES))
+    mix: str = flag("nine", "which kinds of images are drawn", choices=tuple(MIXES))
     images: int = flag(6000, "number of drawn images", whole(1))
-    steps: int = flag(600, "optimiser steps", whole(1))
+    steps: int = flag(900, "optimiser steps", whole(1))
     batch_size: int = flag(16, "images per step", whole(1))
     learning_rate: float = flag(1.5e-3, "peak learning rate of AdamW", real(0, 1, True))
     seed: int = flag(0, "all random numbers follow from it", whole(0))
@@ -83,9 +85,9 @@ def main() -> None:
 # ---- drawing ----
 
 
-def draw_image(index: int, seed: int) -> np.ndarray:
-    """Image `index` of the endless set that belongs to a seed: uint8 (S, S, 3)."""
-    return textures.draw(np.random.default_rng([seed, index]), SPEC.image_size)
+def draw_image(index: int, seed: int, mix: str) -> np.ndarray:
+    """Image `index` of the endless set that belongs to a seed and a mix: uint8 (S, S, 3)."""
+    return textures.draw(np.random.default_rng([seed, index]), SPEC.image_size, MIXES[mix])
 
 
 def draw_energies(settings: Pretrain, file: Path) -> np.ndarray:
@@ -100,7 +102,9 @@ def draw_energies(settings: Pretrain, file: Path) -> np.ndarray:
         array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
         # spawn: a forked process must not inherit JAX's threads
         with multiprocessing.get_context("spawn").Pool() as pool:
-            drawn = pool.imap(partial(draw_image, seed=settings.seed), range(settings.images), chunksize=8)
+            drawn = pool.imap(
+                partial(draw_image, seed=settings.seed, mix=settings.mix), range(settings.images), chunksize=8
+            )
             for start in progress(range(0, settings.images, DRAW_BATCH), desc="drawing", unit="batch"):
                 images = np.zeros((DRAW_BATCH, SPEC.image_size, SPEC.image_size, 3), np.uint8)
                 count = min(DRAW_BATCH, settings.images - start)
@@ -110,42 +114,6 @@ def draw_energies(settings: Pretrain, file: Path) -> np.ndarray:
         del array  # Windows does not rename a mapped file
         os.replace(unfinished, file)
     return np.load(file, mmap_mode="r")
-
-
-# ---- what is learned ----
-
-
-class Predictor(nn.Module):
-    """The encoder and a linear head that is thrown away after pre-training."""
-
-    @nn.compact
-    def __call__(self, known: jax.Array, hidden: jax.Array) -> jax.Array:
-        """known: float32 (B, P, E), energies; hidden: bool (B, P) → predicted standardised energies (B, P, E)."""
-        x = ViT(SPEC, name="vit")(known, hidden)[-1][:, -PATCHES:]
-        x = nn.LayerNorm(1e-6, use_fast_variance=False, name="norm")(x)
-        return nn.Dense(ENERGIES, name="head")(x)
-
-
-def hide(key: jax.Array, images: int) -> jax.Array:
-    """bool (B, P): 20–60 % of the patches of each image; in half of the images lone patches, in the others blobs."""
-    share_key, fine_key, coarse_key, kind_key = jax.random.split(key, 4)
-    side = SPEC.native_grid
-    share = jax.random.uniform(share_key, (images, 1), minval=0.2, maxval=0.6)
-    fine = jax.random.uniform(fine_key, (images, side, side))
-    coarse = jax.image.resize(jax.random.uniform(coarse_key, (images, 5, 5)), (images, side, side), "linear")
-    blobs = jax.random.bernoulli(kind_key, 0.5, (images, 1, 1))
-    noise = jnp.where(blobs, coarse + 0.05 * fine, fine).reshape(images, -1)
-    return noise.argsort(axis=1).argsort(axis=1) < share * PATCHES
-
-
-def loss_of(params: dict, known: jax.Array, key: jax.Array) -> jax.Array:
-    """Scalar. known: float16 (B, P, E)."""
-    known = known.astype(jnp.float32)
-    stem = jax.lax.stop_gradient(params["vit"]["stem"])
-    hidden = hide(key, len(known))
-    predicted = Predictor().apply({"params": params}, known, hidden)
-    error = optax.huber_loss(predicted, (known - stem["mean"]) / stem["std"]).mean(axis=-1)  # (B, P)
-    return (error * jnp.where(hidden, 1.0, 0.2)).mean()
 
 
 # ---- the loop ----
@@ -180,24 +148,35 @@ def pretrain(settings: Pretrain, known: np.ndarray, folder: Path) -> dict:
     sample = known[:SAMPLE].astype(np.float32).reshape(-1, ENERGIES)
     statistics = {"mean": sample.mean(axis=0), "std": sample.std(axis=0) + 1e-3}
 
+    part = math.gcd(settings.batch_size, PART) if jax.default_backend() == "cpu" else settings.batch_size
+    loss_of, with_teacher = OBJECTIVES[settings.objective], settings.objective == "teacher"
+
     @jax.jit
-    def init() -> dict:
-        params = Predictor().init(init_key, jnp.zeros((1, PATCHES, ENERGIES)), jnp.zeros((1, PATCHES), bool))["params"]
+    def start_state() -> dict:
+        params = init(settings.objective, init_key)
         params["vit"]["stem"] |= statistics
-        return {"params": params, "opt": optimizer.init(params)}
+        # a copy, for both are donated to the first step
+        teacher = jax.tree.map(jnp.copy, params) if with_teacher else {}
+        return {"params": params, "teacher": teacher, "opt": optimizer.init(params)}
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: dict, known: jax.Array, step: jax.Array) -> tuple[dict, jax.Array]:
-        key = jax.random.fold_in(step_key, step)
-        loss, gradients = jax.value_and_grad(loss_of)(state["params"], known, key)
+        keys = jax.random.split(jax.random.fold_in(step_key, step), len(known) // part)
+        known = known.reshape(-1, part, *known.shape[1:])
+        grad = partial(jax.value_and_grad(loss_of), state["params"], state["teacher"])
+        losses, gradients = jax.lax.map(lambda part: grad(*part), (known, keys))
+        loss, gradients = jax.tree.map(lambda leaf: leaf.mean(axis=0), (losses, gradients))
         updates, opt = optimizer.update(gradients, state["opt"], state["params"])
-        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, loss
+        params, teacher = optax.apply_updates(state["params"], updates), state["teacher"]
+        if with_teacher:
+            teacher = optax.incremental_update(params, teacher, 1 - TEACHER_MOMENTUM)
+        return {"params": params, "teacher": teacher, "opt": opt}, loss
 
     with open_checkpoints(folder) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start == settings.steps:
             return restore_params(checkpoints)
-        state = restore_state(checkpoints, jax.eval_shape(init)) if start else init()
+        state = restore_state(checkpoints, jax.eval_shape(start_state)) if start else start_state()
         last_save = time.monotonic()
         with progress(total=settings.steps, initial=start, desc="pre-training", unit="step") as bar:
             for step in range(start, settings.steps):

@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import uniform_filter
 
+from llb import textures
 from llb.config import flag, parse, real, whole
 from llb.console import choose_device, progress, run, say
 from llb.data import choose_categories, load_category, load_image, load_mask
 from llb.dinomaly import map_matrix
 from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, SPECS, ViT, load_encoder
 from llb.metrics import image_metrics, pixel_metrics
+from llb.pretrain import whitening as whitening_of
 from llb.run import data_root
 from llb.stem import energies, pool
 
@@ -33,6 +35,8 @@ TOP_PATCHES = 0.02  # share of a map's patches whose mean is the image score
 SHRINK = 1e-3  # of the largest variance, added to all: directions without information stay without
 SPEC = SPECS["tiny"]
 ENCODE_BATCH = 32
+RANDOM_WHITEN = 128  # drawn images that the features of random weights are whitened over
+MEASURED = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "train_auroc": "AUROC of the ranking in train"}
 
 Describe = Callable[[jax.Array], jax.Array]  # float32 (B, S, S, 3), ImageNet-normalised → (B, P, D)
 
@@ -52,7 +56,18 @@ def main() -> None:
     settings = parse(Probe)
     say(choose_device())
     root = data_root(Path(settings.out), settings.data)
-    dataset = load_category(root, choose_categories(root, settings.category)[0], settings.noise_ratio, settings.seed)
+    category = choose_categories(root, settings.category)[0]
+    say(f"{'features':24} " + "  ".join(MEASURED.values()))
+    for name, describe in features(settings.seed).items():
+        row = probe(describe, root, category, settings.noise_ratio, settings.seed, name)
+        say(f"{name:24} " + "  ".join("–".center(11) if row[m] is None else f"{row[m]:11.3f}" for m in MEASURED))
+
+
+def probe(
+    describe: Describe, root: Path, category: str, noise_ratio: float, seed: int, title: str
+) -> dict[str, float | None]:
+    """The keys of MEASURED for one kind of features on one category, as stage 1 would read it; None: undefined."""
+    dataset = load_category(root, category, noise_ratio, seed)
     train, test = (
         np.stack([load_image(root / record.path, SPEC.image_size) for record in records])
         for records in (dataset.train, dataset.test)
@@ -63,34 +78,33 @@ def main() -> None:
         if record.mask:
             masks[index] = load_mask(root / record.mask, SPEC.image_size)
 
-    say(f"{'features':24} image AUROC  pixel AUROC  AUROC of the ranking in train")
-    for name, describe in features(settings.seed).items():
-        known, seen = (apply(describe, images, name) for images in (train, test))
-        distances, scores = nearest_neighbours(known, seen, settings.seed)
-        image = image_metrics(labels, scores)["image_auroc"]
-        pixel = pixel_metrics(masks, full_size(distances, SPEC.image_size))["pixel_auroc"]
-        row = [image, pixel]
-        if settings.noise_ratio:
-            row.append(image_metrics(train_labels, nearest_neighbours(known, None, settings.seed)[1])["image_auroc"])
-        say(f"{name:24} " + "  ".join("     –     " if x is None else f"{x:11.3f}" for x in row))
+    known, seen = (apply(describe, images, title) for images in (train, test))
+    distances, scores = nearest_neighbours(known, seen, seed)
+    found = image_metrics(labels, scores) | pixel_metrics(masks, full_size(distances, SPEC.image_size))
+    if noise_ratio:
+        ranking = nearest_neighbours(known, None, seed)[1]
+        found["train_auroc"] = image_metrics(train_labels, ranking)["image_auroc"]
+    return {name: found.get(name) for name in MEASURED}
 
 
-def features(seed: int) -> dict[str, Describe]:
-    """What is compared. Tokens are averaged over the blocks that Dinomaly reconstructs."""
-    blocks = sum(SPEC.groups, ())
+def features(seed: int, weights: str | None = None) -> dict[str, Describe]:
+    """What is compared. `tiny`'s and its random twin's are what Dinomaly reconstructs, both groups side by side."""
+    trained = load_encoder("tiny", weights)
+    shape = jnp.zeros((1, SPEC.image_size, SPEC.image_size, 3))
+    random = ViT(SPEC).init(jax.random.key(seed), shape)["params"]
+    random["stem"] |= {name: trained.params["stem"][name] for name in ("mean", "std")}
+    drawn = np.stack([textures.draw(np.random.default_rng([seed, index])) for index in range(RANDOM_WHITEN)])
+    random["whitening"] = whitening_of(random, apply(partial(energies, patch=SPEC.patch), drawn, "drawn images"))
 
-    def tokens(params: dict, images: jax.Array) -> jax.Array:
-        outputs = ViT(SPEC).apply({"params": params}, images)
-        return sum(outputs[block] for block in blocks)[:, 1 + SPEC.registers :] / len(blocks)
+    def groups(params: dict, images: jax.Array) -> jax.Array:
+        found = trained.features(params, images)[:, :, 1 + SPEC.registers :]  # (B, 2, P, D)
+        return jnp.concatenate([found[:, 0], found[:, 1]], axis=-1)
 
-    trained = load_encoder("tiny").params
-    random = ViT(SPEC).init(jax.random.key(seed), jnp.zeros((1, SPEC.image_size, SPEC.image_size, 3)))["params"]
-    random["stem"] |= {name: trained["stem"][name] for name in ("mean", "std")}
     return {
         "raw patches": lambda images: pool(images, SPEC.patch).reshape(len(images), SPEC.native_grid**2, -1),
         "filter-bank energies": partial(energies, patch=SPEC.patch),
-        "tiny, random weights": partial(tokens, random),
-        "tiny": partial(tokens, trained),
+        "tiny, random weights": partial(groups, random),
+        "tiny": partial(groups, trained.params),
     }
 
 

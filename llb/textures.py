@@ -106,7 +106,67 @@ def rings(random: np.random.Generator, size: int) -> np.ndarray:
     return _colourise(random, _unit(np.tanh(total * random.uniform(0.5, 4))))
 
 
-KINDS = {f.__name__: f for f in (spectrum, grating, cells, leaves, strokes, rings)}
+def relief(random: np.random.Generator, size: int) -> np.ndarray:
+    """A bumpy surface under a lamp: smooth at one scale, or ridged, with a glossy share."""
+    height = gaussian_filter(random.normal(size=(size, size)), sigma := np.exp(random.uniform(0.3, 2.3)))
+    height /= height.std()
+    if random.random() < 0.5:
+        height = abs(height)
+    slope = np.stack(np.gradient(height)) * random.uniform(0.3, 1.5) * sigma
+    lamp, up = random.uniform(0, 2 * np.pi), random.uniform(0.5, 1.5)
+    cosine = (slope[0] * np.sin(lamp) + slope[1] * np.cos(lamp) + up) / np.sqrt(1 + (slope**2).sum(axis=0))
+    light = np.clip(cosine / np.hypot(1, up), 0, 1)
+    gloss = random.uniform(0, 0.6) * light ** random.uniform(5, 30)
+    return random.uniform(0.2, 1, 3) * (0.2 + 0.8 * light)[..., None] + gloss[..., None]
+
+
+def scatter(random: np.random.Generator, size: int) -> np.ndarray:
+    """One small motif, strewn about: turned by right angles, lighter or darker, on a soft ground."""
+    side = int(random.integers(5, 24))
+    shape = gaussian_filter(random.normal(size=(side, side)), side / random.uniform(5, 10))
+    rows, columns = _grid(side)
+    round_edge = np.clip(side / 2 - np.hypot(rows - side / 2 + 0.5, columns - side / 2 + 0.5), 0, 1)
+    cover = np.clip(shape / shape.std() * 2 + 1, 0, 1) * round_edge
+    motif = (
+        spectrum(random, side) if random.random() < 0.5 else np.broadcast_to(random.uniform(0, 1, 3), (side, side, 3))
+    )
+    picture = spectrum(random, size) * random.uniform(0, 0.5) + random.uniform(0, 0.6, 3)
+    for _ in range(int(random.uniform(0.3, 2.5) * (size / side) ** 2)):
+        turns, (top, left) = int(random.integers(4)), random.integers(0, size - side + 1, 2)
+        under = picture[top : top + side, left : left + side]
+        fill = np.rot90(motif, turns) * random.uniform(0.8, 1.2)
+        under += np.rot90(cover, turns)[..., None] * (fill - under)
+    return picture
+
+
+def panels(random: np.random.Generator, size: int) -> np.ndarray:
+    """A rectangle cut in two again and again; the parts have colours or textures of their own, some have seams."""
+    fills = [KINDS[name](random, size) for name in random.choice(["spectrum", "grating", "relief"], 2)]
+    picture, seam = np.empty((size, size, 3)), random.uniform(0, 1, 3)
+    parts, smallest = [(0, 0, size, size)], random.integers(8, 40)
+    while parts:
+        top, left, bottom, right = parts.pop()
+        tall = bottom - top > right - left
+        length = bottom - top if tall else right - left
+        if length > 2 * smallest and random.random() < 0.9:
+            cut = int(random.integers(smallest, length - smallest + 1))
+            near, far = ((top + cut, right), (top + cut, left)) if tall else ((bottom, left + cut), (top, left + cut))
+            parts += [(top, left, *near), (*far, bottom, right)]
+            continue
+        fill = random.uniform(0, 1, 3) if random.random() < 0.5 else fills[int(random.integers(2))]
+        part = np.s_[top:bottom, left:right]
+        picture[part] = np.broadcast_to(fill, (size, size, 3))[part]
+        if random.random() < 0.4:
+            picture[top : top + 2, left:right] = picture[top:bottom, left : left + 2] = seam
+    return picture
+
+
+KINDS = {f.__name__: f for f in (spectrum, grating, cells, leaves, strokes, rings, relief, scatter, panels)}
+MIXES = {  # to compare: what variety is worth
+    "noise": ("spectrum", "cells"),
+    "six": ("spectrum", "grating", "cells", "leaves", "strokes", "rings"),
+    "nine": tuple(KINDS),
+}
 
 
 def _warp(random: np.random.Generator, picture: np.ndarray) -> np.ndarray:

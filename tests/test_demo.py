@@ -88,7 +88,7 @@ def test_a_finished_set_is_left_and_an_unfinished_one_drawn_anew(few, tmp_path, 
     write_demo(tmp_path)
     assert image.read_bytes() == b"touched"
 
-    (tmp_path / MARKER).unlink()
+    (tmp_path / "part" / MARKER).unlink()
     (tmp_path / "part/train/good/stray.png").write_bytes(b"half an im")
     write_demo(tmp_path)
     assert files_of(tmp_path) == whole
@@ -99,7 +99,7 @@ def test_a_finished_set_is_left_and_an_unfinished_one_drawn_anew(few, tmp_path, 
     monkeypatch.setattr(llb.demo, "draw", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_demo(tmp_path, seed=1)
-    assert not (tmp_path / MARKER).exists()
+    assert not (tmp_path / "part" / MARKER).exists()
 
 
 def test_the_set_is_neither_trivial_nor_hopeless(demo):

@@ -9,7 +9,8 @@ import llb.pretrain
 from llb import load_encoder, textures
 from llb.checkpoint import restore_params
 from llb.encoder import SPECS, ViT
-from llb.pretrain import PATCHES, Pretrain, batch, hide, pretrain, whitening
+from llb.objectives import PATCHES, Predictor, hide
+from llb.pretrain import Pretrain, batch, pretrain, whitening
 from llb.stem import ENERGIES
 
 KNOWN = np.random.default_rng(0).normal(3, 2, (12, PATCHES, ENERGIES)).astype(np.float16)
@@ -60,6 +61,32 @@ def test_an_interrupted_pre_training_ends_as_if_it_had_not_been(trained, tmp_pat
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
     with llb.pretrain.open_checkpoints(tmp_path) as checkpoints:
         assert flat(restore_params(checkpoints)).keys() == trained.keys()
+
+
+def test_the_teacher_follows_the_parameters(tmp_path, monkeypatch):
+    monkeypatch.setattr(llb.pretrain, "SAVE_SECONDS", 0.0)
+    saved = []
+    monkeypatch.setattr(llb.pretrain, "save", lambda checkpoints, step, state, digest: saved.append(state))
+    pretrain(Pretrain(objective="teacher", images=12, steps=4, batch_size=2), KNOWN, tmp_path)
+    second, third = (jax.tree.leaves(state["teacher"]) for state in saved[1:3])
+    params = jax.tree.leaves(saved[2]["params"])
+    for before, after, now in zip(second, third, params):
+        np.testing.assert_allclose(after, 0.99 * before + 0.01 * now, atol=1e-6)
+
+
+def test_a_batch_in_parts_is_the_batch_at_once(tmp_path, monkeypatch):
+    """Without anything random in the loss, the mean over parts of four is the mean over the batch."""
+
+    def loss(params, teacher, known, key):
+        predicted = Predictor().apply({"params": params}, known.astype(np.float32), np.zeros(known.shape[:2], bool))
+        return (predicted**2).mean()
+
+    monkeypatch.setitem(llb.pretrain.OBJECTIVES, "energies", loss)
+    settings = Pretrain(images=12, steps=2, batch_size=12)
+    in_parts = flat(pretrain(settings, KNOWN, tmp_path / "parts"))
+    monkeypatch.setattr(llb.pretrain, "PART", 12)
+    for name, value in flat(pretrain(settings, KNOWN, tmp_path / "whole")).items():
+        np.testing.assert_allclose(in_parts[name], value, atol=2e-4, err_msg=name)
 
 
 def test_every_pass_shows_each_image_once():
