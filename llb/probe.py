@@ -48,6 +48,7 @@ class Probe:
     data: str | None = flag(None, "a set with labels, as for stage 1", shown="the embedded set")
     category: str | None = flag(None, "one category", shown="the only one there is")
     noise_ratio: float = flag(0.0, "share of defective images in train, as for stage 1", real(0, 1))
+    weights: str | None = flag(None, "weights of tiny to look at", shown="those of this repository")
     out: str = flag("runs/probe", "where the embedded set is drawn")
     seed: int = flag(0, "which patches are remembered, and the random weights", whole(0))
 
@@ -58,7 +59,7 @@ def main() -> None:
     root = data_root(Path(settings.out), settings.data)
     category = choose_categories(root, settings.category)[0]
     say(f"{'features':24} " + "  ".join(MEASURED.values()))
-    for name, describe in features(settings.seed).items():
+    for name, describe in features(settings.seed, settings.weights).items():
         row = probe(describe, root, category, settings.noise_ratio, settings.seed, name)
         say(f"{name:24} " + "  ".join("–".center(11) if row[m] is None else f"{row[m]:11.3f}" for m in MEASURED))
 
