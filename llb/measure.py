@@ -21,7 +21,7 @@ from llb.console import choose_device, run, say
 from llb.data import choose_categories
 from llb.files import UserError, read_json, write_json
 from llb.heldout import write_heldout
-from llb.probe import features, probe
+from llb.probe import features, load_images, probe
 from llb.run import METRICS, data_root
 
 SCRIPTS = Path(__file__).parent.parent
@@ -109,11 +109,13 @@ def measure(a_set: Set, seed: int, settings: Measure) -> dict[str, Values]:
 
     nearest = folder / "nearest.json"
     if not nearest.exists():
-        by_features = {}
-        for name, describe in features(seed, settings.weights).items():
-            each = [probe(describe, a_set.root, part, a_set.noise_ratio, seed, name) for part in a_set.categories]
-            by_features[name] = mean(each)
-        write_json(nearest, by_features)
+        described = features(seed, settings.weights)
+        each = {name: [] for name in described}
+        for category in a_set.categories:
+            images = load_images(a_set.root, category, a_set.noise_ratio, seed)
+            for name, describe in described.items():
+                each[name].append(probe(describe, images, seed, name))
+        write_json(nearest, {name: mean(categories) for name, categories in each.items()})
     return found | {f"nearest, {name}": values for name, values in read_json(nearest).items()}
 
 

@@ -126,9 +126,9 @@ def _unit(tokens: jax.Array) -> jax.Array:
 
 def replaced_loss(params: dict, teacher: dict, known: jax.Array, key: jax.Array) -> jax.Array:
     known = known.astype(jnp.float32)
-    hide_key, *keys = jax.random.split(key, 3)
+    hide_key, replace_key = jax.random.split(key)
     hidden = hide(hide_key, len(known), 0.1, 0.4)
-    mixed, replaced = replace(keys[0], known)
+    mixed, replaced = replace(replace_key, known)
     predicted = Predictor(ENERGIES + 1).apply({"params": params}, mixed, hidden)
     telling = optax.sigmoid_binary_cross_entropy(predicted[..., -1], replaced.astype(jnp.float32))
     telling = (telling * ~hidden).mean()

@@ -58,33 +58,47 @@ def main() -> None:
     say(choose_device())
     root = data_root(Path(settings.out), settings.data)
     category = choose_categories(root, settings.category)[0]
+    images = load_images(root, category, settings.noise_ratio, settings.seed)
     say(f"{'features':24} " + "  ".join(MEASURED.values()))
     for name, describe in features(settings.seed, settings.weights).items():
-        row = probe(describe, root, category, settings.noise_ratio, settings.seed, name)
+        row = probe(describe, images, settings.seed, name)
         say(f"{name:24} " + "  ".join("–".center(11) if row[m] is None else f"{row[m]:11.3f}" for m in MEASURED))
 
 
-def probe(
-    describe: Describe, root: Path, category: str, noise_ratio: float, seed: int, title: str
-) -> dict[str, float | None]:
-    """The keys of MEASURED for one kind of features on one category, as stage 1 would read it; None: undefined."""
+@dataclass(frozen=True)
+class Images:
+    """A category as stage 1 would read it, decoded once for all kinds of features."""
+
+    train: np.ndarray  # uint8 (N, S, S, 3)
+    test: np.ndarray  # uint8 (M, S, S, 3)
+    masks: np.ndarray  # bool (M, S, S)
+    train_labels: list[int | None]
+    labels: list[int | None]
+
+
+def load_images(root: Path, category: str, noise_ratio: float, seed: int) -> Images:
     dataset = load_category(root, category, noise_ratio, seed)
     train, test = (
         np.stack([load_image(root / record.path, SPEC.image_size) for record in records])
         for records in (dataset.train, dataset.test)
     )
-    train_labels, labels = ([record.label for record in records] for records in (dataset.train, dataset.test))
     masks = np.zeros(test.shape[:3], bool)
     for index, record in enumerate(dataset.test):
         if record.mask:
             masks[index] = load_mask(root / record.mask, SPEC.image_size)
+    train_labels, labels = ([record.label for record in records] for records in (dataset.train, dataset.test))
+    return Images(train, test, masks, train_labels, labels)
 
-    known, seen = (apply(describe, images, title) for images in (train, test))
+
+def probe(describe: Describe, images: Images, seed: int, title: str) -> dict[str, float | None]:
+    """The keys of MEASURED for one kind of features; None: undefined."""
+    known, seen = (apply(describe, part, title) for part in (images.train, images.test))
     distances, scores = nearest_neighbours(known, seen, seed)
-    found = image_metrics(labels, scores) | pixel_metrics(masks, full_size(distances, SPEC.image_size))
-    if noise_ratio:
+    maps = full_size(distances, SPEC.image_size)
+    found = image_metrics(images.labels, scores) | pixel_metrics(images.masks, maps)
+    if any(images.train_labels):
         ranking = nearest_neighbours(known, None, seed)[1]
-        found["train_auroc"] = image_metrics(train_labels, ranking)["image_auroc"]
+        found["train_auroc"] = image_metrics(images.train_labels, ranking)["image_auroc"]
     return {name: found.get(name) for name in MEASURED}
 
 

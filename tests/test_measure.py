@@ -24,7 +24,8 @@ def commands(monkeypatch):
 
     monkeypatch.setattr(llb.measure, "script", pretend)
     monkeypatch.setattr(llb.measure, "features", lambda seed, weights: {"tiny": None})
-    monkeypatch.setattr(llb.measure, "probe", lambda *about: {"image_auroc": 0.6 if about[2] == "a" else 0.8})
+    monkeypatch.setattr(llb.measure, "load_images", lambda root, category, noise_ratio, seed: category)
+    monkeypatch.setattr(llb.measure, "probe", lambda *about: {"image_auroc": 0.6 if about[1] == "a" else 0.8})
     return given
 
 
