@@ -1,6 +1,7 @@
 """What is compiled is kept, and where it cannot be kept a run goes on without."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,26 @@ choose_device()
 x = jnp.ones((8, 8))
 jax.jit(lambda x: sum(jnp.linalg.svd(x + i)[0] @ jnp.sort(x * i) for i in range(12)))(x).block_until_ready()
 """
+# page faults of one call, after two that warm up, of a program whose buffers are 64 MB each: 16,384 pages of 4 KiB
+FAULTS = """
+import resource, jax, jax.numpy as jnp
+from llb.console import choose_device
+choose_device()
+work = jax.jit(lambda x: jnp.sort(jnp.sin(x)[::-1] + 1).sum())
+x = jnp.ones((16, 1 << 20))
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
+def test_buffers_of_a_repeated_program_are_not_fetched_from_the_kernel_again():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    line = [sys.executable, "-c", FAULTS]
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert int(result.stdout) < 2000
 
 
 def test_compiled_programs_are_kept_and_read_back_without_a_word(tmp_path):
