@@ -7,19 +7,24 @@
 The ways take turns, so that a machine that slows down slows all of them; what is reported is the median over the turns
 and, in brackets, the lowest and highest. Compiling is not timed. Weights are random: time does not depend on them. The
 reference's ways are in llb.bench_reference and llb.bench_torch; both get llb's weights, and how far the results differ
-is printed.
+is printed. They run in a process of their own, because llb changes how memory is kept in its own
+(`llb.console.keep_memory`), and whoever runs the reference would not have that.
 """
 
 import datetime
+import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,7 @@ from PIL import Image
 
 from llb import bench_reference as reference
 from llb.config import flag, parse, whole
-from llb.console import choose_device, run, say
+from llb.console import choose_device, keep_compiled, run, say
 from llb.data import load_image
 from llb.dinomaly import anomaly_map, map_matrix
 from llb.encoder import SPECS, Encoder, Spec, parameter_shapes
@@ -99,6 +104,14 @@ class Bench:
 # ---- taking turns ----
 
 
+def timed(work: Callable[[], Any]) -> tuple[float, float | None]:
+    """Seconds, and this process's peak memory in MiB."""
+    reset_peak_memory()
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began, peak_memory()
+
+
 @dataclass
 class Way:
     """One way to do a part. `work` does it for `units` units; `warm` makes it compile (default: by working once)."""
@@ -106,6 +119,7 @@ class Way:
     work: Callable[[], Any]
     units: float
     warm: Callable[[], Any] | None = None
+    measure: Callable[[Callable[[], Any]], tuple[float, float | None]] = timed  # another process measures by itself
 
 
 @dataclass
@@ -116,10 +130,11 @@ class Timing:
     peak_mib: float | None = None
 
 
-Timings = dict[str, dict[str, Timing]]  # part → way → timing
+Parts = dict[str, dict[str, Way]]  # part → name of the way → way
+Timings = dict[str, dict[str, Timing]]
 
 
-def take_turns(parts: dict[str, dict[str, Way]], rounds: int) -> Timings:
+def take_turns(parts: Parts, rounds: int) -> Timings:
     """Run every way of every part `rounds` times, in turn."""
     timings = {part: {name: Timing() for name in ways} for part, ways in parts.items()}
     for part, ways in parts.items():
@@ -130,11 +145,9 @@ def take_turns(parts: dict[str, dict[str, Way]], rounds: int) -> Timings:
         for part, ways in parts.items():
             for name, way in ways.items():
                 timing = timings[part][name]
-                reset_peak_memory()
-                began = time.perf_counter()
-                way.work()
-                timing.seconds.append((time.perf_counter() - began) / way.units)
-                timing.peak_mib = max(timing.peak_mib or 0, peak_memory() or 0) or None
+                seconds, peak = way.measure(way.work)
+                timing.seconds.append(seconds / way.units)
+                timing.peak_mib = max(timing.peak_mib or 0, peak or 0) or None
             say(f"  round {turn + 1} of {rounds}: {part}")
     return timings
 
@@ -271,11 +284,10 @@ class Stage:
     encode: Encode  # llb's
 
 
-def prepare(settings: Bench, encoder: Encoder, folder: Path, photo: int = PHOTO) -> Stage:
-    """photo: side of the images on the disk, pixels."""
+def prepare(settings: Bench, encoder: Encoder, paths: list[Path]) -> Stage:
+    """The same in every process: weights are drawn from fixed seeds."""
     recipe = RECIPES["dinomaly"]
     training = make_training(encoder, recipe, recipe.learning_rate, recipe.dropout, settings.steps, settings.batch_size)
-    paths = draw_photos(folder, settings.images, photo)
     images = np.stack([load_image(path, settings.image_size) for path in paths])
     subsets = deal(settings.images, settings.submodels)
     params = random_submodels(encoder, training, settings.submodels)
@@ -403,29 +415,34 @@ def add_whole(timings: Timings, images: int, steps: int) -> None:
 # ---- the other parts ----
 
 
-def small_ways(settings: Bench, stage: Stage, masks: np.ndarray, maps: np.ndarray) -> dict[str, dict[str, Way]]:
-    """Decoding, map post-processing and pixel metrics; each way returns what it computed."""
-    size = settings.image_size
-    found = np.random.default_rng(3).random((settings.images * settings.submodels, 2, stage.training.model.patches))
-    found = found.astype(np.float32)
+def our_small_ways(stage: Stage, masks: np.ndarray, maps: np.ndarray) -> Parts:
+    """Decoding, map post-processing and pixel metrics."""
+    size, found = stage.encoder.image_size, random_distances(stage)
     ours = jax.jit(partial(anomaly_map, size=size))
     batches = [found[start : start + SCORE_BATCH] for start in range(0, len(found), SCORE_BATCH)]  # as `score` does
-    some = settings.reference_maps
     return {
-        "decoding": {
-            OURS: Way(lambda: np.concatenate(list(load_batches(stage.paths, size))), settings.images),
-            JAX: Way(lambda: np.stack([load_image(path, size) for path in stage.paths]), settings.images),
-        },
-        "maps": {
-            OURS: Way(lambda: [np.asarray(ours(part)) for part in batches], len(found)),
-            JAX: Way(lambda: np.stack([reference.heat_map(one, size) for one in found]), len(found)),
-        },
+        "decoding": {OURS: Way(lambda: np.concatenate(list(load_batches(stage.paths, size))), len(stage.paths))},
+        "maps": {OURS: Way(lambda: [np.asarray(ours(part)) for part in batches], len(found))},
         "pixel metrics": {
             OURS: Way(lambda: pixel_metrics_of(streamed(masks, maps)), len(maps), lambda: None),
             EXACT: Way(lambda: pixel_metrics(masks, maps), len(maps), lambda: None),
-            JAX: Way(lambda: reference.pixel_metrics(masks[:some], maps[:some]), some, lambda: None),
         },
     }
+
+
+def reference_small_ways(stage: Stage, masks: np.ndarray, maps: np.ndarray) -> dict[str, Way]:
+    size, found = stage.encoder.image_size, random_distances(stage)
+    return {
+        "decoding": Way(lambda: np.stack([load_image(path, size) for path in stage.paths]), len(stage.paths)),
+        "maps": Way(lambda: np.stack([reference.heat_map(one, size) for one in found]), len(found)),
+        "pixel metrics": Way(lambda: reference.pixel_metrics(masks, maps), len(maps), lambda: None),
+    }
+
+
+def random_distances(stage: Stage) -> np.ndarray:
+    """What K sub-models find in every image, before it becomes maps: float32 (N · K, 2, P)."""
+    shape = (len(stage.paths) * len(stage.subsets), 2, stage.training.model.patches)
+    return np.random.default_rng(3).random(shape, np.float32)
 
 
 def streamed(masks: np.ndarray, maps: np.ndarray) -> PixelCounts:
@@ -450,6 +467,61 @@ def product_ways(side: int) -> dict[str, Way]:
         "JAX": Way(repeatedly(lambda: product(*on_device).block_until_ready()), 4 * operations),
         "NumPy": Way(repeatedly(lambda: a @ b), 4 * operations),
     }
+
+
+# ---- the others' process ----
+
+
+@contextmanager
+def others(settings: Bench, spec: Spec, paths: list[Path]) -> Iterator[tuple[Parts, dict[str, dict[str, float]]]]:
+    """The reference's and PyTorch's ways, to be called from here but at work in a process of their own.
+
+    Yields the ways, and how far PyTorch's results are from the reference's in JAX: {way: {what: difference}}.
+    """
+    here, there = multiprocessing.Pipe()
+    arguments = (there, settings, spec, paths, jax.config.jax_platforms)
+    # spawned, not forked: JAX's threads do not survive a fork
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
+    process.start()
+    there.close()  # so that a process that ends early ends the waiting here too
+
+    def ask(*question) -> Any:
+        here.send(question)
+        return here.recv()
+
+    def far(part: str, name: str, units: float) -> Way:
+        return Way(partial(ask, part, name, True), units, partial(ask, part, name, False), lambda work: work())
+
+    try:
+        units, agreements = here.recv()
+        yield {part: {name: far(part, name, each) for name, each in units[part].items()} for part in units}, agreements
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise UserError("the process that runs the reference's way ended early; its last words are above") from None
+    finally:
+        process.kill()
+
+
+def serve(pipe: Connection, settings: Bench, spec: Spec, paths: list[Path], platforms: str | None) -> None:
+    """The other end: (part, way, whether to work or to warm up) comes in, (seconds, peak memory) goes out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which then ends this one
+    jax.config.update("jax_platforms", platforms)
+    keep_compiled()
+    stage = prepare(settings, random_encoder(spec, settings.image_size), paths)
+    masks, maps = draw_maps(settings.reference_maps, settings.image_size)
+    ways = reference_ways(stage, settings.rounds) | reference_small_ways(stage, masks, maps)
+    parts, agreements = {part: {JAX: way} for part, way in ways.items()}, {}
+    for name in TORCH if settings.against else ():
+        ways, agreements[name] = torch_ways(import_torch(), stage, name)
+        for part, way in ways.items():
+            parts[part][name] = way
+    pipe.send(({part: {name: way.units for name, way in found.items()} for part, found in parts.items()}, agreements))
+    while True:
+        try:
+            part, name, measured = pipe.recv()
+        except EOFError:  # the first process is gone
+            return
+        way = parts[part][name]
+        pipe.send(timed(way.work if measured else way.warm or way.work))
 
 
 # ---- agreement ----
@@ -564,25 +636,23 @@ def measure(settings: Bench, spec: Spec, device: str, photo: int = PHOTO, produc
     photo, product: sides of the images on the disk and of the matrices that are multiplied, for tests.
     """
     check(settings, spec)
-    torch = import_torch() if settings.against else None
+    if settings.against:
+        import_torch()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        stage = prepare(settings, random_encoder(spec, settings.image_size), folder, photo)
+        paths = draw_photos(folder, settings.images, photo)
+        stage = prepare(settings, random_encoder(spec, settings.image_size), paths)
         masks, maps = draw_maps(settings.maps, settings.image_size)
         work = count_work(stage.encoder, stage.training)
         agreements = {JAX: agreement(settings, stage, masks, maps)}
-
-        parts = {part: {OURS: way} for part, way in our_ways(stage, folder).items()}
-        for part, way in reference_ways(stage, settings.rounds).items():
-            parts[part][JAX] = way
-        if torch:
-            for name in TORCH:
-                ways, agreements[name] = torch_ways(torch, stage, name)
-                for part, way in ways.items():
-                    parts[part][name] = way
-        timings = take_turns({"matrix product": product_ways(product)} | parts, settings.rounds)
-        timings |= take_turns(small_ways(settings, stage, masks, maps), max(3, settings.rounds))
+        large = {part: {OURS: way} for part, way in our_ways(stage, folder).items()}
+        small = our_small_ways(stage, masks, maps)
+        with others(settings, spec, paths) as (theirs, found):
+            agreements |= found
+            large, small = ({part: parts[part] | theirs[part] for part in parts} for parts in (large, small))
+            timings = take_turns({"matrix product": product_ways(product)} | large, settings.rounds)
+            timings |= take_turns(small, max(3, settings.rounds))
         add_whole(timings, settings.images, settings.steps)
     ratios, targets = compare(timings, work, settings)
     results = {

@@ -93,7 +93,7 @@ def prepare(sizes: Sizes, folder: Path) -> bench.Stage:
         batch_size=sizes.batch_size,
         steps=sizes.steps,
     )
-    stage = bench.prepare(settings, encoder, folder, sizes.photo)
+    stage = bench.prepare(settings, encoder, bench.draw_photos(folder, settings.images, sizes.photo))
     paths = [stage.paths[index % len(stage.paths)] for index in range(sizes.images)]
     images = np.take(stage.images, np.arange(sizes.images), axis=0, mode="wrap")
     return replace(stage, paths=paths, images=images, subsets=bench.deal(sizes.images, sizes.submodels[0]))

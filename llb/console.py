@@ -88,11 +88,11 @@ def keep_compiled() -> None:
 
 
 def keep_memory() -> None:
-    """Let the C library keep freed memory, so that XLA's buffers on a CPU are not fetched from the kernel at every step.
+    """Let the C library keep freed memory, so that XLA's buffers on a CPU are not fetched anew at every step.
 
-    glibc by default hands every large block back when it is freed and gets it anew, page by page: a million page
-    faults, a fifth of the time, in one step of three sub-models at 392 pixels. It takes all three settings (mallopt(3)):
-    no block of its own mapping, no trimming, and one arena, since others are mappings too. They hold for threads that
+    glibc by default hands every large block back to the kernel and gets it again page by page: a million page faults,
+    a fifth of the time, in a step of three sub-models at 392 pixels. It takes all three settings (mallopt(3)): no block
+    with a mapping of its own, no trimming, and one arena, since the others are mappings too. They hold for threads that
     start later, so this comes before JAX starts its own. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] != "glibc":

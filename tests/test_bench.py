@@ -117,6 +117,11 @@ def test_ways_take_turns_and_only_the_warm_up_is_not_timed():
     assert all(len(timing.seconds) == 3 for timing in timings["part"].values())
 
 
+def test_a_process_of_the_others_that_fails_ends_the_run(tmp_path):
+    with pytest.raises(UserError, match="ended early"), bench.others(SETTINGS, TOY, [tmp_path / "missing.jpg"]):
+        pass
+
+
 def test_json_holds_targets_with_their_verdicts(results):
     found = json.loads(json.dumps(results, allow_nan=False))
     assert {"date", "command", "machine", "settings", "parts", "ratios", "targets"} <= set(found)
