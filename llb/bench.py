@@ -48,15 +48,11 @@ from llb.textures import draw
 from llb.train import (
     SCORE_BATCH,
     Training,
-    init_state,
     make_training,
-    place,
-    plan,
     score,
     score_all,
     submodel_keys,
     train,
-    train_steps,
 )
 
 PHOTO = 1024  # side of the images on the disk, pixels: Real-IAD's
@@ -315,19 +311,6 @@ def our_ways(stage: Stage, folder: Path) -> dict[str, Way]:
             encoder, stage.encode, stage.paths, folder / f"features{next(made)}", 64.0, "  features"
         )
 
-    def compile_steps() -> None:
-        """The loop that `train` will run, compiled without running it: its steps take long, and are timed anyway."""
-        placement, fetch = place(len(keys), training.batch_size), latest["fetch"]
-        sample = fetch(np.zeros(1, int))
-        spread_keys = placement.spread_keys(keys)
-        state = init_state(spread_keys, sample, training=training, sharding=placement.sharding("model"))
-        passes = placement.spread(np.ones(len(keys), np.int32))
-        chunks, features_of = plan(training, fetch, stage.subsets, keys, placement, 0, sample[0])
-        for steps in {len(chunk): chunk for chunk in chunks}.values():
-            numbers = np.array(steps, np.int32), np.array(steps, np.int32)
-            arguments = (state, *features_of(steps), spread_keys, passes, *numbers, placement.sharding("model", "data"))
-            train_steps.lower(*arguments, training=training).compile()
-
     def training_steps() -> None:
         target = folder / f"training{next(made)}"
         latest["params"] = train(training, latest["fetch"], stage.subsets, keys, target, "bench", "  training")
@@ -337,7 +320,7 @@ def our_ways(stage: Stage, folder: Path) -> dict[str, Way]:
 
     return {
         "encoder": Way(features, count),
-        "training step": Way(training_steps, training.steps, compile_steps),
+        "training step": Way(training_steps, training.steps),
         "scoring": Way(scoring, count, partial(scoring, 1)),
     }
 
