@@ -481,6 +481,8 @@ def others(settings: Bench, spec: Spec, paths: list[Path]) -> Iterator[tuple[Par
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise UserError("the process that runs the reference's way ended early; its last words are above") from None
     finally:
+        here.close()  # tells it to end
+        process.join(5)
         process.kill()
 
 
