@@ -22,6 +22,7 @@ from llb.data import choose_categories
 from llb.files import UserError, read_json, write_json
 from llb.heldout import write_heldout
 from llb.probe import features, load_images, probe
+from llb.report import mean_defined
 from llb.run import METRICS, data_root
 
 SCRIPTS = Path(__file__).parent.parent
@@ -60,7 +61,7 @@ class Set:
 def main() -> None:
     settings = parse(Measure)
     say(choose_device())
-    sets = [a_set for a_set in list_sets(settings) if settings.only in (None, a_set.name)]
+    sets = list_sets(settings)
     measured = {a_set.name: [measure(a_set, seed, settings) for seed in range(settings.seeds)] for a_set in sets}
     write_json(Path(settings.out) / "measured.json", measured)
     for name, seeds in measured.items():
@@ -69,27 +70,37 @@ def main() -> None:
 
 
 def list_sets(settings: Measure) -> list[Set]:
-    """The sets to measure; those that code draws are drawn into OUT."""
-    out = Path(settings.out)
-    heldout = out / "heldout"
-    write_heldout(heldout)
+    """The sets to measure; those that code draws are drawn into OUT.
+
+    Raises:
+        UserError: --only or --category names none.
+    """
+    out, sets = Path(settings.out), []
 
     def flags(root: Path, category: str, noise_ratio: float) -> list[str]:
         where = ["--data", str(root), "--category", category, "--noise-ratio", str(noise_ratio)]
         return [*where, "--encoder", "tiny", "--steps", str(settings.steps), "--batch-size", str(EMBEDDED_BATCH)]
 
     final = ("--steps", str(settings.final_steps))
-    sets = [
-        Set("embedded", data_root(out, None), ["part"], NOISE),
-        Set("held-out", heldout, choose_categories(heldout, "all"), NOISE, flags(heldout, "all", NOISE), final),
-    ]
+    if settings.only in (None, "embedded"):
+        sets.append(Set("embedded", data_root(out, None), ["part"], NOISE))
+    if settings.only in (None, "held-out"):
+        heldout = out / "heldout"
+        write_heldout(heldout)
+        sets.append(
+            Set("held-out", heldout, choose_categories(heldout, "all"), NOISE, flags(heldout, "all", NOISE), final)
+        )
     if settings.data:
         root = Path(settings.data)
         names = choose_categories(root, settings.category)
         if len(names) > 1:
             raise UserError(f"--category: one of {', '.join(names)}")
         for name, noise_ratio in ((names[0], NOISE), (f"{names[0]}, clean", 0.0)):
-            sets.append(Set(name, root, names, noise_ratio, flags(root, names[0], noise_ratio), final))
+            if settings.only in (None, name):
+                sets.append(Set(name, root, names, noise_ratio, flags(root, names[0], noise_ratio), final))
+    if not sets:
+        known = "embedded, held-out" + (f", {names[0]}, '{names[0]}, clean'" if settings.data else "; more with --data")
+        raise UserError(f"--only {settings.only}: no such set; give one of {known}")
     return sets
 
 
@@ -105,7 +116,7 @@ def measure(a_set: Set, seed: int, settings: Measure) -> dict[str, Values]:
     script("evaluate.py", "--run", folder)
     metrics = read_json(folder / METRICS)
     found = {train_on: {name: metrics["mean"][train_on][name] for name in SHOWN} for train_on in trained}
-    found["purification"] = mean([metrics[name]["purification"] for name in a_set.categories])
+    found["purification"] = mean_defined([metrics[name]["purification"] for name in a_set.categories])
 
     nearest = folder / "nearest.json"
     if not nearest.exists():
@@ -115,7 +126,7 @@ def measure(a_set: Set, seed: int, settings: Measure) -> dict[str, Values]:
             images = load_images(a_set.root, category, a_set.noise_ratio, seed)
             for name, describe in described.items():
                 each[name].append(probe(describe, images, seed, name))
-        write_json(nearest, {name: mean(categories) for name, categories in each.items()})
+        write_json(nearest, {name: mean_defined(categories) for name, categories in each.items()})
     return found | {f"nearest, {name}": values for name, values in read_json(nearest).items()}
 
 
@@ -128,12 +139,6 @@ def script(name: str, *flags) -> None:
     command = [sys.executable, str(SCRIPTS / name), *map(str, flags)]
     if subprocess.run(command).returncode:
         raise UserError(f"{' '.join(command)} failed")
-
-
-def mean(categories: list[Values]) -> Values:
-    """Name by name over the categories where it is defined."""
-    defined = {name: [c[name] for c in categories if c.get(name) is not None] for name in categories[0]}
-    return {name: float(np.mean(values)) if values else None for name, values in defined.items()}
 
 
 # ---- what is printed ----

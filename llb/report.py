@@ -151,9 +151,14 @@ def mean_metrics(metrics: dict[str, Any], names: Sequence[str]) -> dict[str, dic
     for train_on in TRAIN_ON:
         entries = [metrics[name][train_on] for name in names if train_on in metrics.get(name, {})]
         if entries:
-            defined = {m: [entry[m] for entry in entries if entry.get(m) is not None] for m in METRICS}
-            means[train_on] = {m: float(np.mean(values)) if values else None for m, values in defined.items()}
+            means[train_on] = mean_defined([{m: entry.get(m) for m in METRICS} for entry in entries])
     return means
+
+
+def mean_defined(entries: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    """Name by name the mean over the entries that have it, None where none has. The first has all the names."""
+    defined = {name: [entry[name] for entry in entries if entry.get(name) is not None] for name in entries[0]}
+    return {name: float(np.mean(values)) if values else None for name, values in defined.items()}
 
 
 def write_metrics_csv(file: Path, metrics: dict[str, Any]) -> None:

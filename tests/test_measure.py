@@ -1,10 +1,13 @@
 """llb.measure: which commands it gives, what it makes of their metrics, and its verdicts."""
 
+from pathlib import Path
+
 import pytest
 
 import llb.measure
 from llb.files import UserError, read_json, write_json
-from llb.measure import Measure, Set, mean, measure, script, spread, table, verdicts
+from llb.measure import Measure, Set, list_sets, measure, script, spread, table, verdicts
+from llb.report import mean_defined
 from llb.run import METRICS
 
 SCORES = {"image_auroc": 0.9, "pixel_auroc": 0.8, "pixel_aupro": None}
@@ -53,9 +56,16 @@ def test_a_script_that_fails_ends_the_measurement(tmp_path):
         script("stage2_train.py", "--run", tmp_path / "none")
 
 
+def test_only_what_is_asked_for_is_drawn_and_a_name_that_is_none_says_which_there_are(tmp_path):
+    assert [a_set.name for a_set in list_sets(Measure(out=str(tmp_path), only="embedded"))] == ["embedded"]
+    assert not (tmp_path / "heldout").exists()
+    with pytest.raises(UserError, match="--only part: no such set; give one of embedded, held-out; more with --data"):
+        list_sets(Measure(out=str(tmp_path), only="part"))
+
+
 def test_means_leave_out_what_is_undefined():
-    assert mean([{"x": 1.0, "y": None}, {"x": 2.0, "y": 3.0}]) == {"x": 1.5, "y": 3.0}
-    assert mean([{"x": None}]) == {"x": None}
+    assert mean_defined([{"x": 1.0, "y": None}, {"x": 2.0, "y": 3.0}]) == {"x": 1.5, "y": 3.0}
+    assert mean_defined([{"x": None}]) == {"x": None}
 
 
 def test_the_table_shows_mean_and_deviation_over_seeds():
@@ -95,11 +105,10 @@ def test_the_best_detector_is_asked_for_where_one_is_wanted():
 
 
 def test_one_set_can_be_measured_alone(commands, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        llb.measure, "list_sets", lambda settings: [Set("a", tmp_path, ["a"], 0.2), Set("b", tmp_path, ["b"], 0.2)]
-    )
-    monkeypatch.setattr("sys.argv", ["measure", "--out", str(tmp_path), "--seeds", "2", "--only", "b"])
+    monkeypatch.setattr("sys.argv", ["measure", "--out", str(tmp_path), "--seeds", "2", "--only", "embedded"])
+    # the made-up metrics know the categories a and b
+    monkeypatch.setattr(llb.measure, "Set", lambda name, *_: Set(name, tmp_path, ["a", "b"], 0.2))
     llb.measure.main()
-    assert {command[2].rsplit("-")[-2].rsplit("/")[-1] for command in commands} == {"b"}
-    assert "| b | image AUROC" in capsys.readouterr().out
-    assert len(read_json(tmp_path / "measured.json")["b"]) == 2
+    assert {Path(command[2]).name.rsplit("-")[0] for command in commands} == {"embedded"}
+    assert "| embedded | image AUROC" in capsys.readouterr().out
+    assert len(read_json(tmp_path / "measured.json")["embedded"]) == 2
