@@ -10,7 +10,7 @@ scripts do not need it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from scipy.ndimage import uniform_filter
 from llb import textures
 from llb.config import flag, parse, real, whole
 from llb.console import choose_device, progress, run, say
-from llb.data import choose_categories, load_category, load_image, load_mask
+from llb.data import Dataset, choose_categories, load_category, load_image, load_mask
 from llb.dinomaly import map_matrix
 from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, SPECS, ViT, load_encoder
 from llb.metrics import image_metrics, pixel_metrics
@@ -69,6 +69,7 @@ def main() -> None:
 class Images:
     """A category as stage 1 would read it, decoded once for all kinds of features."""
 
+    dataset: Dataset
     train: np.ndarray  # uint8 (N, S, S, 3)
     test: np.ndarray  # uint8 (M, S, S, 3)
     masks: np.ndarray  # bool (M, S, S)
@@ -87,7 +88,12 @@ def load_images(root: Path, category: str, noise_ratio: float, seed: int) -> Ima
         if record.mask:
             masks[index] = load_mask(root / record.mask, SPEC.image_size)
     train_labels, labels = ([record.label for record in records] for records in (dataset.train, dataset.test))
-    return Images(train, test, masks, train_labels, labels)
+    return Images(dataset, train, test, masks, train_labels, labels)
+
+
+def only(images: Images, chosen: np.ndarray) -> Images:
+    """With the training images `chosen` alone, int (n,)."""
+    return replace(images, train=images.train[chosen], train_labels=[images.train_labels[index] for index in chosen])
 
 
 def probe(describe: Describe, images: Images, seed: int, title: str) -> dict[str, float | None]:

@@ -1,6 +1,7 @@
 """llb.measure: which commands it gives, what it makes of their metrics, and its verdicts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,8 +28,11 @@ def commands(monkeypatch):
 
     monkeypatch.setattr(llb.measure, "script", pretend)
     monkeypatch.setattr(llb.measure, "features", lambda seed, weights: {"tiny": None})
-    monkeypatch.setattr(llb.measure, "load_images", lambda root, category, noise_ratio, seed: category)
-    monkeypatch.setattr(llb.measure, "probe", lambda *about: {"image_auroc": 0.6 if about[1] == "a" else 0.8})
+    monkeypatch.setattr(llb.measure, "load_images", lambda root, category, *_: SimpleNamespace(dataset=category))
+    monkeypatch.setattr(llb.measure, "read_purified", lambda folder, dataset: ([folder.name], None))
+    monkeypatch.setattr(llb.measure, "only", lambda images, kept: SimpleNamespace(dataset=f"{kept[0]}, kept"))
+    worth = {"a": 0.6, "b": 0.8, "a, kept": 0.7, "b, kept": 0.9}
+    monkeypatch.setattr(llb.measure, "probe", lambda *about: {"image_auroc": worth[about[1].dataset]})
     return given
 
 
@@ -43,11 +47,13 @@ def test_a_set_is_measured_by_the_three_scripts(commands, tmp_path):
     ]
     assert found["purified"] == SCORES and found["purification"]["train_auroc"] == pytest.approx(0.7)
     assert found["nearest, tiny"]["image_auroc"] == pytest.approx(0.7)
+    assert found["nearest, tiny, purified"]["image_auroc"] == pytest.approx(0.8)
 
 
 def test_without_noise_all_is_clean_and_is_not_trained_twice(commands, tmp_path):
     found = measure(Set("own, clean", tmp_path, ["a"], 0.0), 0, Measure(out=str(tmp_path)))
     assert [c[4] for c in commands if c[0] == "stage2_train.py"] == ["purified", "clean"] and "all" not in found
+    assert "nearest, tiny, purified" not in found
     assert "own-clean-0" in commands[0][2]
 
 

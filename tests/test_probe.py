@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llb.probe import full_size, nearest_neighbours, neighbourhoods, whitening
+from llb.probe import Images, full_size, nearest_neighbours, neighbourhoods, only, whitening
 
 RANDOM = np.random.default_rng(0)
 TRAIN, TEST = RANDOM.normal(size=(6, 16, 5)), RANDOM.normal(size=(3, 16, 5))
@@ -49,3 +49,9 @@ def test_full_size_maps_peak_where_the_distance_does():
     distances[0, 14 * 3 + 10] = 1
     row, column = np.unravel_index(full_size(distances, 112)[0].argmax(), (112, 112))
     assert abs(row / 111 * 13 - 3) < 0.6 and abs(column / 111 * 13 - 10) < 0.6
+
+
+def test_some_training_images_are_taken_with_their_labels():
+    images = Images(None, np.arange(4), np.arange(2), np.zeros(2), [0, 1, 0, None], [0, 1])
+    part = only(images, np.array([3, 1]))
+    assert part.train.tolist() == [3, 1] and part.train_labels == [None, 1] and part.labels == [0, 1]
