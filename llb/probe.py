@@ -4,7 +4,8 @@
     python -m llb.probe --data ROOT --category NAME --noise-ratio A   a set with labels
 
 The features of each patch are averaged over its 3 × 3 neighbourhood and whitened by the training images' covariance;
-its distance to the nearest of 10,000 training patches is its anomaly (PatchCore, CVPR 2022, without its coreset).
+its distance to the nearest of 10,000 training patches is its anomaly (PatchCore, CVPR 2022, without its coreset). An
+image is odd in a place or as a whole, so its score is the sum of both, each by what is usual among the training images.
 Compares `tiny` with what it must beat: itself with random weights, its own filter bank, and raw pixels. The three
 scripts do not need it.
 """
@@ -31,7 +32,7 @@ from llb.run import data_root
 from llb.stem import energies, pool
 
 MEMORY = 10_000  # patches
-TOP_PATCHES = 0.02  # share of a map's patches whose mean is the image score
+TOP_PATCHES = 0.02  # share of an image's patches that tell how odd it is in a place
 SHRINK = 1e-3  # of the largest variance, added to all: directions without information stay without
 SPEC = SPECS["tiny"]
 ENCODE_BATCH = 32
@@ -99,12 +100,11 @@ def only(images: Images, chosen: np.ndarray) -> Images:
 def probe(describe: Describe, images: Images, seed: int, title: str) -> dict[str, float | None]:
     """The keys of MEASURED for one kind of features; None: undefined."""
     known, seen = (apply(describe, part, title) for part in (images.train, images.test))
-    distances, scores = nearest_neighbours(known, seen, seed)
+    own, distances = nearest_neighbours(known, None, seed), nearest_neighbours(known, seen, seed)
     maps = full_size(distances, SPEC.image_size)
-    found = image_metrics(images.labels, scores) | pixel_metrics(images.masks, maps)
+    found = image_metrics(images.labels, image_scores(distances, own)) | pixel_metrics(images.masks, maps)
     if any(images.train_labels):
-        ranking = nearest_neighbours(known, None, seed)[1]
-        found["train_auroc"] = image_metrics(images.train_labels, ranking)["image_auroc"]
+        found["train_auroc"] = image_metrics(images.train_labels, image_scores(own, own))["image_auroc"]
     return {name: found.get(name) for name in MEASURED}
 
 
@@ -163,7 +163,7 @@ def _nearest(queries: jax.Array, memory: jax.Array, own: jax.Array, origin: jax.
     return jnp.sqrt(jnp.maximum(square.min(axis=1), 0))
 
 
-def nearest_neighbours(train: np.ndarray, test: np.ndarray | None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def nearest_neighbours(train: np.ndarray, test: np.ndarray | None, seed: int = 0) -> np.ndarray:
     """Distances of patches to those of a training set.
 
     Args:
@@ -172,7 +172,7 @@ def nearest_neighbours(train: np.ndarray, test: np.ndarray | None, seed: int = 0
         seed: which patches are remembered.
 
     Returns:
-        distances float32 (M, P), and image scores float32 (M,), the mean of the highest 2 % of an image's patches.
+        distances, float32 (M, P).
     """
     train = neighbourhoods(train)
     images, patches, width = train.shape
@@ -182,9 +182,23 @@ def nearest_neighbours(train: np.ndarray, test: np.ndarray | None, seed: int = 0
     memory, origin = (rows[picked] - mean) @ matrix, picked // patches
     queries = train if test is None else neighbourhoods(test)
     whitened = [(query - mean) @ matrix for query in queries]
-    distances = np.stack([_nearest(query, memory, i, origin, test is None) for i, query in enumerate(whitened)])
-    top = max(1, int(TOP_PATCHES * patches))
-    return distances, np.sort(distances, axis=1)[:, -top:].mean(axis=1)
+    return np.stack([_nearest(query, memory, i, origin, test is None) for i, query in enumerate(whitened)])
+
+
+def image_scores(distances: np.ndarray, usual: np.ndarray) -> np.ndarray:
+    """float32 (M, P), and the training images' own (N, P) → (M,): how odd in a place, plus how odd as a whole.
+
+    In a place: the mean of the highest 2 % of the patches; as a whole: the mean of all. Both are measured from the
+    training images' median in units of their median absolute deviation, which a share of defects among them moves
+    little.
+    """
+    total = 0.0
+    for share in (TOP_PATCHES, 1.0):
+        count = max(1, int(share * distances.shape[1]))
+        of_images, of_usual = (np.sort(part, axis=1)[:, -count:].mean(axis=1) for part in (distances, usual))
+        centre = np.median(of_usual)
+        total = total + (of_images - centre) / max(np.median(np.abs(of_usual - centre)), 1e-12)
+    return total
 
 
 def full_size(distances: np.ndarray, size: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llb.probe import Images, full_size, nearest_neighbours, neighbourhoods, only, whitening
+from llb.probe import Images, full_size, image_scores, nearest_neighbours, neighbourhoods, only, whitening
 
 RANDOM = np.random.default_rng(0)
 TRAIN, TEST = RANDOM.normal(size=(6, 16, 5)), RANDOM.normal(size=(3, 16, 5))
@@ -20,16 +20,24 @@ def by_loops(train, queries, own=None):
 
 
 def test_distances_equal_a_plain_loop():
-    distances, scores = nearest_neighbours(TRAIN, TEST)
+    distances = nearest_neighbours(TRAIN, TEST)
     expected = by_loops(neighbourhoods(TRAIN), neighbourhoods(TEST))
     np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(scores, distances.max(axis=1))  # 2 % of 16 patches is one
 
 
 def test_a_training_image_is_compared_with_the_others_only():
-    distances, _ = nearest_neighbours(TRAIN, None)
+    distances = nearest_neighbours(TRAIN, None)
     expected = by_loops(neighbourhoods(TRAIN), neighbourhoods(TRAIN), own=True)
     np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_image_is_odd_in_a_place_or_as_a_whole():
+    usual = np.random.default_rng(1).normal(10, 1, (99, 100))
+    odd = np.full((3, 100), 10.0)
+    odd[1, :2], odd[2] = 30, 12  # 2 % of the patches far off; all of them a little
+    scores = image_scores(np.concatenate([usual, odd]), usual)
+    assert scores[-2] > scores[:-3].max() and scores[-1] > scores[:-3].max() and scores[-3] < np.median(scores)
+    np.testing.assert_allclose(image_scores(7 * odd, 7 * usual), scores[-3:])  # whatever the unit
 
 
 def test_whitened_features_have_unit_covariance():
