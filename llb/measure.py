@@ -22,7 +22,7 @@ from llb.console import choose_device, run, say
 from llb.data import choose_categories
 from llb.files import UserError, read_json, write_json
 from llb.heldout import write_heldout
-from llb.probe import features, load_images, only, probe
+from llb.probe import apply, features, load_images, probe
 from llb.report import mean_defined
 from llb.run import METRICS, data_root, read_purified
 
@@ -130,10 +130,11 @@ def measure(a_set: Set, seed: int, settings: Measure) -> dict[str, Values]:
         for category in a_set.categories:
             images = load_images(a_set.root, category, a_set.noise_ratio, seed)
             for name, describe in described.items():
-                each[name].append(probe(describe, images, seed, name))
-            if a_set.noise_ratio:
-                kept = read_purified(folder / category, images.dataset)[0]
-                each["tiny, purified"].append(probe(described["tiny"], only(images, kept), seed, "tiny, purified"))
+                known, seen = (apply(describe, part, name) for part in (images.train, images.test))
+                each[name].append(probe(known, seen, images, seed))
+                if name == "tiny" and a_set.noise_ratio:
+                    kept = read_purified(folder / category, images.dataset)[0]
+                    each["tiny, purified"].append(probe(known, seen, images, seed, kept))
         write_json(nearest, {name: mean_defined(categories) for name, categories in each.items()})
     return found | {f"nearest, {name}": values for name, values in read_json(nearest).items()}
 

@@ -4,14 +4,14 @@
     python -m llb.probe --data ROOT --category NAME --noise-ratio A   a set with labels
 
 The features of each patch are averaged over its 3 × 3 neighbourhood and whitened by the training images' covariance;
-its distance to the nearest of 10,000 training patches is its anomaly (PatchCore, CVPR 2022, without its coreset). An
-image is odd in a place or as a whole, so its score is the sum of both, each by what is usual among the training images.
+its distance to the nearest of up to 40,000 training patches is its anomaly (PatchCore, CVPR 2022, without its coreset).
+An image is odd in a place or as a whole, so its score is the sum of both, each by what is usual in the training images.
 Compares `tiny` with what it must beat: itself with random weights, its own filter bank, and raw pixels. The three
 scripts do not need it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from llb.pretrain import whitening as whitening_of
 from llb.run import data_root
 from llb.stem import energies, pool
 
-MEMORY = 10_000  # patches
+MEMORY = 40_000  # patches
 TOP_PATCHES = 0.02  # share of an image's patches that tell how odd it is in a place
 SHRINK = 1e-3  # of the largest variance, added to all: directions without information stay without
 SPEC = SPECS["tiny"]
@@ -62,7 +62,8 @@ def main() -> None:
     images = load_images(root, category, settings.noise_ratio, settings.seed)
     say(f"{'features':24} " + "  ".join(MEASURED.values()))
     for name, describe in features(settings.seed, settings.weights).items():
-        row = probe(describe, images, settings.seed, name)
+        known, seen = (apply(describe, part, name) for part in (images.train, images.test))
+        row = probe(known, seen, images, settings.seed)
         say(f"{name:24} " + "  ".join("–".center(11) if row[m] is None else f"{row[m]:11.3f}" for m in MEASURED))
 
 
@@ -74,8 +75,6 @@ class Images:
     train: np.ndarray  # uint8 (N, S, S, 3)
     test: np.ndarray  # uint8 (M, S, S, 3)
     masks: np.ndarray  # bool (M, S, S)
-    train_labels: list[int | None]
-    labels: list[int | None]
 
 
 def load_images(root: Path, category: str, noise_ratio: float, seed: int) -> Images:
@@ -88,23 +87,27 @@ def load_images(root: Path, category: str, noise_ratio: float, seed: int) -> Ima
     for index, record in enumerate(dataset.test):
         if record.mask:
             masks[index] = load_mask(root / record.mask, SPEC.image_size)
-    train_labels, labels = ([record.label for record in records] for records in (dataset.train, dataset.test))
-    return Images(dataset, train, test, masks, train_labels, labels)
+    return Images(dataset, train, test, masks)
 
 
-def only(images: Images, chosen: np.ndarray) -> Images:
-    """With the training images `chosen` alone, int (n,)."""
-    return replace(images, train=images.train[chosen], train_labels=[images.train_labels[index] for index in chosen])
+def probe(
+    known: np.ndarray, seen: np.ndarray, images: Images, seed: int, chosen: np.ndarray | None = None
+) -> dict[str, float | None]:
+    """The keys of MEASURED for one kind of features; None: undefined.
 
-
-def probe(describe: Describe, images: Images, seed: int, title: str) -> dict[str, float | None]:
-    """The keys of MEASURED for one kind of features; None: undefined."""
-    known, seen = (apply(describe, part, title) for part in (images.train, images.test))
-    own, distances = nearest_neighbours(known, None, seed), nearest_neighbours(known, seen, seed)
+    Args:
+        known, seen: float (N, P, D) and (M, P, D), the features of images.train and images.test.
+        chosen: int (n,), the training images to go by; None: all.
+    """
+    records = images.dataset.train
+    if chosen is not None:
+        known, records = known[chosen], [records[index] for index in chosen]
+    own, distances = nearest_neighbours(known, seen, seed)
     maps = full_size(distances, SPEC.image_size)
-    found = image_metrics(images.labels, image_scores(distances, own)) | pixel_metrics(images.masks, maps)
-    if any(images.train_labels):
-        found["train_auroc"] = image_metrics(images.train_labels, image_scores(own, own))["image_auroc"]
+    labels, train_labels = ([record.label for record in part] for part in (images.dataset.test, records))
+    found = image_metrics(labels, image_scores(distances, own)) | pixel_metrics(images.masks, maps)
+    if any(train_labels):
+        found["train_auroc"] = image_metrics(train_labels, image_scores(own, own))["image_auroc"]
     return {name: found.get(name) for name in MEASURED}
 
 
@@ -163,26 +166,28 @@ def _nearest(queries: jax.Array, memory: jax.Array, own: jax.Array, origin: jax.
     return jnp.sqrt(jnp.maximum(square.min(axis=1), 0))
 
 
-def nearest_neighbours(train: np.ndarray, test: np.ndarray | None, seed: int = 0) -> np.ndarray:
+def nearest_neighbours(train: np.ndarray, test: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Distances of patches to those of a training set.
 
     Args:
-        train: float (N, P, D).
-        test: float (M, P, D); None scores the training images themselves, each against the patches of the others.
+        train, test: float (N, P, D) and (M, P, D).
         seed: which patches are remembered.
 
     Returns:
-        distances, float32 (M, P).
+        own, float32 (N, P): of the training images themselves, each to the patches of the others.
+        distances, float32 (M, P): of the test images.
     """
     train = neighbourhoods(train)
     images, patches, width = train.shape
     rows = train.reshape(-1, width)
     picked = np.random.default_rng(seed).permutation(len(rows))[:MEMORY]
     mean, matrix = whitening(rows[picked])
-    memory, origin = (rows[picked] - mean) @ matrix, picked // patches
-    queries = train if test is None else neighbourhoods(test)
-    whitened = [(query - mean) @ matrix for query in queries]
-    return np.stack([_nearest(query, memory, i, origin, test is None) for i, query in enumerate(whitened)])
+    memory, origin = jnp.asarray((rows[picked] - mean) @ matrix), jnp.asarray(picked // patches)
+
+    def of(queries: np.ndarray, leave_out: bool) -> np.ndarray:
+        return np.stack([_nearest((q - mean) @ matrix, memory, i, origin, leave_out) for i, q in enumerate(queries)])
+
+    return of(train, True), of(neighbourhoods(test), False)
 
 
 def image_scores(distances: np.ndarray, usual: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ x = jnp.ones((8, 8))
 jax.jit(lambda x: sum(jnp.linalg.svd(x + i)[0] @ jnp.sort(x * i) for i in range(12)))(x).block_until_ready()
 """
 # the fewest page faults of a call in twelve to a program whose buffers are 64 MB each: 16,384 pages of 4 KiB. The first
-# calls may still add such a block, as threads allocate in an order of their own, until the heap has room for every order
+# calls may still add such a block: threads allocate in an order of their own, until the heap has room for every order
 FAULTS = """
 import resource, jax, jax.numpy as jnp
 from llb.console import choose_device

@@ -28,11 +28,17 @@ def commands(monkeypatch):
 
     monkeypatch.setattr(llb.measure, "script", pretend)
     monkeypatch.setattr(llb.measure, "features", lambda seed, weights: {"tiny": None})
-    monkeypatch.setattr(llb.measure, "load_images", lambda root, category, *_: SimpleNamespace(dataset=category))
-    monkeypatch.setattr(llb.measure, "read_purified", lambda folder, dataset: ([folder.name], None))
-    monkeypatch.setattr(llb.measure, "only", lambda images, kept: SimpleNamespace(dataset=f"{kept[0]}, kept"))
+    monkeypatch.setattr(
+        llb.measure, "load_images", lambda root, category, *_: SimpleNamespace(dataset=category, train=None, test=None)
+    )
+    monkeypatch.setattr(llb.measure, "apply", lambda *_: None)
+    monkeypatch.setattr(llb.measure, "read_purified", lambda folder, dataset: (f"{folder.name}, kept", None))
     worth = {"a": 0.6, "b": 0.8, "a, kept": 0.7, "b, kept": 0.9}
-    monkeypatch.setattr(llb.measure, "probe", lambda *about: {"image_auroc": worth[about[1].dataset]})
+
+    def pretend_probe(known, seen, images, seed, chosen=None):
+        return {"image_auroc": worth[chosen or images.dataset]}
+
+    monkeypatch.setattr(llb.measure, "probe", pretend_probe)
     return given
 
 

@@ -1,9 +1,12 @@
 """The nearest-neighbour detector against a plain loop."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from llb.probe import Images, full_size, image_scores, nearest_neighbours, neighbourhoods, only, whitening
+import llb.probe
+from llb.probe import Images, full_size, image_scores, nearest_neighbours, neighbourhoods, probe, whitening
 
 RANDOM = np.random.default_rng(0)
 TRAIN, TEST = RANDOM.normal(size=(6, 16, 5)), RANDOM.normal(size=(3, 16, 5))
@@ -20,15 +23,15 @@ def by_loops(train, queries, own=None):
 
 
 def test_distances_equal_a_plain_loop():
-    distances = nearest_neighbours(TRAIN, TEST)
+    _, distances = nearest_neighbours(TRAIN, TEST)
     expected = by_loops(neighbourhoods(TRAIN), neighbourhoods(TEST))
     np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_training_image_is_compared_with_the_others_only():
-    distances = nearest_neighbours(TRAIN, None)
+    own, _ = nearest_neighbours(TRAIN, TEST)
     expected = by_loops(neighbourhoods(TRAIN), neighbourhoods(TRAIN), own=True)
-    np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_an_image_is_odd_in_a_place_or_as_a_whole():
@@ -59,7 +62,14 @@ def test_full_size_maps_peak_where_the_distance_does():
     assert abs(row / 111 * 13 - 3) < 0.6 and abs(column / 111 * 13 - 10) < 0.6
 
 
-def test_some_training_images_are_taken_with_their_labels():
-    images = Images(None, np.arange(4), np.arange(2), np.zeros(2), [0, 1, 0, None], [0, 1])
-    part = only(images, np.array([3, 1]))
-    assert part.train.tolist() == [3, 1] and part.train_labels == [None, 1] and part.labels == [0, 1]
+def test_some_training_images_are_taken_with_their_labels(monkeypatch):
+    """Of all four, one pair of a defective and a normal image in four is in order; of images 3 and 1 the only pair."""
+    monkeypatch.setattr(llb.probe, "nearest_neighbours", lambda train, test, seed: (train[..., 0], test[..., 0]))
+    monkeypatch.setattr(llb.probe, "image_scores", lambda distances, usual: distances.mean(axis=1))
+    train, test = ([SimpleNamespace(label=label) for label in labels] for labels in ([0, 1, 1, 0], [0, 1]))
+    images = Images(SimpleNamespace(train=train, test=test), None, None, np.zeros((2, 112, 112), bool))
+    known = np.array([9.0, 2.0, 0.0, 1.0])[:, None, None] * np.ones((4, 196, 1))
+    seen = np.array([5.0, 1.0])[:, None, None] * np.ones((2, 196, 1))
+    found = probe(known, seen, images, 0, np.array([3, 1]))
+    assert found["train_auroc"] == 1.0 and found["image_auroc"] == 0.0 and found["pixel_auroc"] is None
+    assert probe(known, seen, images, 0)["train_auroc"] == 0.25
