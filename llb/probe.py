@@ -160,10 +160,10 @@ def whitening(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @partial(jax.jit, static_argnames="leave_out")
 def _nearest(queries: jax.Array, memory: jax.Array, own: jax.Array, origin: jax.Array, leave_out: bool) -> jax.Array:
     """(P, D), (n, D) → (P,): distance to the nearest; `leave_out` ignores memory patches whose origin is `own`."""
-    square = (queries**2).sum(1)[:, None] + (memory**2).sum(1) - 2 * queries @ memory.T
+    square = (memory**2).sum(1)[:, None] - 2 * memory @ queries.T  # (n, P): twice as fast as (P, n) on a CPU
     if leave_out:
-        square = jnp.where(origin == own, jnp.inf, square)
-    return jnp.sqrt(jnp.maximum(square.min(axis=1), 0))
+        square = jnp.where((origin == own)[:, None], jnp.inf, square)
+    return jnp.sqrt(jnp.maximum(square.min(axis=0) + (queries**2).sum(1), 0))
 
 
 def nearest_neighbours(train: np.ndarray, test: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
