@@ -16,7 +16,7 @@ from llb.purify import AGGREGATES
 
 DETECTORS = ("dinomaly",)
 STEPS, FINAL_STEPS, BATCH = 1000, 5000, 16
-EMBEDDED_STEPS, EMBEDDED_FINAL_STEPS, EMBEDDED_BATCH = 100, 400, 8  # two CPU cores, a few minutes
+EMBEDDED_STEPS, EMBEDDED_FINAL_STEPS, EMBEDDED_BATCH = 100, 1000, 8  # two CPU cores, five minutes
 PRECISIONS = ("float32", "bfloat16")
 TRAIN_ON = ("purified", "all", "clean")
 
