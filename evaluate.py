@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from llb.checkpoint import open_checkpoints, restore_params
+from llb.checkpoint import digest_of, finished, open_checkpoints, restore_params
 from llb.config import Evaluate, parse
 from llb.console import choose_device, run, say
 from llb.data import Dataset, Record, load_image, load_mask
@@ -45,12 +45,15 @@ def main() -> None:
     encoder = load_encoder(config["encoder"], config["weights"], config["image_size"], config["precision"])
     encode = make_encode(encoder)
 
-    metrics = read_json(out / METRICS) if (out / METRICS).exists() else {}
-    notes = {}
-    for name in names:
-        dataset, folder = load_dataset(out, config, name), out / name
+    datasets = {name: load_dataset(out, config, name) for name in names}
+    facts = {name: purified_facts(dataset, out / name) for name, dataset in datasets.items()}
+    if "purified" in detectors:
+        for name, dataset in datasets.items():
+            check_trained_on(dataset, out / name, config["stage2"]["purified"]["steps"])
+
+    for name, dataset in datasets.items():
         for train_on in detectors:
-            if train_on in metrics.get(name, {}) and evaluated(folder, train_on, settings):
+            if train_on in known_metrics(out).get(name, {}) and evaluated(out / name, train_on, settings):
                 say(f"{name}: {train_on} is evaluated; --overwrite scores again")
                 continue
             steps = config["stage2"][train_on]["steps"]
@@ -58,10 +61,14 @@ def main() -> None:
                 encoder, RECIPES[config["recipe"]], 0.0, config["dropout"], steps, config["batch_size"]
             )
             found = evaluate(dataset, train_on, settings, out, encoder, encode, training)
+            # written at once, into what is there by now: interrupted, the same command goes on with the next
+            metrics = known_metrics(out)
             metrics.setdefault(name, {})[train_on] = found
-        metrics[name]["purification"], notes[name] = purified_facts(dataset, folder)
+            write_json(out / METRICS, metrics)
 
-    metrics = {name: metrics[name] for name in names} | {"mean": mean_metrics(metrics, names)}
+    metrics = {name: known_metrics(out)[name] | {"purification": facts[name][0]} for name in names}
+    metrics["mean"] = mean_metrics(metrics, names)
+    notes = {name: note for name, (_, note) in facts.items()}
     write_json(out / METRICS, metrics)
     write_metrics_csv(out / "metrics.csv", metrics)
     write_report(out, notes)
@@ -161,6 +168,16 @@ def evaluated(folder: Path, train_on: str, settings: Evaluate) -> bool:
     """Whether nothing is left to do for this detector."""
     done = (folder / f"predictions-{train_on}.csv").exists()
     return done and not settings.overwrite and (not settings.save_maps or (folder / f"maps-{train_on}").exists())
+
+
+def known_metrics(out: Path) -> dict[str, Any]:
+    return read_json(out / METRICS) if (out / METRICS).exists() else {}
+
+
+def check_trained_on(dataset: Dataset, folder: Path, steps: int) -> None:
+    """Refuse a purified.txt that has been edited since the detector was trained on it."""
+    listed = [dataset.train[index].path for index in read_purified(folder, dataset)[0]]
+    finished(folder / "stage2-purified", digest_of(listed), steps)
 
 
 def purified_facts(dataset: Dataset, folder: Path) -> tuple[dict[str, Any], list[str]]:

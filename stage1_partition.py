@@ -33,7 +33,7 @@ SUSPECTS = 24  # images on the contact sheet
 
 
 def main() -> None:
-    # ---- settings, data, encoder: all that can be wrong is found before anything is written ----
+    # ---- settings, data, encoder: what is wrong with them is found before the run begins ----
     settings = parse(Stage1)
     out = Path(settings.out)
     say(device := choose_device(settings))
@@ -47,6 +47,7 @@ def main() -> None:
     for dataset in datasets:
         check(dataset, settings)
     encoder = load_encoder(settings.encoder, settings.weights, settings.image_size, settings.precision)
+    settings.image_size = encoder.image_size
     open_run(out, settings, [dataset.category for dataset in datasets], device)
 
     # ---- the encoder and the compiled steps are shared by all categories ----
@@ -117,6 +118,8 @@ def check(dataset: Dataset, settings: Stage1) -> None:
         raise UserError(
             "--aggregate out-of-fold needs a sub-model that has not seen the image: give --submodels 2 or more"
         )
+    if settings.aggregate == "max-var" and settings.submodels == 1:
+        raise UserError("--aggregate max-var: one sub-model's scores have no variance; give --submodels 2 or more")
 
 
 def write_suspects(

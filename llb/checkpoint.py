@@ -1,7 +1,7 @@
 """Orbax checkpoints of a training: host trees, so that any number of devices can go on from them.
 
 A checkpoint holds "state" (while training {"params", "opt"}; at the end {"params"} alone) and "meta" ({"digest"}).
-A save that was killed leaves a temporary folder, which Orbax ignores.
+A save that was killed leaves a temporary folder, which Orbax ignores, and which goes when the training goes on.
 """
 
 import hashlib
@@ -20,9 +20,13 @@ def digest_of(paths: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(paths).encode()).hexdigest()
 
 
-def open_checkpoints(folder: Path) -> ocp.CheckpointManager:
-    """The checkpoints in `folder` (only the newest is kept). A context manager: leaving it waits for pending saves."""
-    return ocp.CheckpointManager(Path(folder).resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=1))
+def open_checkpoints(folder: Path, tidy: bool = False) -> ocp.CheckpointManager:
+    """The checkpoints in `folder` (only the newest is kept). A context manager: leaving it waits for pending saves.
+
+    tidy: delete what killed saves have left.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=tidy)
+    return ocp.CheckpointManager(Path(folder).resolve(), options=options)
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state, digest: str) -> None:
@@ -36,7 +40,9 @@ def check_digest(checkpoints: ocp.CheckpointManager, digest: str, folder: Path) 
     step = checkpoints.latest_step()
     meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if meta["digest"] != digest:
-        raise UserError(f"{folder}: the list of training images has changed since this was trained; add --overwrite")
+        raise UserError(
+            f"{folder}: the list of training images has changed since this was trained; train anew, with --overwrite"
+        )
 
 
 def finished(folder: Path, digest: str, steps: int) -> bool:

@@ -15,22 +15,25 @@ from llb.optimizer import RECIPES
 from llb.purify import AGGREGATES
 
 DETECTORS = ("dinomaly",)
+LARGEST_SEED = 2**32 - 1  # what a JAX key tells apart
+LARGEST_RATE = 1000.0  # keeps infinity out
 STEPS, FINAL_STEPS, BATCH = 1000, 5000, 16
 EMBEDDED_STEPS, EMBEDDED_FINAL_STEPS, EMBEDDED_BATCH = 100, 1000, 8  # two CPU cores, five minutes
 PRECISIONS = ("float32", "bfloat16")
 TRAIN_ON = ("purified", "all", "clean")
 
 
-def whole(minimum: int):
-    """A parser for whole numbers from `minimum` on."""
+def whole(minimum: int, maximum: int | None = None):
+    """A parser for whole numbers from `minimum` on, up to `maximum` if there is one."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        if value < minimum or maximum is not None and value > maximum:
+            bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
         return value
 
     return parse
@@ -108,7 +111,9 @@ class Stage1:
         "Real-IAD root, MVTec-AD or VisA root, or any folder of images; recognised by its content",
         shown="the embedded set, drawn by llb",
     )
-    category: str | None = flag(None, "one category, several with commas, or all", shown="the only one there is")
+    category: str | None = flag(
+        None, "one category, several with commas, or all", shown="the only one there is", affects=False
+    )
     noise_ratio: float | None = flag(
         None,
         "share of defective images in train, 0 to below 1. Real-IAD: picks the split (0.0, 0.1, 0.2, 0.4); "
@@ -139,12 +144,12 @@ class Stage1:
         None, "images per step, sub-model", whole(1), shown=f"{BATCH}, embedded set {EMBEDDED_BATCH}"
     )
     learning_rate: float | None = flag(
-        None, "peak learning rate", real(0, float("inf"), True), shown="the recipe's: llbnad 0.005, dinomaly 0.002"
+        None, "peak learning rate", real(0, LARGEST_RATE, True), shown="the recipe's: llbnad 0.005, dinomaly 0.002"
     )
     dropout: float | None = flag(
         None, "dropout rate in the bottleneck, 0 to 1", real(0, 1), shown="0.2; dinomaly on Real-IAD 0.4"
     )
-    seed: int = flag(0, "all random numbers follow from it", whole(0))
+    seed: int = flag(0, "all random numbers follow from it", whole(0, LARGEST_SEED))
     recipe: str = flag("dinomaly", "optimiser, schedule, initialisation and hard mining", choices=tuple(RECIPES))
     aggregate: str = flag("mean", "how the K scores of an image become one", choices=AGGREGATES)
     keep: str | float = flag(
@@ -180,7 +185,7 @@ class Stage2:
         None, "optimiser steps", whole(1), shown=f"{FINAL_STEPS}, embedded set {EMBEDDED_FINAL_STEPS}"
     )
     batch_size: int | None = flag(None, "images per step", whole(1), shown="stage 1's")
-    learning_rate: float | None = flag(None, "peak learning rate", real(0, float("inf"), True), shown="stage 1's")
+    learning_rate: float | None = flag(None, "peak learning rate", real(0, LARGEST_RATE, True), shown="stage 1's")
     cache_gib: float = cache_gib()
     no_cache: bool = no_cache()
     coordinator: str | None = coordinator()
@@ -224,7 +229,11 @@ def parse(settings: type, argv: list[str] | None = None):
             parser.add_argument(
                 name, default=item.default, type=about["parse"], choices=about["choices"], metavar=metavar, help=text
             )
-    return settings(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+            parser.error(f"--{name.replace('_', '-')} {ascii(value)}: the name is not UTF-8; rename it")
+    return settings(**given)
 
 
 def influential(settings) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def choose_device(settings=None) -> str:
         except OSError:
             jax.config.update("jax_platforms", "cpu")
             no_driver = True
-    if jax.config.jax_platforms == "cpu":
+    # without any plug-in, which all lie in jax_plugins, there is only the CPU
+    if jax.config.jax_platforms == "cpu" or not (jax.config.jax_platforms or importlib.util.find_spec("jax_plugins")):
         keep_memory()
     if settings is not None:
         processes.join(settings)
@@ -116,6 +117,7 @@ def run(main: Callable[[], None]) -> None:
             os._exit(2)  # not sys.exit: this process would wait for the others to end as well
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr, flush=True)
+        same = "the same command" + (", without --overwrite," if "--overwrite" in sys.argv else "")
+        print(f"\ninterrupted: {same} goes on from here", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # not sys.exit: JAX's threads, still at work, can crash an interpreter that takes itself apart

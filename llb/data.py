@@ -30,6 +30,7 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm
 REALIAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_256", "realiad_raw")  # the first that is there is read
 REALIAD_SPLIT = "realiad_jsons_fuiad_"
 VISA_SPLIT = "split_csv/1cls.csv"
+RESERVED = ("cache", "mean")  # of RUN/ and of metrics.json, where each category has an entry
 LAYOUTS = "a Real-IAD root, an MVTec-AD or VisA root, or a folder with images"
 
 # Pillow takes an image of 90 megapixels for an attack and warns; line-scan cameras deliver more. Our limit is an error.
@@ -77,7 +78,7 @@ def recognise(root: Path | str) -> str:
         return "real-iad"
     if _is_dir(root, "train/good") or any(_is_dir(root, name, "train/good") for name in names):
         return "mvtec"
-    if any(_is_dir(root, name, "Data/Images") for name in ("", *names)):
+    if any(_is_dir(root, name, "Data/Images/Normal") for name in ("", *names)):
         return "visa"
     if next(_walk(root), None) is None:
         raise UserError(f"--data {root} holds no images: give {LAYOUTS}")
@@ -113,10 +114,13 @@ def choose_categories(root: Path | str, wanted: str | None) -> list[str]:
     if wanted is None and len(there) != 1:
         raise UserError(f"--category: {root} holds several, give one or more of {', '.join(there)}, or all")
     if wanted is None or wanted == "all":
-        return there
-    chosen = list(dict.fromkeys(name.strip() for name in wanted.split(",") if name.strip()))
+        chosen = there
+    else:
+        chosen = list(dict.fromkeys(name.strip() for name in wanted.split(",") if name.strip()))
     for name in chosen or [wanted]:
         _require_category(root, name, there)
+        if name in RESERVED:
+            raise UserError(f"--data {root}: a run has a {name} of its own, so no category is called that; rename it")
     return chosen
 
 
@@ -149,6 +153,8 @@ def load_category(root: Path | str, category: str, noise_ratio: float = 0.0, see
     for record in (*train, *test):
         if not _fits_a_line(record.path):
             raise UserError(f"{root}: {record.path!r} does not fit a list with one path a line; rename the file")
+        if PurePosixPath(record.path).is_absolute() or ".." in PurePosixPath(record.path).parts:
+            raise UserError(f"{root}: {record.path} is listed, but lies elsewhere; images are named from the root on")
     return Dataset(root, layout, category, tuple(train), tuple(test))
 
 

@@ -1,7 +1,8 @@
 """Files appear whole or not at all, and bad input is one helpful line.
 
-Everything that llb writes goes through `atomic`: a temporary file beside the target, flushed to the disk, then renamed
-over it. Whoever kills the program finds the old file or the new one, never half of one.
+The files of a run go through `atomic`: a temporary file beside the target, flushed to the disk, then renamed over it.
+Whoever kills the program finds the old file or the new one, never half of one. (Folders of many files, such as
+checkpoints, the embedded set and --save-maps, are renamed as a whole.)
 """
 
 import csv
@@ -20,11 +21,12 @@ class UserError(Exception):
 def atomic(path: Path | str, write: Callable[[Path], Any]) -> None:
     """Let `write(temporary_path)` make a file, then rename it to `path`.
 
-    The temporary name keeps the ending, because image writers choose the format by it.
+    The temporary name keeps the ending, because image writers choose the format by it; and it is the same each time, so
+    what a killed program has left is written over.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:

@@ -43,7 +43,8 @@ def join(settings) -> None:
     settings: has coordinator, processes and process_id: all three, or none of them and a launcher's word is taken.
 
     Raises:
-        UserError: only some of the flags are given, or they do not fit, or the others do not come.
+        UserError: only some of the flags are given, or they do not fit. (Where the others do not come, JAX ends the
+            process after five minutes, with words of its own.)
     """
     given = (settings.coordinator, settings.processes, settings.process_id)
     if all(value is None for value in given):

@@ -67,15 +67,17 @@ def keep_auto(scores: np.ndarray, width: float = 2.5) -> np.ndarray:
     noise is closer to symmetric:
 
         c = mean of the shortest interval that holds half of log s    (robust while normal images are the majority)
-        w = 1.4826 · median(c − log s) over the images with log s < c    (half a median absolute deviation, as a σ)
+        w = 1.4826 · median(c − log s) over the images with log s ≤ c    (half a median absolute deviation, as a σ)
         keep where log s ≤ c + 2.5 w
 
-    There is no ratio to set: without defects nearly everything is kept, with many defects many are dropped.
+    There is no ratio to set: without defects nearly everything is kept, with many defects many are dropped. It takes
+    some dozens of images: of two, the higher is always dropped.
     """
-    logs = np.log(np.maximum(scores, np.finfo(np.float32).tiny))
+    logs = np.log(np.maximum(scores, np.finfo(np.float32).tiny).astype(np.float64))
     ordered = np.sort(logs)
     half = (len(ordered) + 1) // 2
     start = np.argmin(ordered[half - 1 :] - ordered[: len(ordered) - half + 1])
-    centre = ordered[start : start + half].mean()
+    shortest = ordered[start : start + half]
+    centre = np.clip(shortest.mean(), shortest[0], shortest[-1])  # the mean of equal numbers may round to below them
     spread = 1.4826 * np.median(centre - ordered[ordered <= centre])
     return logs <= centre + width * spread

@@ -460,6 +460,7 @@ def shown_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
         "aggregate": "Aggregate of the K scores",
         "keep": "Share kept",
         "seed": "Seed",
+        "precision": "Precision of matrix products",
     }
     defaults = {"data": "embedded", "weights": "the named ones", "image_size": "the encoder's"}
     rows = [

@@ -1,8 +1,8 @@
 """A run's folder: what one stage leaves for the next, and the checks that it is what the next one thinks it is."""
 
 import csv
-import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +48,7 @@ def open_run(run: Path, settings: Stage1, categories: list[str], device: str) ->
     file = run / "config.json"
     wanted = influential(settings) | {"categories": categories}
     if settings.overwrite and file.exists() and processes.first():
-        clear_run(run)
+        clear_run(run, categories)
     if file.exists():
         mend = "give another --out, or --overwrite to start it anew"
         refuse_differences(read_json(file), wanted, f"--out {run}", mend)
@@ -63,19 +63,27 @@ def writable(run: Path) -> None:
     """Make the run's folder, or say why not; a folder that holds something else is left alone."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        probe = run / f".probe-{os.getpid()}"
+        probe = run / ".probe"
         probe.touch()
-        probe.unlink()
-        strangers = sorted(entry.name for entry in run.iterdir() if entry.name != "cache")
+        probe.unlink(missing_ok=True)
+        # names with a dot in front: what a killed run has left, or what a file manager writes
+        strangers = sorted(e.name for e in run.iterdir() if e.name != "cache" and not e.name.startswith("."))
     except OSError as error:
         raise UserError(f"--out {run} cannot be written ({error.strerror}): give a folder of your own") from None
     if strangers and not (run / "config.json").exists():
         raise UserError(f"--out {run} holds other files ({strangers[0]}): give a new or empty folder")
 
 
-def clear_run(run: Path) -> None:
-    """Delete what the run's stages wrote, and nothing else; cached features stay (they know what they belong to)."""
-    for name in read_json(run / "config.json").get("categories", []):
+def clear_run(run: Path, categories: list[str]) -> None:
+    """Delete what the run's stages wrote, and nothing else; cached features stay (they know what they belong to).
+
+    categories: taken to be the run's where its config.json is damaged.
+    """
+    try:
+        categories = read_json(run / "config.json").get("categories", [])
+    except UserError:
+        pass
+    for name in categories:
         shutil.rmtree(run / name, ignore_errors=True)
     for name in ("metrics.json", "metrics.csv", "report.html", "config.json"):
         (run / name).unlink(missing_ok=True)
@@ -111,7 +119,10 @@ def record_stage2(run: Path, config: dict[str, Any], settings: Stage2) -> None:
         refuse_differences(old, new, where, "give the same, or --overwrite to train it anew")
     if old != new and processes.first():
         noted[settings.train_on] = new
-        write_json(run / "config.json", config)
+        # read anew: stage 2 with another --train-on may have been started meanwhile
+        now = read_json(run / "config.json")
+        now.setdefault("stage2", {})[settings.train_on] = new
+        write_json(run / "config.json", now)
 
 
 def clear_stage2(run: Path, category: str, train_on: str) -> None:
@@ -153,8 +164,8 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that made the run, as one would type it."""
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that goes on with the run, as one would type it."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if word != "--overwrite")])
 
 
 def make_fetch(
@@ -216,12 +227,17 @@ def read_purified(folder: Path, dataset: Dataset) -> tuple[np.ndarray, str | Non
     """What stage 2 is to train on: indices into dataset.train, and a note if the list was edited by hand.
 
     Raises:
-        UserError: a listed path is not among the training images, or not on the disk, or nothing is listed.
+        UserError: a listed path is not among the training images, or not on the disk; nothing is listed; the file is
+            no UTF-8 text.
     """
     file = folder / "purified.txt"
     position = {record.path: index for index, record in enumerate(dataset.train)}
     listed = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # some editors put a mark in front
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8 again") from None
+    for number, line in enumerate(text.splitlines(), 1):
         path = line.strip()
         if not path:
             continue

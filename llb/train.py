@@ -284,7 +284,7 @@ def train(
     sample = fetch(np.zeros(1, int))  # (1, 2, T, D)
     passes = placement.spread(np.array([-(-len(subset) // batch_size) for subset in subsets], np.int32))
 
-    with open_checkpoints(folder) as checkpoints:
+    with open_checkpoints(folder, tidy=True) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
             check_digest(checkpoints, digest, folder)
@@ -319,10 +319,13 @@ def train(
                     bar.update(len(done))
                 if due and not last:
                     began = time.monotonic()
-                    save(checkpoints, steps.stop, placement.gather(state, submodels), digest)
+                    gathered = placement.gather(state, submodels)
+                    check_params(gathered["params"], steps.stop)
+                    save(checkpoints, steps.stop, gathered, digest)
                     last_save = time.monotonic()
                     save_cost = last_save - began
         params = placement.gather(state["params"], submodels)
+        check_params(params, training.steps)
         save(checkpoints, training.steps, {"params": params}, digest)  # what stays: no optimiser state
     return params
 
@@ -393,6 +396,12 @@ def check_finite(losses: np.ndarray, first_step: int) -> None:
         raise UserError(
             f"--learning-rate: the loss of sub-model {model} is not finite at step {first_step + step}; lower the rate"
         )
+
+
+def check_params(params, step: int) -> None:
+    """params: host tree. The last step's loss is finite even when its update is not."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        raise UserError(f"--learning-rate: the parameters are not finite after step {step}; lower the rate")
 
 
 @partial(jax.jit, static_argnames=("model", "size"))

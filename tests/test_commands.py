@@ -18,6 +18,8 @@ from PIL import Image
 
 import llb.console
 import llb.features
+from llb.config import Stage2
+from llb.run import command_line, record_stage2
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--encoder", "tiny", "--image-size", "32", "--batch-size", "2")
@@ -237,6 +239,27 @@ def test_an_edited_list_is_what_stage_2_trains_on_and_is_reported(finished, tmp_
     assert status == 2 and "line 1" in err and "nothing.png" in err
 
 
+def test_a_detector_is_not_evaluated_beside_a_list_it_was_not_trained_on(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    purified = run / "tile" / "purified.txt"
+    purified.write_text("\n".join(purified.read_text().splitlines()[1:]) + "\n")
+    status, _, err = command(capsys, "evaluate", "--run", run)
+    assert status == 2 and "has changed since this was trained" in err and len(err.splitlines()) == 1
+    assert command(capsys, "evaluate", "--run", run, "--train-on", "all")[0] == 0
+
+
+def test_a_list_saved_by_another_editor_is_read_or_refused_in_one_line(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    purified = run / "tile" / "purified.txt"
+    text = purified.read_text()
+    purified.write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+    status, out, _ = command(capsys, "stage2_train", "--run", run, "--steps", 3)
+    assert status == 0 and "stage 2 on purified is finished" in out
+    purified.write_bytes(text.encode("utf-16"))
+    status, _, err = command(capsys, "stage2_train", "--run", run, "--steps", 3)
+    assert status == 2 and "purified.txt is not UTF-8" in err and len(err.splitlines()) == 1
+
+
 def test_a_planted_defect_that_is_dropped_is_the_planted_one(tmp_path, capsys):
     """Two permutations in the released code lose this: there the kept images are not those that scored low."""
     folder, defects = tmp_path / "unsorted", {7, 12, 18}
@@ -337,6 +360,37 @@ def test_several_categories_share_one_run(tmp_path, capsys):
     assert status == 2 and "one" in err and "two" in err and len(err.splitlines()) == 1
 
 
+def test_an_interrupted_evaluation_goes_on_with_the_next_category(tmp_path, capsys, monkeypatch):
+    evaluate = importlib.import_module("evaluate")
+    for name in ("one", "two"):
+        draw_mvtec(tmp_path / "data", name)
+    run, given = tmp_path / "run", ["--data", tmp_path / "data", "--category", "all", "--steps", 1, *SMALL]
+    assert command(capsys, "stage1_partition", *given, "--out", run)[0] == 0
+    assert command(capsys, "stage2_train", "--run", run, "--steps", 1)[0] == 0
+    whole, scored = evaluate.evaluate, []
+
+    def until_two(dataset, *rest):
+        scored.append(dataset.category)
+        if scored == ["one", "two"]:
+            raise llb.console.UserError("the power fails")
+        return whole(dataset, *rest)
+
+    monkeypatch.setattr(evaluate, "evaluate", until_two)
+    assert command(capsys, "evaluate", "--run", run)[0] == 2
+    assert command(capsys, "evaluate", "--run", run)[0] == 0
+    assert scored == ["one", "two", "two"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics) == ["one", "two", "mean"] and metrics["one"].keys() == {"purified", "purification"}
+
+
+def test_two_final_detectors_begun_at_once_are_both_recorded(tmp_path):
+    """Each has read config.json before the other has written it."""
+    (tmp_path / "config.json").write_text("{}")
+    for train_on in ("purified", "all"):
+        record_stage2(tmp_path, {}, Stage2(train_on=train_on, steps=1))
+    assert json.loads((tmp_path / "config.json").read_text())["stage2"].keys() == {"purified", "all"}
+
+
 # stage 1 with a checkpoint after each step
 EAGER = """
 import llb.console, llb.train, stage1_partition
@@ -400,6 +454,10 @@ def bad_inputs(root: Path) -> dict[str, tuple[list, str]]:
     draw(realiad / "realiad_256" / "cap" / "OK" / "0.jpg", 0)
     entry = {"category": "cap", "anomaly_class": "OK", "image_path": "OK/0.jpg", "mask_path": None}
     (folder / "cap.json").write_text(json.dumps({"meta": {"normal_class": "OK"}, "train": [entry], "test": []}))
+    elsewhere = entry | {"image_path": str(root / "single" / "0.png")}
+    (folder / "lid.json").write_text(json.dumps({"meta": {"normal_class": "OK"}, "train": [elsewhere], "test": []}))
+    for i in range(3):
+        draw(root / "mean" / f"{i}.png", i)
     here = ["--data", good]
     vits = ["--encoder", "dinov2_vits14"]
     return {
@@ -409,7 +467,16 @@ def bad_inputs(root: Path) -> dict[str, tuple[list, str]]:
         "one image": (["--data", root / "single"], "single"),
         "truncated image": (["--data", root / "truncated", *SMALL], "2.png"),
         "category not there": ([*here, "--category", "bottle"], "tile"),
-        "ratio without a split": (["--data", realiad, "--noise-ratio", 0.3], "0.1"),
+        "ratio without a split": (["--data", realiad, "--category", "cap", "--noise-ratio", 0.3], "0.1"),
+        "an image outside the root": (
+            ["--data", realiad, "--category", "lid", "--noise-ratio", 0.1, *SMALL],
+            "lies elsewhere",
+        ),
+        "a category with a name of the run's": (["--data", root / "mean", *SMALL], "rename"),
+        "a name that is not UTF-8": (["--data", f"{root}/b\udcffd"], "b\\udcffd: the name is not UTF-8"),
+        "infinite rate": ([*here, "--learning-rate", "inf"], "--learning-rate"),
+        "seed beyond 32 bits": ([*here, "--seed", 2**32], "--seed"),
+        "variance of one sub-model": ([*here, "--submodels", 1, "--aggregate", "max-var", *SMALL], "max-var"),
         "ratio that the test set cannot fill": ([*here, "--noise-ratio", 0.9, *SMALL], "noise-ratio"),
         "ratio of a plain folder": (["--data", root / "truncated", "--noise-ratio", 0.1], "noise-ratio"),
         "K above N": ([*here, "--submodels", 10, *SMALL], "--submodels"),
@@ -459,6 +526,25 @@ def test_a_run_of_another_version_says_how_to_make_it_anew(script, tmp_path, cap
 def test_a_later_stage_without_a_run_says_how_to_make_one(script, tmp_path, capsys):
     status, _, err = command(capsys, script, "--run", tmp_path / "nothing")
     assert status == 2 and len(err.splitlines()) == 1 and "stage1_partition.py" in err
+
+
+def test_what_a_killed_start_has_left_is_in_nobodys_way(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".config.tmp.json", ".probe"):
+        (run / name).write_text("{")
+    arguments = ["--data", data, "--out", run, "--steps", 1, *SMALL]
+    assert command(capsys, "stage1_partition", *arguments)[0] == 0
+    assert not list(run.rglob(".*"))
+    (run / "config.json").write_text("{")  # damaged: the line's advice must work
+    status, _, err = command(capsys, "stage1_partition", *arguments)
+    assert status == 2 and "--overwrite" in err
+    assert command(capsys, "stage1_partition", *arguments, "--overwrite")[0] == 0
+
+
+def test_the_command_that_goes_on_with_a_run_deletes_nothing_and_can_be_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/stage1_partition.py", "--data", "my images", "--overwrite", "--seed", "7"])
+    assert command_line() == "python stage1_partition.py --data 'my images' --seed 7"
 
 
 def test_a_bad_command_can_be_mended_and_given_again(data, tmp_path, capsys):

@@ -215,6 +215,12 @@ def test_raw_visa_follows_its_csv(tmp_path):
     assert len(load_category(root, "candle", 0.2).train) == 5
 
 
+def test_a_plain_folder_may_hold_a_folder_called_as_visas_is(tmp_path):
+    for i in range(3):
+        put(tmp_path / f"Data/Images/{i}.png")
+    assert recognise(tmp_path) == "folder"
+
+
 def test_raw_visa_without_its_csv_says_which_file_is_missing(tmp_path):
     root = put_visa(tmp_path)
     assert "split_csv" in error_of(categories, root / "candle")

@@ -75,3 +75,14 @@ def test_auto_is_indifferent_to_the_scale_and_the_order_of_the_scores():
 def test_auto_keeps_something_of_the_strangest_scores(scores):
     kept = keep_auto(np.array(scores, np.float32))
     assert kept.any() and kept.dtype == bool
+
+
+@pytest.mark.parametrize("images", (2, 24, 38, 45, 160))
+def test_auto_keeps_all_of_equal_scores_and_of_mostly_equal_ones_the_equal(images):
+    """The mean of equal numbers may round to below them: what is below the mean must not be empty."""
+    random = np.random.default_rng(images)
+    for score in random.lognormal(-3, 1, 50).astype(np.float32):
+        scores = np.full(images, score)
+        assert keep_auto(scores).all()
+        scores[: images // 10] *= 1.5
+        assert (keep_auto(scores) == (scores == score)).all()

@@ -1,5 +1,6 @@
 """K sub-models trained together are those trained alone, on any number of devices, interrupted or not."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 import llb.train
+from llb.checkpoint import open_checkpoints
 from llb.dinomaly import Dinomaly
 from llb.files import UserError
 from llb.optimizer import RECIPES
@@ -58,6 +60,15 @@ def test_a_sub_model_sees_its_own_subset_only(tmp_path):
     spoiled[SUBSETS[1]] = np.nan  # sub-model 1 alone would notice
     with pytest.raises(UserError, match="sub-model 1 is not finite at step 0"):
         run(tmp_path, fetch=spoiled.__getitem__)
+
+
+def test_a_last_update_that_is_not_finite_is_not_saved(tmp_path):
+    """Each loss is finite, as it is of the parameters before the step."""
+    with pytest.raises(UserError, match="parameters are not finite after step 1"):
+        short = dataclasses.replace(training(steps=1), learning_rate=float("inf"))
+        train(short, FEATURES.__getitem__, SUBSETS, KEYS, tmp_path, "images", "test")
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
 
 
 def test_steps_in_a_compiled_loop_equal_steps_one_by_one(tmp_path, monkeypatch):
