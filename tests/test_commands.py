@@ -473,7 +473,7 @@ def bad_inputs(root: Path) -> dict[str, tuple[list, str]]:
             "lies elsewhere",
         ),
         "a category with a name of the run's": (["--data", root / "mean", *SMALL], "rename"),
-        "a name that is not UTF-8": (["--data", f"{root}/b\udcffd"], "b\\udcffd: the name is not UTF-8"),
+        "a name that is not UTF-8": (["--data", f"{root}/b\udcffd"], "the name is not UTF-8"),
         "infinite rate": ([*here, "--learning-rate", "inf"], "--learning-rate"),
         "seed beyond 32 bits": ([*here, "--seed", 2**32], "--seed"),
         "variance of one sub-model": ([*here, "--submodels", 1, "--aggregate", "max-var", *SMALL], "max-var"),
