@@ -271,5 +271,13 @@ def training_choice(train_on: str, folder: Path, dataset: Dataset) -> tuple[np.n
 
 
 def load_dataset(run: Path, config: dict[str, Any], category: str) -> Dataset:
-    """The category as stage 1 saw it. A plain folder has no test set: all its images are scored."""
+    """The category as stage 1 saw it. A plain folder has no test set: all its images are scored.
+
+    Raises:
+        UserError: the images are no longer where they were.
+    """
+    if config["data"] is not None and not Path(config["data"]).exists():
+        raise UserError(
+            f"--run {run}: its images, {config['data']}, are not there; give this command where stage 1's was given"
+        )
     return load_category(data_root(run, config["data"]), category, config["noise_ratio"], config["seed"])

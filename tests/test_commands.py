@@ -248,6 +248,15 @@ def test_a_detector_is_not_evaluated_beside_a_list_it_was_not_trained_on(finishe
     assert command(capsys, "evaluate", "--run", run, "--train-on", "all")[0] == 0
 
 
+@pytest.mark.parametrize("script", ("stage2_train", "evaluate"))
+def test_a_later_stage_given_elsewhere_says_which_images_it_misses(script, finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"data": "images"}))
+    status, _, err = command(capsys, script, "--run", run)
+    assert status == 2 and "its images, images, are not there" in err and len(err.splitlines()) == 1
+
+
 def test_a_list_saved_by_another_editor_is_read_or_refused_in_one_line(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     purified = run / "tile" / "purified.txt"
