@@ -6,6 +6,7 @@
 The features of each patch are averaged over its 3 × 3 neighbourhood and whitened by the training images' covariance;
 its distance to the nearest of up to 40,000 training patches is its anomaly (PatchCore, CVPR 2022, without its coreset).
 An image is odd in a place or as a whole, so its score is the sum of both, each by what is usual in the training images.
+Where a set holds near-duplicates, they decide much of that: --neighbour 2 judges by the second nearest image.
 Compares `tiny` with what it must beat: itself with random weights, its own filter bank, and raw pixels. The three
 scripts do not need it.
 """
@@ -26,6 +27,7 @@ from llb.console import choose_device, progress, run, say
 from llb.data import Dataset, choose_categories, load_category, load_image, load_mask
 from llb.dinomaly import map_matrix
 from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, SPECS, ViT, load_encoder
+from llb.files import UserError
 from llb.metrics import image_metrics, pixel_metrics
 from llb.pretrain import whitening as whitening_of
 from llb.run import data_root
@@ -50,6 +52,9 @@ class Probe:
     category: str | None = flag(None, "one category", shown="the only one there is")
     noise_ratio: float = flag(0.0, "share of defective images in train, as for stage 1", real(0, 1))
     weights: str | None = flag(None, "weights of tiny to look at", shown="those of this repository")
+    neighbour: int = flag(
+        1, "judge a patch by its J-th nearest training image: from 2 on, near-duplicates of it help no more", whole(1)
+    )
     out: str = flag("runs/probe", "where the embedded set is drawn")
     seed: int = flag(0, "which patches are remembered, and the random weights", whole(0))
 
@@ -60,10 +65,12 @@ def main() -> None:
     root = data_root(Path(settings.out), settings.data)
     category = choose_categories(root, settings.category)[0]
     images = load_images(root, category, settings.noise_ratio, settings.seed)
+    if settings.neighbour >= len(images.train):
+        raise UserError(f"--neighbour {settings.neighbour}: each image has only {len(images.train) - 1} others")
     say(f"{'features':24} " + "  ".join(MEASURED.values()))
     for name, describe in features(settings.seed, settings.weights).items():
         known, seen = (apply(describe, part, name) for part in (images.train, images.test))
-        row = probe(known, seen, images, settings.seed)
+        row = probe(known, seen, images, settings.seed, neighbour=settings.neighbour)
         say(f"{name:24} " + "  ".join("–".center(11) if row[m] is None else f"{row[m]:11.3f}" for m in MEASURED))
 
 
@@ -91,18 +98,19 @@ def load_images(root: Path, category: str, noise_ratio: float, seed: int) -> Ima
 
 
 def probe(
-    known: np.ndarray, seen: np.ndarray, images: Images, seed: int, chosen: np.ndarray | None = None
+    known: np.ndarray, seen: np.ndarray, images: Images, seed: int, chosen: np.ndarray | None = None, neighbour: int = 1
 ) -> dict[str, float | None]:
     """The keys of MEASURED for one kind of features; None: undefined.
 
     Args:
         known, seen: float (N, P, D) and (M, P, D), the features of images.train and images.test.
         chosen: int (n,), the training images to go by; None: all.
+        neighbour: as for `nearest_neighbours`.
     """
     records = images.dataset.train
     if chosen is not None:
         known, records = known[chosen], [records[index] for index in chosen]
-    own, distances = nearest_neighbours(known, seen, seed)
+    own, distances = nearest_neighbours(known, seen, seed, neighbour)
     maps = full_size(distances, SPEC.image_size)
     labels, train_labels = ([record.label for record in part] for part in (images.dataset.test, records))
     found = image_metrics(labels, image_scores(distances, own)) | pixel_metrics(images.masks, maps)
@@ -157,21 +165,37 @@ def whitening(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, (axes / np.sqrt(variance + SHRINK * variance[-1])).astype(np.float32)
 
 
-@partial(jax.jit, static_argnames="leave_out")
-def _nearest(queries: jax.Array, memory: jax.Array, own: jax.Array, origin: jax.Array, leave_out: bool) -> jax.Array:
+@partial(jax.jit, static_argnames=("leave_out", "images", "neighbour"))
+def _nearest(
+    queries: jax.Array,
+    memory: jax.Array,
+    own: jax.Array,
+    origin: jax.Array,
+    *,
+    leave_out: bool,
+    images: int,
+    neighbour: int,
+) -> jax.Array:
     """(P, D), (n, D) → (P,): distance to the nearest; `leave_out` ignores memory patches whose origin is `own`."""
     square = (memory**2).sum(1)[:, None] - 2 * memory @ queries.T  # (n, P): twice as fast as (P, n) on a CPU
     if leave_out:
         square = jnp.where((origin == own)[:, None], jnp.inf, square)
+    if neighbour > 1:
+        of_images = jax.ops.segment_min(square, origin, images, indices_are_sorted=True)  # (N, P)
+        square = jnp.sort(of_images, axis=0)[neighbour - 1 :]
     return jnp.sqrt(jnp.maximum(square.min(axis=0) + (queries**2).sum(1), 0))
 
 
-def nearest_neighbours(train: np.ndarray, test: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def nearest_neighbours(
+    train: np.ndarray, test: np.ndarray, seed: int = 0, neighbour: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Distances of patches to those of a training set.
 
     Args:
         train, test: float (N, P, D) and (M, P, D).
         seed: which patches are remembered.
+        neighbour: 1 for the distance to the nearest patch; J for that to the nearest patch of the image that is the
+            J-th nearest in this sense.
 
     Returns:
         own, float32 (N, P): of the training images themselves, each to the patches of the others.
@@ -180,12 +204,13 @@ def nearest_neighbours(train: np.ndarray, test: np.ndarray, seed: int = 0) -> tu
     train = neighbourhoods(train)
     images, patches, width = train.shape
     rows = train.reshape(-1, width)
-    picked = np.random.default_rng(seed).permutation(len(rows))[:MEMORY]
+    picked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:MEMORY])
     mean, matrix = whitening(rows[picked])
     memory, origin = jnp.asarray((rows[picked] - mean) @ matrix), jnp.asarray(picked // patches)
 
     def of(queries: np.ndarray, leave_out: bool) -> np.ndarray:
-        return np.stack([_nearest((q - mean) @ matrix, memory, i, origin, leave_out) for i, q in enumerate(queries)])
+        nearest = partial(_nearest, leave_out=leave_out, images=images, neighbour=neighbour)
+        return np.stack([nearest((query - mean) @ matrix, memory, i, origin) for i, query in enumerate(queries)])
 
     return of(train, True), of(neighbourhoods(test), False)
 

@@ -12,25 +12,28 @@ RANDOM = np.random.default_rng(0)
 TRAIN, TEST = RANDOM.normal(size=(6, 16, 5)), RANDOM.normal(size=(3, 16, 5))
 
 
-def by_loops(train, queries, own=None):
+def by_loops(train, queries, own=None, neighbour=1):
     mean, matrix = whitening(train.reshape(-1, train.shape[-1]))
     distances = np.empty(queries.shape[:2])
     for i, query in enumerate(queries):
         memory = np.delete(train, i, axis=0) if own else train
         for p, patch in enumerate(query):
-            distances[i, p] = min(np.linalg.norm((patch - other) @ matrix) for other in memory.reshape(-1, 5))
+            nearest = [min(np.linalg.norm((patch - other) @ matrix) for other in image) for image in memory]
+            distances[i, p] = sorted(nearest)[neighbour - 1]
     return distances
 
 
-def test_distances_equal_a_plain_loop():
-    _, distances = nearest_neighbours(TRAIN, TEST)
-    expected = by_loops(neighbourhoods(TRAIN), neighbourhoods(TEST))
+@pytest.mark.parametrize("neighbour", (1, 2, 5))
+def test_distances_equal_a_plain_loop(neighbour):
+    _, distances = nearest_neighbours(TRAIN, TEST, neighbour=neighbour)
+    expected = by_loops(neighbourhoods(TRAIN), neighbourhoods(TEST), neighbour=neighbour)
     np.testing.assert_allclose(distances, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_training_image_is_compared_with_the_others_only():
-    own, _ = nearest_neighbours(TRAIN, TEST)
-    expected = by_loops(neighbourhoods(TRAIN), neighbourhoods(TRAIN), own=True)
+@pytest.mark.parametrize("neighbour", (1, 2, 5))
+def test_a_training_image_is_compared_with_the_others_only(neighbour):
+    own, _ = nearest_neighbours(TRAIN, TEST, neighbour=neighbour)
+    expected = by_loops(neighbourhoods(TRAIN), neighbourhoods(TRAIN), own=True, neighbour=neighbour)
     np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -64,7 +67,7 @@ def test_full_size_maps_peak_where_the_distance_does():
 
 def test_some_training_images_are_taken_with_their_labels(monkeypatch):
     """Of all four, one pair of a defective and a normal image in four is in order; of images 3 and 1 the only pair."""
-    monkeypatch.setattr(llb.probe, "nearest_neighbours", lambda train, test, seed: (train[..., 0], test[..., 0]))
+    monkeypatch.setattr(llb.probe, "nearest_neighbours", lambda train, test, *_: (train[..., 0], test[..., 0]))
     monkeypatch.setattr(llb.probe, "image_scores", lambda distances, usual: distances.mean(axis=1))
     train, test = ([SimpleNamespace(label=label) for label in labels] for labels in ([0, 1, 1, 0], [0, 1]))
     images = Images(SimpleNamespace(train=train, test=test), None, None, np.zeros((2, 112, 112), bool))
