@@ -22,12 +22,21 @@ from llb.console import choose_device, run, say
 from llb.data import Dataset, Record, load_image, load_mask
 from llb.encoder import Encoder, load_encoder
 from llb.features import Encode, Fetch, make_encode
-from llb.files import atomic, read_json, write_csv, write_json
+from llb.files import atomic, write_csv, write_json
 from llb.metrics import PixelCounts, accumulate, image_metrics, pixel_metrics_error, pixel_metrics_of, purification
 from llb.optimizer import RECIPES
 from llb.processes import launched
 from llb.report import contact_sheet, mean_metrics, summary_table, write_metrics_csv, write_report
-from llb.run import METRICS, load_dataset, make_fetch, read_purified, read_run, read_scores, trained_on
+from llb.run import (
+    METRICS,
+    load_dataset,
+    make_fetch,
+    read_metrics,
+    read_purified,
+    read_run,
+    read_scores,
+    trained_on,
+)
 from llb.train import Training, heat_maps, make_training, score
 
 EXAMPLES = 24  # images on the sheet of test examples
@@ -46,14 +55,16 @@ def main() -> None:
     encode = make_encode(encoder)
 
     datasets = {name: load_dataset(out, config, name) for name in names}
-    facts = {name: purified_facts(dataset, out / name) for name, dataset in datasets.items()}
-    if "purified" in detectors:
-        for name, dataset in datasets.items():
-            check_trained_on(dataset, out / name, config["stage2"]["purified"]["steps"])
+    facts, notes = {}, {}
+    for name, dataset in datasets.items():
+        chosen, notes[name] = read_purified(out / name, dataset)
+        if "purified" in detectors:
+            check_trained_on(dataset, chosen, out / name / "stage2-purified", config["stage2"]["purified"]["steps"])
+        facts[name] = purified_facts(dataset, chosen, out / name)
 
     for name, dataset in datasets.items():
         for train_on in detectors:
-            if train_on in known_metrics(out).get(name, {}) and evaluated(out / name, train_on, settings):
+            if train_on in read_metrics(out).get(name, {}) and evaluated(out / name, train_on, settings):
                 say(f"{name}: {train_on} is evaluated; --overwrite scores again")
                 continue
             steps = config["stage2"][train_on]["steps"]
@@ -62,16 +73,16 @@ def main() -> None:
             )
             found = evaluate(dataset, train_on, settings, out, encoder, encode, training)
             # written at once, into what is there by now: interrupted, the same command goes on with the next
-            metrics = known_metrics(out)
+            metrics = read_metrics(out)
             metrics.setdefault(name, {})[train_on] = found
             write_json(out / METRICS, metrics)
 
-    metrics = {name: known_metrics(out)[name] | {"purification": facts[name][0]} for name in names}
+    metrics = read_metrics(out)
+    metrics = {name: metrics[name] | {"purification": facts[name]} for name in names}
     metrics["mean"] = mean_metrics(metrics, names)
-    notes = {name: note for name, (_, note) in facts.items()}
     write_json(out / METRICS, metrics)
     write_metrics_csv(out / "metrics.csv", metrics)
-    write_report(out, notes)
+    write_report(out, {name: [note] if note else [] for name, note in notes.items()})
     say(summary_table(metrics))
     say(f"report: {out / 'report.html'}")
 
@@ -170,22 +181,15 @@ def evaluated(folder: Path, train_on: str, settings: Evaluate) -> bool:
     return done and not settings.overwrite and (not settings.save_maps or (folder / f"maps-{train_on}").exists())
 
 
-def known_metrics(out: Path) -> dict[str, Any]:
-    return read_json(out / METRICS) if (out / METRICS).exists() else {}
+def check_trained_on(dataset: Dataset, chosen: np.ndarray, folder: Path, steps: int) -> None:
+    """Refuse a purified.txt that has been edited since the detector in `folder` was trained on it."""
+    finished(folder, digest_of([dataset.train[index].path for index in chosen]), steps)
 
 
-def check_trained_on(dataset: Dataset, folder: Path, steps: int) -> None:
-    """Refuse a purified.txt that has been edited since the detector was trained on it."""
-    listed = [dataset.train[index].path for index in read_purified(folder, dataset)[0]]
-    finished(folder / "stage2-purified", digest_of(listed), steps)
-
-
-def purified_facts(dataset: Dataset, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """What purification did, by the list as it is now, and a note if that list was edited by hand."""
-    chosen, note = read_purified(folder, dataset)
+def purified_facts(dataset: Dataset, chosen: np.ndarray, folder: Path) -> dict[str, Any]:
+    """What purification did, by the list as it is now. chosen: int (n,), the training images that it names."""
     kept = np.isin(np.arange(len(dataset.train)), chosen)
-    facts = purification([record.label for record in dataset.train], read_scores(folder, dataset)["score"], kept)
-    return facts, [note] if note else []
+    return purification([record.label for record in dataset.train], read_scores(folder, dataset)["score"], kept)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main() -> None:
         if settings.overwrite and first():
             for dataset in datasets:
                 clear_stage2(out, dataset.category, settings.train_on)
-        record_stage2(out, config, settings)
+        record_stage2(out, settings)
 
     recipe = RECIPES[config["recipe"]]
     training = make_training(

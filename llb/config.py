@@ -111,6 +111,7 @@ class Stage1:
         "Real-IAD root, MVTec-AD or VisA root, or any folder of images; recognised by its content",
         shown="the embedded set, drawn by llb",
     )
+    # not compared: config.json holds the categories that were found, which are
     category: str | None = flag(
         None, "one category, several with commas, or all", shown="the only one there is", affects=False
     )

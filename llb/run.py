@@ -110,8 +110,12 @@ def read_run(run: str) -> tuple[Path, dict[str, Any]]:
     return folder, config
 
 
-def record_stage2(run: Path, config: dict[str, Any], settings: Stage2) -> None:
-    """Note the settings of a final detector in config.json, or refuse those that differ from the noted ones."""
+def record_stage2(run: Path, settings: Stage2) -> None:
+    """Note the settings of a final detector in config.json, or refuse those that differ from the noted ones.
+
+    The file is read here, and not handed over: stage 2 with another --train-on may have been started meanwhile.
+    """
+    config = read_json(run / "config.json")
     noted = config.setdefault("stage2", {})
     old, new = noted.get(settings.train_on), influential(settings)
     if old is not None and not settings.overwrite:
@@ -119,19 +123,20 @@ def record_stage2(run: Path, config: dict[str, Any], settings: Stage2) -> None:
         refuse_differences(old, new, where, "give the same, or --overwrite to train it anew")
     if old != new and processes.first():
         noted[settings.train_on] = new
-        # read anew: stage 2 with another --train-on may have been started meanwhile
-        now = read_json(run / "config.json")
-        now.setdefault("stage2", {})[settings.train_on] = new
-        write_json(run / "config.json", now)
+        write_json(run / "config.json", config)
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """What has been evaluated by now, as metrics.json has it; nothing yet: {}."""
+    return read_json(run / METRICS) if (run / METRICS).exists() else {}
 
 
 def clear_stage2(run: Path, category: str, train_on: str) -> None:
     """Delete a final detector and what was evaluated with it."""
     folder = run / category
-    if (run / METRICS).exists():
-        metrics = read_json(run / METRICS)
-        if metrics.get(category, {}).pop(train_on, None) is not None:
-            write_json(run / METRICS, metrics)
+    metrics = read_metrics(run)
+    if metrics.get(category, {}).pop(train_on, None) is not None:
+        write_json(run / METRICS, metrics)
     (folder / f"predictions-{train_on}.csv").unlink(missing_ok=True)
     (folder / f"examples-{train_on}.png").unlink(missing_ok=True)
     for name in (f"maps-{train_on}", f"stage2-{train_on}"):

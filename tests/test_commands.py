@@ -396,7 +396,7 @@ def test_two_final_detectors_begun_at_once_are_both_recorded(tmp_path):
     """Each has read config.json before the other has written it."""
     (tmp_path / "config.json").write_text("{}")
     for train_on in ("purified", "all"):
-        record_stage2(tmp_path, {}, Stage2(train_on=train_on, steps=1))
+        record_stage2(tmp_path, Stage2(train_on=train_on, steps=1))
     assert json.loads((tmp_path / "config.json").read_text())["stage2"].keys() == {"purified", "all"}
 
 
