@@ -57,7 +57,7 @@ class Pretrain:
     objective: str = flag("energies", "what is learned, see llb/objectives.py", choices=tuple(OBJECTIVES))
     mix: str = flag("six", "which kinds of images are drawn", choices=tuple(MIXES))
     images: int = flag(6000, "number of drawn images", whole(1))
-    steps: int = flag(600, "optimiser steps", whole(1))
+    steps: int = flag(600, "optimiser steps; 0: the weights stay random, to compare with", whole(0))
     batch_size: int = flag(16, "images per step", whole(1))
     learning_rate: float = flag(1.5e-3, "peak learning rate of AdamW", real(0, 1, True))
     seed: int = flag(0, "all random numbers follow from it", whole(0))
@@ -121,7 +121,7 @@ def draw_energies(settings: Pretrain, file: Path) -> np.ndarray:
 
 def make_optimizer(settings: Pretrain) -> optax.GradientTransformation:
     """AdamW with a cosine schedule; biases, norms and tokens do not decay, and the stem's statistics never move."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 20, settings.steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 20, max(1, settings.steps))
     decays = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.03, mask=decays))
 
@@ -173,9 +173,10 @@ def pretrain(settings: Pretrain, known: np.ndarray, folder: Path) -> dict:
         return {"params": params, "teacher": teacher, "opt": opt}, loss
 
     with open_checkpoints(folder) as checkpoints:
-        start = checkpoints.latest_step() or 0
+        start = checkpoints.latest_step()
         if start == settings.steps:
             return restore_params(checkpoints)
+        start = start or 0  # None: nothing was saved yet
         state = restore_state(checkpoints, jax.eval_shape(start_state)) if start else start_state()
         last_save = time.monotonic()
         with progress(total=settings.steps, initial=start, desc="pre-training", unit="step") as bar:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+import llb.objectives
 import llb.pretrain
 from llb import load_encoder, textures
 from llb.checkpoint import restore_params
@@ -43,6 +44,18 @@ def test_everything_is_trained_but_the_stems_statistics(trained, tmp_path):
     start = flat(pretrain(Pretrain(images=12, steps=1, batch_size=2), KNOWN, tmp_path))
     for name in trained.keys() - {"stem/mean", "stem/std"}:
         assert (trained[name] != start[name]).any(), name
+
+
+def test_without_a_step_the_weights_are_those_that_training_starts_from(tmp_path):
+    settings = Pretrain(images=12, steps=0)
+    weights = flat(pretrain(settings, KNOWN, tmp_path))
+    key = jax.random.split(jax.random.key(settings.seed))[0]
+    for name, value in flat(llb.objectives.init("energies", key)["vit"]).items():
+        if name not in ("stem/mean", "stem/std"):
+            np.testing.assert_allclose(weights[name], value, atol=1e-7, err_msg=name)
+    np.testing.assert_allclose(weights["stem/mean"], KNOWN.astype(np.float32).mean(axis=(0, 1)), rtol=1e-5)
+    again = flat(pretrain(settings, KNOWN, tmp_path))  # found finished
+    assert all((again[name] == value).all() for name, value in weights.items())
 
 
 def test_an_interrupted_pre_training_ends_as_if_it_had_not_been(trained, tmp_path, monkeypatch):
