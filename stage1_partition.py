@@ -126,9 +126,9 @@ def write_suspects(
     folder: Path, dataset: Dataset, aggregated, kept, params, training: Training, fetch: Fetch, size: int
 ) -> None:
     """suspects.png: the highest-scoring training images, each with its map (the mean over the sub-models)."""
-    first = np.argsort(ranks(aggregated))[:SUSPECTS]
+    highest = np.argsort(ranks(aggregated))[:SUSPECTS]
     tiles = []
-    heats = heat_maps(params, training.model, fetch, first, size, "suspects")
+    heats = heat_maps(params, training.model, fetch, highest, size, "suspects")
     for place, (index, heat) in enumerate(heats, 1):
         path = dataset.train[index].path
         caption = (f"{place}. {aggregated[index]:.4f} {'kept' if kept[index] else 'dropped'}", path)
