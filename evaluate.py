@@ -8,7 +8,6 @@ has no test set: all its images are scored, the dropped ones too.
 """
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from llb.checkpoint import digest_of, finished, open_checkpoints, restore_params
 from llb.config import Evaluate, parse
 from llb.console import choose_device, run, say
-from llb.data import Dataset, Record, load_image, load_mask
-from llb.encoder import Encoder, load_encoder
+from llb.data import Dataset, Record, load_image, load_masks
+from llb.encoder import Encoder
 from llb.features import Encode, Fetch, make_encode
 from llb.files import atomic, write_csv, write_json
 from llb.metrics import PixelCounts, accumulate, image_metrics, pixel_metrics_error, pixel_metrics_of, purification
@@ -35,6 +34,7 @@ from llb.run import (
     read_purified,
     read_run,
     read_scores,
+    run_encoder,
     trained_on,
 )
 from llb.train import Training, heat_maps, make_training, score
@@ -51,7 +51,7 @@ def main() -> None:
     out, config = read_run(settings.run)
     names = config["categories"]
     detectors = trained_on(out, config, settings.train_on)  # what stage 2 has finished for every category
-    encoder = load_encoder(config["encoder"], config["weights"], config["image_size"], config["precision"])
+    encoder = run_encoder(out, config)
     encode = make_encode(encoder)
 
     datasets = {name: load_dataset(out, config, name) for name in names}
@@ -136,18 +136,6 @@ def evaluate(
         unfinished.rename(maps_folder)
     write_csv(folder / f"predictions-{train_on}.csv", ["path", "score", "label"], rows)
     return found
-
-
-def load_masks(root: Path, records: list[Record], size: int) -> np.ndarray | None:
-    """bool (b, size, size); None when pixels cannot be judged: a label is unknown or a defective image has no mask."""
-    if any(record.label is None or (record.label == 1 and record.mask is None) for record in records):
-        return None
-
-    def load(record: Record) -> np.ndarray:
-        return load_mask(root / record.mask, size) if record.label == 1 else np.zeros((size, size), bool)
-
-    with ThreadPoolExecutor() as pool:
-        return np.stack(list(pool.map(load, records)))
 
 
 def write_examples(

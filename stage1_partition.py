@@ -48,7 +48,7 @@ def main() -> None:
         check(dataset, settings)
     encoder = load_encoder(settings.encoder, settings.weights, settings.image_size, settings.precision)
     settings.image_size = encoder.image_size
-    open_run(out, settings, [dataset.category for dataset in datasets], device)
+    open_run(out, settings, [dataset.category for dataset in datasets], encoder, device)
 
     # ---- the encoder and the compiled steps are shared by all categories ----
     encode = make_encode(encoder)

@@ -16,7 +16,7 @@ from llb.checkpoint import digest_of, finished
 from llb.config import EMBEDDED_FINAL_STEPS, FINAL_STEPS, Stage2, parse
 from llb.console import choose_device, run, say
 from llb.data import Dataset
-from llb.encoder import Encoder, load_encoder
+from llb.encoder import Encoder
 from llb.features import Encode, make_encode
 from llb.files import UserError
 from llb.optimizer import RECIPES
@@ -28,6 +28,7 @@ from llb.run import (
     make_fetch,
     read_run,
     record_stage2,
+    run_encoder,
     training_choice,
 )
 from llb.train import Training, make_training, submodel_keys, train
@@ -52,7 +53,7 @@ def main() -> None:
                 f"--run {out}: stage 1 is not finished for {dataset.category}; go on with: {config['command']}"
             )
         choices.append(training_choice(settings.train_on, out / dataset.category, dataset))
-    encoder = load_encoder(config["encoder"], config["weights"], config["image_size"], config["precision"])
+    encoder = run_encoder(out, config)
     with first_ahead("record"):
         if settings.overwrite and first():
             for dataset in datasets:

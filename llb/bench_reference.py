@@ -20,9 +20,10 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from llb.dinomaly import ATTENTION_EPS, BLUR_SIGMA, COSINE_EPS, TOP_FRACTION
-from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, Spec, interpolate_positions
+from llb.encoder import Spec, interpolate_positions
 from llb.metrics import AUPRO_LIMIT
 from llb.optimizer import make_optimizer
+from llb.stem import normalise
 
 THRESHOLDS = 100  # of the released AUPRO
 
@@ -72,7 +73,7 @@ def mlp(p: dict, x: jax.Array, drop=lambda x, place: x) -> jax.Array:
 
 def encode(params: dict, images: jax.Array, spec: Spec) -> jax.Array:
     """uint8 (B, S, S, 3) → float32 (B, 2, T, D): the means of the two groups of blocks."""
-    x = (images.astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    x = normalise(images)
     batch, side = len(x), x.shape[1] // spec.patch
     x = x.reshape(batch, side, spec.patch, side, spec.patch, 3).transpose(0, 1, 3, 2, 4, 5).reshape(batch, side**2, -1)
     kernel, bias = params["patch_embed"]["kernel"], params["patch_embed"]["bias"]

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional
 
 from llb.dinomaly import ATTENTION_EPS, BLUR_SIGMA, TOP_FRACTION
-from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, Spec, interpolate_positions
+from llb.encoder import Spec, interpolate_positions
 from llb.optimizer import hard_positions
+from llb.stem import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Attention(nn.Module):

@@ -16,7 +16,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -395,6 +396,21 @@ def load_mask(path: Path | str, size: int) -> np.ndarray:
     share = Image.fromarray(defect.astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)
     share = np.asarray(share)  # (S, S), 0…1
     return share >= min(0.5, share.max()) if defect.any() else np.zeros((size, size), bool)
+
+
+def load_masks(root: Path, records: Sequence[Record], size: int) -> np.ndarray | None:
+    """Masks of normal and defective images: bool (b, size, size), all False for a normal one.
+
+    None when pixels cannot be judged: a label is unknown or a defective image has no mask.
+    """
+    if any(record.label is None or (record.label == 1 and record.mask is None) for record in records):
+        return None
+
+    def load(record: Record) -> np.ndarray:
+        return load_mask(root / record.mask, size) if record.label == 1 else np.zeros((size, size), bool)
+
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(load, records)))
 
 
 def _open(path: Path | str) -> Image.Image:

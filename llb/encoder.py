@@ -26,8 +26,6 @@ from llb.files import UserError
 from llb.stem import FilterBankStem, energies
 from llb.weights_io import digest, fetch, read_tensors, read_tree, to_params
 
-IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 log = logging.getLogger(__name__)
 LAYER_SCALE = 0.1  # before training
 TINY_WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"

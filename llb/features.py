@@ -27,8 +27,9 @@ import numpy as np
 from llb import processes
 from llb.console import progress, say
 from llb.data import load_image
-from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from llb.encoder import Encoder
 from llb.files import UserError, atomic, read_json, write_json
+from llb.stem import normalise
 
 ENCODE_BATCH = 16  # images per call of the encoder: one fixed shape, compiled once
 GIB = 2**30
@@ -59,8 +60,8 @@ def make_encode(encoder: Encoder) -> Encode:
     @jax.jit
     @partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P("data"))
     def encode(params, images: jax.Array) -> jax.Array:
-        images = (images.astype(jnp.float32) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
-        return by_image(partial(encoder.features, params))(images).astype(jnp.float16)  # (b, 2, T, D)
+        features = by_image(partial(encoder.features, params))(normalise(images))
+        return features.astype(jnp.float16)  # (b, 2, T, D)
 
     def encode_batch(images: np.ndarray) -> np.ndarray:
         padded = np.zeros((size, *images.shape[1:]), np.uint8)

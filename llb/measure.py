@@ -22,7 +22,7 @@ from llb.console import choose_device, run, say
 from llb.data import choose_categories
 from llb.files import UserError, read_json, write_json
 from llb.heldout import write_heldout
-from llb.probe import apply, features, load_images, probe
+from llb.probe import apply, features, load_images, load_labelled, one_category, probe
 from llb.report import mean_defined
 from llb.run import METRICS, data_root, read_purified
 
@@ -74,7 +74,7 @@ def list_sets(settings: Measure) -> list[Set]:
     """The sets to measure; those that code draws are drawn into OUT.
 
     Raises:
-        UserError: --only or --category names none.
+        UserError: --only or --category names none; --data has no labels, or no such share of defects.
     """
     out, sets = Path(settings.out), []
 
@@ -93,14 +93,13 @@ def list_sets(settings: Measure) -> list[Set]:
         )
     if settings.data:
         root = Path(settings.data)
-        names = choose_categories(root, settings.category)
-        if len(names) > 1:
-            raise UserError(f"--category: one of {', '.join(names)}")
-        for name, noise_ratio in ((names[0], NOISE), (f"{names[0]}, clean", 0.0)):
+        category = one_category(root, settings.category)
+        for name, noise_ratio in ((category, NOISE), (f"{category}, clean", 0.0)):
             if settings.only in (None, name):
-                sets.append(Set(name, root, names, noise_ratio, flags(root, names[0], noise_ratio), final))
+                load_labelled(root, category, noise_ratio, 0)  # what is wrong with it is said before hours of work
+                sets.append(Set(name, root, [category], noise_ratio, flags(root, category, noise_ratio), final))
     if not sets:
-        known = "embedded, held-out" + (f", {names[0]}, '{names[0]}, clean'" if settings.data else "; more with --data")
+        known = "embedded, held-out" + (f", {category}, '{category}, clean'" if settings.data else "; more with --data")
         raise UserError(f"--only {settings.only}: no such set; give one of {known}")
     return sets
 

@@ -147,7 +147,7 @@ def replace(key: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
     square = known.reshape(images, side, side, -1)
     shifts = jax.random.randint(shift_key, (images, 2), 2, side - 1)
     elsewhere = jax.vmap(lambda image, shift: jnp.roll(image, shift, (0, 1)))(square, shifts).reshape(known.shape)
-    own = jax.random.bernoulli(kind_key, 0.5, (images, 1, 1))
+    own = jax.random.bernoulli(kind_key, 0.5, (images, 1, 1)) | (images == 1)  # alone, there is no other image
     source = jnp.where(own, elsewhere, jnp.roll(known, 1, axis=0))
     return jnp.where(replaced[..., None], source, known), replaced
 

@@ -31,11 +31,11 @@ from llb import textures
 from llb.checkpoint import open_checkpoints, restore_params, restore_state, save
 from llb.config import flag, influential, parse, real, whole
 from llb.console import choose_device, progress, run, say
-from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, ViT
+from llb.encoder import ViT
 from llb.files import read_json, write_json
 from llb.objectives import OBJECTIVES, PATCHES, SPEC, init
 from llb.run import refuse_differences
-from llb.stem import ENERGIES, energies
+from llb.stem import ENERGIES, energies, normalise
 from llb.textures import MIXES
 from llb.weights_io import write_tree
 
@@ -75,7 +75,7 @@ def main() -> None:
 
     known = draw_energies(settings, out / "energies.npy")
     params = pretrain(settings, known, out / "checkpoints")
-    params["whitening"] = whitening(params, known[:WHITEN])
+    params["whitening"] = feature_whitening(params, known[:WHITEN])
     if settings.export:
         about = {name: str(value) for name, value in influential(settings).items()}
         write_tree(params, settings.export, about)
@@ -96,7 +96,7 @@ def draw_energies(settings: Pretrain, file: Path) -> np.ndarray:
     Worker processes draw, about 70 images a second on two cores.
     """
     shape = (settings.images, PATCHES, ENERGIES)
-    describe = jax.jit(lambda x: energies((x.astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD))
+    describe = jax.jit(lambda images: energies(normalise(images)))
     if not file.exists():
         unfinished = file.with_suffix(".partial")
         array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
@@ -120,7 +120,7 @@ def draw_energies(settings: Pretrain, file: Path) -> np.ndarray:
 
 
 def make_optimizer(settings: Pretrain) -> optax.GradientTransformation:
-    """AdamW with a cosine schedule; biases, norms and tokens do not decay, and the stem's statistics never move."""
+    """AdamW with a cosine schedule; biases and norms do not decay, and the stem's statistics never move."""
     rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 20, max(1, settings.steps))
     decays = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.03, mask=decays))
@@ -193,10 +193,10 @@ def pretrain(settings: Pretrain, known: np.ndarray, folder: Path) -> dict:
     return params
 
 
-def whitening(params: dict, known: np.ndarray) -> dict[str, np.ndarray]:
+def feature_whitening(params: dict, known: np.ndarray) -> dict[str, np.ndarray]:
     """Mean (2, D) and matrix (2, D, D) of each group's patch tokens: (x − mean) @ matrix has about unit covariance.
 
-    The matrix is the symmetric one (ZCA), so that the two groups keep their common axes: their mean is what enters
+    The matrix is the symmetric one (`zca`), so that the two groups keep their common axes: their mean is what enters
     Dinomaly's bottleneck. known: float16 (n, P, E).
     """
 
@@ -207,11 +207,22 @@ def whitening(params: dict, known: np.ndarray) -> dict[str, np.ndarray]:
 
     parts = [np.asarray(groups(known[i : i + 32]))[:, :, -PATCHES:] for i in range(0, len(known), 32)]
     means, matrices = [], []
-    for rows in np.concatenate(parts, axis=1).reshape(len(SPEC.groups), -1, SPEC.width).astype(np.float64):
-        variance, axes = np.linalg.eigh(np.cov(rows.T))
-        means.append(rows.mean(axis=0))
-        matrices.append(axes / np.sqrt(variance + SHRINK * variance[-1]) @ axes.T)
-    return {"mean": np.stack(means).astype(np.float32), "matrix": np.stack(matrices).astype(np.float32)}
+    for rows in np.concatenate(parts, axis=1).reshape(len(SPEC.groups), -1, SPEC.width):
+        mean, matrix = zca(rows, SHRINK)
+        means.append(mean)
+        matrices.append(matrix)
+    return {"mean": np.stack(means), "matrix": np.stack(matrices)}
+
+
+def zca(rows: np.ndarray, shrink: float) -> tuple[np.ndarray, np.ndarray]:
+    """float (n, D) → float32 mean (D,) and symmetric matrix (D, D): (x − mean) @ matrix has unit covariance.
+
+    shrink: times the largest variance, added to all; directions of much less variance than that stay small.
+    """
+    rows = rows.astype(np.float64)
+    variance, axes = np.linalg.eigh(np.cov(rows.T))
+    matrix = axes / np.sqrt(variance + shrink * variance[-1]) @ axes.T
+    return rows.mean(axis=0).astype(np.float32), matrix.astype(np.float32)
 
 
 if __name__ == "__main__":

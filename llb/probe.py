@@ -21,24 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from llb import textures
 from llb.config import flag, parse, real, whole
 from llb.console import choose_device, progress, run, say
-from llb.data import Dataset, choose_categories, load_category, load_image, load_mask
+from llb.data import Dataset, choose_categories, load_category, load_image, load_masks, recognise
 from llb.dinomaly import map_matrix
-from llb.encoder import IMAGENET_MEAN, IMAGENET_STD, SPECS, ViT, load_encoder
+from llb.encoder import SPECS, ViT, load_encoder
 from llb.files import UserError
 from llb.metrics import image_metrics, pixel_metrics
-from llb.pretrain import whitening as whitening_of
+from llb.pretrain import WHITEN, Pretrain, draw_image, feature_whitening, zca
 from llb.run import data_root
-from llb.stem import energies, pool
+from llb.stem import energies, normalise, pool
 
 MEMORY = 40_000  # patches
 TOP_PATCHES = 0.02  # share of an image's patches that tell how odd it is in a place
 SHRINK = 1e-3  # of the largest variance, added to all: directions without information stay without
 SPEC = SPECS["tiny"]
 ENCODE_BATCH = 32
-RANDOM_WHITEN = 128  # drawn images that the features of random weights are whitened over
 MEASURED = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "train_auroc": "AUROC of the ranking in train"}
 
 Describe = Callable[[jax.Array], jax.Array]  # float32 (B, S, S, 3), ImageNet-normalised → (B, P, D)
@@ -63,7 +61,7 @@ def main() -> None:
     settings = parse(Probe)
     say(choose_device())
     root = data_root(Path(settings.out), settings.data)
-    category = choose_categories(root, settings.category)[0]
+    category = one_category(root, settings.category)
     images = load_images(root, category, settings.noise_ratio, settings.seed)
     if settings.neighbour >= len(images.train):
         raise UserError(f"--neighbour {settings.neighbour}: each image has only {len(images.train) - 1} others")
@@ -81,20 +79,40 @@ class Images:
     dataset: Dataset
     train: np.ndarray  # uint8 (N, S, S, 3)
     test: np.ndarray  # uint8 (M, S, S, 3)
-    masks: np.ndarray  # bool (M, S, S)
+    masks: np.ndarray | None  # bool (M, S, S); None: unknown
+
+
+def one_category(root: Path, wanted: str | None) -> str:
+    """The category that `--category` names.
+
+    Raises:
+        UserError: it is none, or several.
+    """
+    names = choose_categories(root, wanted)
+    if len(names) > 1:
+        raise UserError(f"--category: one of {', '.join(names)}")
+    return names[0]
+
+
+def load_labelled(root: Path, category: str, noise_ratio: float, seed: int) -> Dataset:
+    """A category that figures can be made of.
+
+    Raises:
+        UserError: it has no test images with labels.
+    """
+    dataset = None if recognise(root) == "folder" else load_category(root, category, noise_ratio, seed)
+    if dataset is None or not dataset.test:
+        raise UserError(f"--data {root}: {category} has no labelled test images, so nothing can be measured on it")
+    return dataset
 
 
 def load_images(root: Path, category: str, noise_ratio: float, seed: int) -> Images:
-    dataset = load_category(root, category, noise_ratio, seed)
+    dataset = load_labelled(root, category, noise_ratio, seed)
     train, test = (
         np.stack([load_image(root / record.path, SPEC.image_size) for record in records])
         for records in (dataset.train, dataset.test)
     )
-    masks = np.zeros(test.shape[:3], bool)
-    for index, record in enumerate(dataset.test):
-        if record.mask:
-            masks[index] = load_mask(root / record.mask, SPEC.image_size)
-    return Images(dataset, train, test, masks)
+    return Images(dataset, train, test, load_masks(root, dataset.test, SPEC.image_size))
 
 
 def probe(
@@ -125,8 +143,9 @@ def features(seed: int, weights: str | None = None) -> dict[str, Describe]:
     shape = jnp.zeros((1, SPEC.image_size, SPEC.image_size, 3))
     random = ViT(SPEC).init(jax.random.key(seed), shape)["params"]
     random["stem"] |= {name: trained.params["stem"][name] for name in ("mean", "std")}
-    drawn = np.stack([textures.draw(np.random.default_rng([seed, index])) for index in range(RANDOM_WHITEN)])
-    random["whitening"] = whitening_of(random, apply(partial(energies, patch=SPEC.patch), drawn, "drawn images"))
+    drawn = np.stack([draw_image(index, Pretrain.seed, Pretrain.mix) for index in range(WHITEN)])  # as tiny's own
+    known = apply(partial(energies, patch=SPEC.patch), drawn, "drawn images")
+    random["whitening"] = feature_whitening(random, known)
 
     def groups(params: dict, images: jax.Array) -> jax.Array:
         found = trained.features(params, images)[:, :, 1 + SPEC.registers :]  # (B, 2, P, D)
@@ -142,7 +161,7 @@ def features(seed: int, weights: str | None = None) -> dict[str, Describe]:
 
 def apply(describe: Describe, images: np.ndarray, title: str) -> np.ndarray:
     """uint8 (N, S, S, 3) → float32 (N, P, D)."""
-    compiled = jax.jit(lambda x: describe((x.astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD))
+    compiled = jax.jit(lambda images: describe(normalise(images)))
     parts = []
     for start in progress(range(0, len(images), ENCODE_BATCH), desc=title, unit="batch"):
         part = images[start : start + ENCODE_BATCH]
@@ -156,13 +175,6 @@ def neighbourhoods(features: np.ndarray) -> np.ndarray:
     grid = round(patches**0.5)
     square = features.astype(np.float32).reshape(images, grid, grid, width)
     return uniform_filter(square, (0, 3, 3, 0), mode="reflect").reshape(images, patches, width)
-
-
-def whitening(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (n, D) → mean (D,) and matrix (D, D): (x − mean) @ matrix has unit covariance, but for SHRINK."""
-    mean = rows.mean(axis=0)
-    variance, axes = np.linalg.eigh(np.cov((rows - mean).T))
-    return mean, (axes / np.sqrt(variance + SHRINK * variance[-1])).astype(np.float32)
 
 
 @partial(jax.jit, static_argnames=("leave_out", "images", "neighbour"))
@@ -205,7 +217,7 @@ def nearest_neighbours(
     images, patches, width = train.shape
     rows = train.reshape(-1, width)
     picked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:MEMORY])
-    mean, matrix = whitening(rows[picked])
+    mean, matrix = zca(rows[picked], SHRINK)
     memory, origin = jnp.asarray((rows[picked] - mean) @ matrix), jnp.asarray(picked // patches)
 
     def of(queries: np.ndarray, leave_out: bool) -> np.ndarray:

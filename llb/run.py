@@ -17,7 +17,7 @@ from llb import processes
 from llb.config import Stage1, Stage2, influential
 from llb.data import Dataset, Record, load_category
 from llb.demo import write_demo
-from llb.encoder import Encoder
+from llb.encoder import Encoder, load_encoder
 from llb.features import Encode, Fetch, cached, streamed
 from llb.files import UserError, read_json, write_csv, write_json, write_text
 from llb.purify import ranks
@@ -39,11 +39,11 @@ def data_root(run: Path, data: str | None) -> Path:
 
 
 @processes.first_ahead("open run")
-def open_run(run: Path, settings: Stage1, categories: list[str], device: str) -> None:
+def open_run(run: Path, settings: Stage1, categories: list[str], encoder: Encoder, device: str) -> None:
     """Begin a run, or go on with it: writes RUN/config.json.
 
     Raises:
-        UserError: the folder cannot be written, holds something else, or was made with other settings.
+        UserError: the folder was made with other settings or weights, or is not seen by all processes.
     """
     file = run / "config.json"
     wanted = influential(settings) | {"categories": categories}
@@ -51,8 +51,11 @@ def open_run(run: Path, settings: Stage1, categories: list[str], device: str) ->
         clear_run(run, categories)
     if file.exists():
         mend = "give another --out, or --overwrite to start it anew"
-        refuse_differences(read_json(file), wanted, f"--out {run}", mend)
+        config = read_json(file)
+        refuse_differences(config, wanted, f"--out {run}", mend)
+        check_weights(config, encoder, f"--out {run}", mend)
     elif processes.first():
+        wanted |= {"weights_digest": encoder.weights_digest}
         write_json(file, wanted | {"command": command_line()} | environment(device))
     else:
         raise UserError(f"--out {run}: process 0 has written it, but here it is not to be seen; share the folder")
@@ -96,13 +99,30 @@ def refuse_differences(old: dict[str, Any], new: dict[str, Any], where: str, men
         raise UserError(f"{where} was made with other settings ({'; '.join(differences)}): {mend}")
 
 
+def check_weights(config: dict[str, Any], encoder: Encoder, where: str, mend: str) -> None:
+    """Raise a UserError if the run began with other weights: a file of the same name may hold new ones."""
+    if config.get("weights_digest") != encoder.weights_digest:
+        raise UserError(f"{where} was made with other weights of {encoder.spec.name} than are there now: {mend}")
+
+
+def run_encoder(run: Path, config: dict[str, Any]) -> Encoder:
+    """The encoder that stage 1 used.
+
+    Raises:
+        UserError: its weights are not there, or others are in their place.
+    """
+    encoder = load_encoder(config["encoder"], config["weights"], config["image_size"], config["precision"])
+    check_weights(config, encoder, f"--run {run}", f"put those back, or begin anew: {config['command']} --overwrite")
+    return encoder
+
+
 def read_run(run: str) -> tuple[Path, dict[str, Any]]:
     """The run that a later stage goes on with: its folder and its config.json."""
     folder = Path(run)
     if not (folder / "config.json").is_file():
         raise UserError(f"--run {run}: there is no run; make one with: python stage1_partition.py --out {run}")
     config = read_json(folder / "config.json")
-    if missing := sorted(influential(Stage1()).keys() - config.keys()):
+    if missing := sorted((influential(Stage1()).keys() | {"weights_digest"}) - config.keys()):
         raise UserError(
             f"--run {run} was made by another version of llb (config.json has no {', '.join(missing)}): "
             f"make it anew with: {config.get('command', 'python stage1_partition.py')} --overwrite"

@@ -28,6 +28,11 @@ IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
+def normalise(images: jax.Array) -> jax.Array:
+    """ImageNet's normalisation: uint8 (…, 3) → float32, each colour with about mean 0 and standard deviation 1."""
+    return (images.astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+
+
 def gabor(sigma: float, angle: float) -> np.ndarray:
     """complex128 (33, 33): a Gaussian times a complex wave, without response to a constant; real and imaginary part are
     the quadrature pair. Normalised to unit energy."""

@@ -17,9 +17,12 @@ import pytest
 from PIL import Image
 
 import llb.console
+import llb.encoder
 import llb.features
+from llb import load_encoder
 from llb.config import Stage2
 from llb.run import command_line, record_stage2
+from llb.weights_io import write_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--encoder", "tiny", "--image-size", "32", "--batch-size", "2")
@@ -221,6 +224,20 @@ def test_other_settings_are_refused_with_the_difference(finished, data, capsys):
     assert status == 2 and "steps: 4, now 5" in err and "--overwrite" in err
     status, _, err = command(capsys, "stage2_train", "--run", finished, "--steps", 7)
     assert status == 2 and "steps: 3, now 7" in err
+
+
+def test_new_weights_in_the_place_of_the_old_are_refused(finished, data, tmp_path, capsys, monkeypatch):
+    params = load_encoder("tiny").params
+    new = tmp_path / "new.safetensors"
+    write_tree(params | {"cls_token": 2 * params["cls_token"]}, new, {})
+    monkeypatch.setattr(llb.encoder, "TINY_WEIGHTS", new)
+    for script, *arguments in (
+        ("stage1_partition", "--data", data, "--out", finished, "--noise-ratio", 0.25, "--steps", 4, *SMALL),
+        ("stage2_train", "--run", finished, "--steps", 3),
+        ("evaluate", "--run", finished),
+    ):
+        status, _, err = command(capsys, script, *arguments)
+        assert status == 2 and "other weights of tiny" in err and len(err.splitlines()) == 1, err
 
 
 def test_an_edited_list_is_what_stage_2_trains_on_and_is_reported(finished, tmp_path, capsys):

@@ -56,6 +56,12 @@ def test_a_set_is_measured_by_the_three_scripts(commands, tmp_path):
     assert found["nearest, tiny, purified"]["image_auroc"] == pytest.approx(0.8)
 
 
+def test_data_that_cannot_be_measured_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"")
+    with pytest.raises(UserError, match="labelled"):
+        list_sets(Measure(data=str(tmp_path), out=str(tmp_path / "out"), only=tmp_path.name))
+
+
 def test_without_noise_all_is_clean_and_is_not_trained_twice(commands, tmp_path):
     found = measure(Set("own, clean", tmp_path, ["a"], 0.0), 0, Measure(out=str(tmp_path)))
     assert [c[4] for c in commands if c[0] == "stage2_train.py"] == ["purified", "clean"] and "all" not in found

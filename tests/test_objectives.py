@@ -61,15 +61,16 @@ def test_what_is_hidden_does_not_leak_into_the_prediction():
     np.testing.assert_allclose(predict(KNOWN), predict(changed), atol=1e-5)
 
 
-def test_replaced_patches_come_from_elsewhere_and_the_others_stay():
-    known = np.arange(8 * PATCHES, dtype=np.float32).reshape(8, PATCHES, 1)  # each patch's number is its origin
+@pytest.mark.parametrize("images", (1, 8))
+def test_replaced_patches_come_from_elsewhere_and_the_others_stay(images):
+    known = np.arange(images * PATCHES, dtype=np.float32).reshape(images, PATCHES, 1)  # each patch's number: its origin
     for seed in range(5):
         mixed, replaced = map(np.asarray, replace(jax.random.key(seed), known))
         assert (mixed[~replaced] == known[~replaced]).all() and (mixed[replaced] != known[replaced]).all()
-        assert 0.05 < replaced.mean() < 0.3
-        for image in range(8):
+        assert images == 1 or 0.05 < replaced.mean() < 0.3  # the share is drawn for each image
+        for image in range(images):
             origins = mixed[image, replaced[image], 0] // PATCHES
-            assert set(origins) <= {image} or set(origins) <= {(image - 1) % 8}
+            assert set(origins) <= {image} or set(origins) <= {(image - 1) % images}
 
 
 def test_normalised_targets_have_unit_variance_over_each_image():

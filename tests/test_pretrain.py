@@ -11,8 +11,8 @@ from llb import load_encoder, textures
 from llb.checkpoint import restore_params
 from llb.encoder import SPECS, ViT
 from llb.objectives import PATCHES, Predictor, hide
-from llb.pretrain import Pretrain, batch, pretrain, whitening
-from llb.stem import ENERGIES
+from llb.pretrain import Pretrain, batch, feature_whitening, pretrain, zca
+from llb.stem import ENERGIES, energies, normalise
 
 KNOWN = np.random.default_rng(0).normal(3, 2, (12, PATCHES, ENERGIES)).astype(np.float16)
 SETTINGS = Pretrain(images=12, steps=4, batch_size=2)
@@ -108,8 +108,6 @@ def test_every_pass_shows_each_image_once():
 
 
 def test_energies_in_place_of_images_give_the_same_tokens():
-    from llb.stem import energies
-
     encoder = load_encoder("tiny")
     images = np.random.default_rng(1).normal(size=(1, 112, 112, 3)).astype(np.float32)
     tokens = ViT(SPECS["tiny"]).apply({"params": encoder.params}, energies(images))
@@ -119,17 +117,23 @@ def test_energies_in_place_of_images_give_the_same_tokens():
 def test_whitened_patches_of_both_groups_have_unit_covariance():
     encoder = load_encoder("tiny")
     images = np.stack([textures.draw(np.random.default_rng([9, i])) for i in range(24)])
-    images = (images / 255 - llb.encoder.IMAGENET_MEAN) / llb.encoder.IMAGENET_STD
-    known = np.asarray(llb.pretrain.energies(images.astype(np.float32)))
-    fresh = encoder.params | {"whitening": whitening(encoder.params, known)}
-    features = np.asarray(encoder.features(fresh, images.astype(np.float32)))[:, :, -PATCHES:]
+    images = normalise(images)
+    known = np.asarray(energies(images))
+    fresh = encoder.params | {"whitening": feature_whitening(encoder.params, known)}
+    features = np.asarray(encoder.features(fresh, images))[:, :, -PATCHES:]
     for group in range(2):
         covariance = np.cov(features[:, group].reshape(-1, 192).T)
         assert 0.4 < np.diag(covariance).min() and np.diag(covariance).max() < 1.01
         assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 0.3
     # the shipped statistics, on images that they were not made of
-    features = np.asarray(encoder.features(encoder.params, images.astype(np.float32)))[:, :, -PATCHES:]
+    features = np.asarray(encoder.features(encoder.params, images))[:, :, -PATCHES:]
     assert 0.3 < features.std() < 2 and abs(features.mean()) < 0.3
+
+
+def test_whitened_features_have_unit_covariance():
+    rows = np.random.default_rng(0).normal(size=(500, 2)) @ np.array([[2.0, 1.0], [0.0, 1.0]])
+    mean, matrix = zca(rows, 1e-3)
+    assert np.cov(((rows - mean) @ matrix).T) == pytest.approx(np.eye(2), abs=0.02)
 
 
 def test_drawn_images_follow_from_their_seed_and_differ():

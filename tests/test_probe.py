@@ -4,16 +4,29 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import llb.probe
-from llb.probe import Images, full_size, image_scores, nearest_neighbours, neighbourhoods, probe, whitening
+from llb.files import UserError
+from llb.pretrain import zca
+from llb.probe import (
+    Images,
+    full_size,
+    image_scores,
+    load_images,
+    load_labelled,
+    nearest_neighbours,
+    neighbourhoods,
+    one_category,
+    probe,
+)
 
 RANDOM = np.random.default_rng(0)
 TRAIN, TEST = RANDOM.normal(size=(6, 16, 5)), RANDOM.normal(size=(3, 16, 5))
 
 
 def by_loops(train, queries, own=None, neighbour=1):
-    mean, matrix = whitening(train.reshape(-1, train.shape[-1]))
+    mean, matrix = zca(train.reshape(-1, train.shape[-1]), llb.probe.SHRINK)
     distances = np.empty(queries.shape[:2])
     for i, query in enumerate(queries):
         memory = np.delete(train, i, axis=0) if own else train
@@ -46,12 +59,6 @@ def test_an_image_is_odd_in_a_place_or_as_a_whole():
     np.testing.assert_allclose(image_scores(7 * odd, 7 * usual), scores[-3:])  # whatever the unit
 
 
-def test_whitened_features_have_unit_covariance():
-    rows = RANDOM.normal(size=(500, 2)) @ np.array([[2.0, 1.0], [0.0, 1.0]])
-    mean, matrix = whitening(rows)
-    assert np.cov(((rows - mean) @ matrix).T) == pytest.approx(np.eye(2), abs=0.02)
-
-
 def test_neighbourhoods_are_means_of_nine():
     features = RANDOM.normal(size=(1, 25, 2))
     square = features.reshape(5, 5, 2)
@@ -76,3 +83,34 @@ def test_some_training_images_are_taken_with_their_labels(monkeypatch):
     found = probe(known, seen, images, 0, np.array([3, 1]))
     assert found["train_auroc"] == 1.0 and found["image_auroc"] == 0.0 and found["pixel_auroc"] is None
     assert probe(known, seen, images, 0)["train_auroc"] == 0.25
+
+
+def put(file, defect=False):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((20, 20, 3), 200 if defect else 90, np.uint8)).save(file)
+
+
+def test_a_set_that_nothing_can_be_measured_on_is_refused(tmp_path):
+    put(tmp_path / "plain" / "0.png")
+    with pytest.raises(UserError, match="plain has no labelled test images"):
+        load_labelled(tmp_path / "plain", "plain", 0.0, 0)
+
+
+def test_of_several_categories_one_must_be_named(tmp_path):
+    for name in ("a", "b"):
+        for part in ("train/good", "test/good"):
+            put(tmp_path / name / part / "0.png")
+    assert one_category(tmp_path, "b") == "b"
+    for wanted in (None, "all", "a,b"):
+        with pytest.raises(UserError, match="a, b"):
+            one_category(tmp_path, wanted)
+
+
+def test_where_a_mask_is_missing_pixels_are_not_judged(tmp_path):
+    for part in ("train/good", "test/good"):
+        put(tmp_path / "a" / part / "0.png")
+    put(tmp_path / "a/test/hole/0.png", defect=True)
+    assert load_images(tmp_path, "a", 0.0, 0).masks is None
+    put(tmp_path / "a/ground_truth/hole/0_mask.png", defect=True)
+    masks = load_images(tmp_path, "a", 0.0, 0).masks
+    assert [mask.all() for mask in masks] == [False, True] and not masks[0].any()

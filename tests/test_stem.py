@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import convolve
 
-from llb.encoder import IMAGENET_MEAN, IMAGENET_STD
-from llb.stem import BORDER, ENERGIES, FLOOR, ORIENTATIONS, SIGMAS, energies, gabor
+from llb.stem import BORDER, ENERGIES, FLOOR, IMAGENET_MEAN, IMAGENET_STD, ORIENTATIONS, SIGMAS, energies, gabor
 
 IMAGES = np.random.default_rng(0).uniform(0.2, 0.8, (2, 40, 48, 3)).astype(np.float32)
 
