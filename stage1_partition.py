@@ -26,7 +26,7 @@ from llb.optimizer import RECIPES
 from llb.processes import first
 from llb.purify import aggregate, keep_auto, keep_lowest, partition, ranks
 from llb.report import contact_sheet
-from llb.run import data_root, finished_stage1, make_fetch, open_run, writable, write_purified, write_scores
+from llb.run import data_root, finished_stage1, make_fetch, open_run, own_folder, write_purified, write_scores
 from llb.train import Training, heat_maps, make_training, score_all, submodel_keys, train
 
 SUSPECTS = 24  # images on the contact sheet
@@ -37,7 +37,7 @@ def main() -> None:
     settings = parse(Stage1)
     out = Path(settings.out)
     say(device := choose_device(settings))
-    writable(out)
+    own_folder(out)
     root = data_root(out, settings.data)
     settings = resolve(settings, recognise(root) if settings.data else "embedded")
     datasets = [

@@ -45,6 +45,12 @@ def check_digest(checkpoints: ocp.CheckpointManager, digest: str, folder: Path) 
         )
 
 
+def check_params(params, step: int) -> None:
+    """params: host tree. The last step's loss is finite even when its update is not."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        raise UserError(f"--learning-rate: the parameters are not finite after step {step}; lower the rate")
+
+
 def finished(folder: Path, digest: str, steps: int) -> bool:
     """Whether `folder` holds a finished training on these images.
 

@@ -1,11 +1,13 @@
 """What a person sees while a script runs: one line per stage, a progress bar, one line when something is wrong."""
 
 import ctypes
+import gc
 import importlib.util
 import logging
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -62,6 +64,10 @@ def choose_device(settings=None) -> str:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: no such device ({reason})") from None
+    if devices[0].platform != "cpu":
+        # left alone, JAX lets an NVIDIA GPU round float32 operands to TF32's 10 bits; what is meant to be rounded
+        # (--precision bfloat16) is so before it is multiplied
+        jax.config.update("jax_default_matmul_precision", "highest")
     together = f", in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     if devices[0].platform == "cpu":
         line = "device: CPU" + (f", seen as {len(devices)} devices" if len(devices) > 1 else "")
@@ -116,7 +122,10 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
             os._exit(2)  # not sys.exit: this process would wait for the others to end as well
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        # what the interrupted calls held is let go of now, since the end below does not: worker processes' semaphores
+        traceback.clear_frames(stop.__traceback__)
+        gc.collect()
         same = "the same command" + (", without --overwrite," if "--overwrite" in sys.argv else "")
         print(f"\ninterrupted: {same} goes on from here", file=sys.stderr, flush=True)
         sys.stdout.flush()

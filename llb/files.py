@@ -55,11 +55,22 @@ def write_csv(path: Path | str, header: list[str], rows: list[list[Any]]) -> Non
     write_text(path, buffer.getvalue())
 
 
-def read_json(path: Path | str) -> Any:
-    """Read JSON that llb wrote; a file that was damaged by hand is a UserError that names it."""
+def writable(folder: Path, flag: str = "--out") -> None:
+    """Make a folder, or raise a UserError that says why it cannot be written; `flag` is what it was given by."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written ({error.strerror}): give a folder of your own") from None
+
+
+def read_json(path: Path | str, mend: str = "give the run another --out, or --overwrite it") -> Any:
+    """Read JSON that llb wrote; a file that was damaged by hand is a UserError that names it, and the mend."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); give the run another --out, or --overwrite it") from None
+        raise UserError(f"{path} is not valid JSON ({error}); {mend}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from llb.demo import write_set
 
 SIDE = 112  # pixels
-VISIBLE = 8  # grey levels of 255: what differs by more belongs to the mask
+VISIBLE = 8  # grey levels of 255: where the difference, blurred by a pixel, is more, the mask is
 
 
 def write_heldout(folder: Path | str, seed: int = 0) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from llb.config import EMBEDDED_BATCH, EMBEDDED_FINAL_STEPS, EMBEDDED_STEPS, TRAIN_ON, flag, parse, whole
 from llb.console import choose_device, run, say
 from llb.data import choose_categories
-from llb.files import UserError, read_json, write_json
+from llb.files import UserError, read_json, writable, write_json
 from llb.heldout import write_heldout
 from llb.probe import apply, features, load_images, load_labelled, one_category, probe
 from llb.report import mean_defined
@@ -62,6 +62,7 @@ class Set:
 def main() -> None:
     settings = parse(Measure)
     say(choose_device())
+    writable(Path(settings.out))
     sets = list_sets(settings)
     measured = {a_set.name: [measure(a_set, seed, settings) for seed in range(settings.seeds)] for a_set in sets}
     write_json(Path(settings.out) / "measured.json", measured)
@@ -135,7 +136,7 @@ def measure(a_set: Set, seed: int, settings: Measure) -> dict[str, Values]:
                     kept = read_purified(folder / category, images.dataset)[0]
                     each["tiny, purified"].append(probe(known, seen, images, seed, kept))
         write_json(nearest, {name: mean_defined(categories) for name, categories in each.items()})
-    return found | {f"nearest, {name}": values for name, values in read_json(nearest).items()}
+    return found | {f"nearest, {name}": values for name, values in read_json(nearest, "delete it").items()}
 
 
 def script(name: str, *flags) -> None:

@@ -17,9 +17,14 @@ An interrupted run goes on when the same command is given again.
 import math
 import multiprocessing
 import os
+import signal
 import time
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -28,13 +33,13 @@ import numpy as np
 import optax
 
 from llb import textures
-from llb.checkpoint import open_checkpoints, restore_params, restore_state, save
-from llb.config import flag, influential, parse, real, whole
+from llb.checkpoint import check_params, open_checkpoints, restore_params, restore_state, save
+from llb.config import LARGEST_SEED, flag, influential, parse, real, whole
 from llb.console import choose_device, progress, run, say
 from llb.encoder import ViT
-from llb.files import read_json, write_json
+from llb.files import UserError, read_json, writable, write_json
 from llb.objectives import OBJECTIVES, PATCHES, SPEC, init
-from llb.run import refuse_differences
+from llb.run import own_folder, refuse_differences
 from llb.stem import ENERGIES, energies, normalise
 from llb.textures import MIXES
 from llb.weights_io import write_tree
@@ -60,16 +65,21 @@ class Pretrain:
     steps: int = flag(600, "optimiser steps; 0: the weights stay random, to compare with", whole(0))
     batch_size: int = flag(16, "images per step", whole(1))
     learning_rate: float = flag(1.5e-3, "peak learning rate of AdamW", real(0, 1, True))
-    seed: int = flag(0, "all random numbers follow from it", whole(0))
+    seed: int = flag(0, "all random numbers follow from it", whole(0, LARGEST_SEED))
 
 
 def main() -> None:
     settings = parse(Pretrain)
     say(choose_device())
     out = Path(settings.out)
-    config = out / "config.json"
+    own_folder(out)
+    if settings.export:
+        writable(Path(settings.export).parent, "--export")
+        if Path(settings.export).is_dir():
+            raise UserError(f"--export {settings.export} is a folder: name a file in it")
+    config, mend = out / "config.json", "give another --out"
     if config.exists():
-        refuse_differences(read_json(config), influential(settings), f"--out {out}", "give another --out")
+        refuse_differences(read_json(config, mend), influential(settings), f"--out {out}", mend)
     else:
         write_json(config, influential(settings))
 
@@ -93,27 +103,37 @@ def draw_image(index: int, seed: int, mix: str) -> np.ndarray:
 def draw_energies(settings: Pretrain, file: Path) -> np.ndarray:
     """Draw every image and keep its energies, in `file`: float16 (N, P, E), memory-mapped.
 
-    Worker processes draw, about 70 images a second on two cores.
+    Worker processes draw, about 70 images a second on two cores. An interrupted drawing goes on behind the last batch
+    that is there whole: what is not drawn yet is zero, which a drawn image's energies never are.
     """
     shape = (settings.images, PATCHES, ENERGIES)
     describe = jax.jit(lambda images: energies(normalise(images)))
     if not file.exists():
         unfinished = file.with_suffix(".partial")
-        array = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
-        # spawn: a forked process must not inherit JAX's threads
-        with multiprocessing.get_context("spawn").Pool() as pool:
-            drawn = pool.imap(
-                partial(draw_image, seed=settings.seed, mix=settings.mix), range(settings.images), chunksize=8
-            )
-            for start in progress(range(0, settings.images, DRAW_BATCH), desc="drawing", unit="batch"):
-                images = np.zeros((DRAW_BATCH, SPEC.image_size, SPEC.image_size, 3), np.uint8)
-                count = min(DRAW_BATCH, settings.images - start)
-                images[:count] = [next(drawn) for _ in range(count)]
-                array[start : start + count] = describe(images)[:count]
+        mode = "r+" if unfinished.exists() else "w+"
+        array = np.lib.format.open_memmap(unfinished, mode=mode, dtype=np.float16, shape=shape)
+        starts = range(0, settings.images, DRAW_BATCH)
+        drawn = bisect_left(starts, True, key=lambda start: not array[start : start + DRAW_BATCH][-1, -1].any())
+        with closing(draw_images(settings, drawn * DRAW_BATCH)) as images:
+            for start in progress(starts[drawn:], desc="drawing", unit="batch", initial=drawn, total=len(starts)):
+                batch = list(islice(images, DRAW_BATCH))
+                padded = np.resize(batch, (DRAW_BATCH, *batch[0].shape))  # one shape, compiled once
+                array[start : start + DRAW_BATCH] = describe(padded)[: len(batch)]
         array.flush()
         del array  # Windows does not rename a mapped file
         os.replace(unfinished, file)
     return np.load(file, mmap_mode="r")
+
+
+def draw_images(settings: Pretrain, first: int) -> Iterator[np.ndarray]:
+    """The images from number `first` on: uint8 (S, S, 3) each."""
+    draw = partial(draw_image, seed=settings.seed, mix=settings.mix)
+    # Ctrl-C is for this process alone: workers ignore it from their start, and are ended by leaving the pool
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # spawn: a forked process must not inherit JAX's threads
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        signal.signal(signal.SIGINT, handler)
+        yield from pool.imap(draw, range(first, settings.images), chunksize=8)
 
 
 # ---- the loop ----
@@ -172,7 +192,7 @@ def pretrain(settings: Pretrain, known: np.ndarray, folder: Path) -> dict:
             teacher = optax.incremental_update(params, teacher, 1 - TEACHER_MOMENTUM)
         return {"params": params, "teacher": teacher, "opt": opt}, loss
 
-    with open_checkpoints(folder) as checkpoints:
+    with open_checkpoints(folder, tidy=True) as checkpoints:
         start = checkpoints.latest_step()
         if start == settings.steps:
             return restore_params(checkpoints)
@@ -186,9 +206,12 @@ def pretrain(settings: Pretrain, known: np.ndarray, folder: Path) -> dict:
                 if step % 20 == 0:  # reading a loss waits for the device
                     bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                 if time.monotonic() - last_save > SAVE_SECONDS and step + 1 < settings.steps:
-                    save(checkpoints, step + 1, jax.device_get(state), "")
+                    host_state = jax.device_get(state)
+                    check_params(host_state["params"], step + 1)
+                    save(checkpoints, step + 1, host_state, "")
                     last_save = time.monotonic()
         params = jax.device_get(state["params"])["vit"]
+        check_params(params, settings.steps)
         save(checkpoints, settings.steps, {"params": params}, "")
     return params
 

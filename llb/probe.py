@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from llb.config import flag, parse, real, whole
+from llb.config import LARGEST_SEED, flag, parse, real, whole
 from llb.console import choose_device, progress, run, say
 from llb.data import Dataset, choose_categories, load_category, load_image, load_masks, recognise
 from llb.dinomaly import map_matrix
 from llb.encoder import SPECS, ViT, load_encoder
-from llb.files import UserError
+from llb.files import UserError, writable
 from llb.metrics import image_metrics, pixel_metrics
 from llb.pretrain import WHITEN, Pretrain, draw_image, feature_whitening, zca
 from llb.run import data_root
@@ -54,12 +54,13 @@ class Probe:
         1, "judge a patch by its J-th nearest training image: from 2 on, near-duplicates of it help no more", whole(1)
     )
     out: str = flag("runs/probe", "where the embedded set is drawn")
-    seed: int = flag(0, "which patches are remembered, and the random weights", whole(0))
+    seed: int = flag(0, "which patches are remembered, and the random weights", whole(0, LARGEST_SEED))
 
 
 def main() -> None:
     settings = parse(Probe)
     say(choose_device())
+    writable(Path(settings.out))
     root = data_root(Path(settings.out), settings.data)
     category = one_category(root, settings.category)
     images = load_images(root, category, settings.noise_ratio, settings.seed)

@@ -19,7 +19,7 @@ from llb.data import Dataset, Record, load_category
 from llb.demo import write_demo
 from llb.encoder import Encoder, load_encoder
 from llb.features import Encode, Fetch, cached, streamed
-from llb.files import UserError, read_json, write_csv, write_json, write_text
+from llb.files import UserError, read_json, writable, write_csv, write_json, write_text
 from llb.purify import ranks
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "scikit-learn", "scipy")
@@ -61,18 +61,12 @@ def open_run(run: Path, settings: Stage1, categories: list[str], encoder: Encode
         raise UserError(f"--out {run}: process 0 has written it, but here it is not to be seen; share the folder")
 
 
-@processes.first_ahead("writable")
-def writable(run: Path) -> None:
+@processes.first_ahead("run's folder")
+def own_folder(run: Path) -> None:
     """Make the run's folder, or say why not; a folder that holds something else is left alone."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        probe = run / ".probe"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-        # names with a dot in front: what a killed run has left, or what a file manager writes
-        strangers = sorted(e.name for e in run.iterdir() if e.name != "cache" and not e.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"--out {run} cannot be written ({error.strerror}): give a folder of your own") from None
+    writable(run)
+    # names with a dot in front: what a killed run has left, or what a file manager writes
+    strangers = sorted(e.name for e in run.iterdir() if e.name != "cache" and not e.name.startswith("."))
     if strangers and not (run / "config.json").exists():
         raise UserError(f"--out {run} holds other files ({strangers[0]}): give a new or empty folder")
 

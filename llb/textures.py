@@ -178,7 +178,7 @@ def _warp(random: np.random.Generator, picture: np.ndarray) -> np.ndarray:
 
 
 def draw(random: np.random.Generator, size: int = 112, kinds: tuple[str, ...] = tuple(KINDS)) -> np.ndarray:
-    """One image: one kind or two of them, warped, shaded, cropped, turned, blurred, with noise, half of them grey.
+    """One image: one kind or two of them, warped, shaded, blurred, scaled down, turned, with noise, half of them grey.
 
     Returns:
         uint8 (size, size, 3).

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llb.checkpoint import check_digest, open_checkpoints, restore_params, restore_state, save
+from llb.checkpoint import check_digest, check_params, open_checkpoints, restore_params, restore_state, save
 from llb.console import progress, say
 from llb.dinomaly import Dinomaly, anomaly_map, cosine_distance, image_score, patch_targets, reconstruction_loss
 from llb.encoder import Encoder
@@ -396,12 +396,6 @@ def check_finite(losses: np.ndarray, first_step: int) -> None:
         raise UserError(
             f"--learning-rate: the loss of sub-model {model} is not finite at step {first_step + step}; lower the rate"
         )
-
-
-def check_params(params, step: int) -> None:
-    """params: host tree. The last step's loss is finite even when its update is not."""
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
-        raise UserError(f"--learning-rate: the parameters are not finite after step {step}; lower the rate")
 
 
 @partial(jax.jit, static_argnames=("model", "size"))

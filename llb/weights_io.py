@@ -383,8 +383,16 @@ def fetch(spec) -> Path:
 
 
 def write_tree(params: dict, file: Path | str, metadata: dict[str, str]) -> None:
-    """Write a tree of arrays as float16 safetensors with names joined by "/"."""
-    flat = {name: np.asarray(value).astype(np.float16) for name, value in _flatten(params)}
+    """Write a tree of arrays as float16 safetensors with names joined by "/".
+
+    Raises:
+        UserError: a weight is beyond float16's range.
+    """
+    with np.errstate(over="ignore"):
+        flat = {name: np.asarray(value).astype(np.float16) for name, value in _flatten(params)}
+    for name, value in flat.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{file}: {name} is not finite in float16, so nothing is written")
     atomic(file, lambda temporary: safetensors.numpy.save_file(flat, temporary, metadata))
 
 

@@ -1,5 +1,13 @@
 """Pre-training: what is hidden, what moves, going on, and the file that is shipped."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -10,8 +18,9 @@ import llb.pretrain
 from llb import load_encoder, textures
 from llb.checkpoint import restore_params
 from llb.encoder import SPECS, ViT
+from llb.files import UserError
 from llb.objectives import PATCHES, Predictor, hide
-from llb.pretrain import Pretrain, batch, feature_whitening, pretrain, zca
+from llb.pretrain import Pretrain, batch, draw_energies, draw_images, feature_whitening, pretrain, zca
 from llb.stem import ENERGIES, energies, normalise
 
 KNOWN = np.random.default_rng(0).normal(3, 2, (12, PATCHES, ENERGIES)).astype(np.float16)
@@ -46,7 +55,7 @@ def test_everything_is_trained_but_the_stems_statistics(trained, tmp_path):
         assert (trained[name] != start[name]).any(), name
 
 
-def test_without_a_step_the_weights_are_those_that_training_starts_from(tmp_path):
+def test_without_a_step_the_weights_are_those_that_training_starts_from(tmp_path, monkeypatch):
     settings = Pretrain(images=12, steps=0)
     weights = flat(pretrain(settings, KNOWN, tmp_path))
     key = jax.random.split(jax.random.key(settings.seed))[0]
@@ -54,22 +63,27 @@ def test_without_a_step_the_weights_are_those_that_training_starts_from(tmp_path
         if name not in ("stem/mean", "stem/std"):
             np.testing.assert_allclose(weights[name], value, atol=1e-7, err_msg=name)
     np.testing.assert_allclose(weights["stem/mean"], KNOWN.astype(np.float32).mean(axis=(0, 1)), rtol=1e-5)
-    again = flat(pretrain(settings, KNOWN, tmp_path))  # found finished
+    monkeypatch.setattr(llb.pretrain, "save", None)  # found finished
+    again = flat(pretrain(settings, KNOWN, tmp_path))
     assert all((again[name] == value).all() for name, value in weights.items())
 
 
 def test_an_interrupted_pre_training_ends_as_if_it_had_not_been(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(llb.pretrain, "SAVE_SECONDS", 0.0)
 
-    def stop_at_step_3(settings, step):
-        if step == 3:
+    taken = []
+
+    def stop_once_at_step_3(settings, step):
+        taken.append(step)
+        if taken == [0, 1, 2, 3]:
             raise KeyboardInterrupt
         return batch(settings, step)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(llb.pretrain, "batch", stop_at_step_3)
+    monkeypatch.setattr(llb.pretrain, "batch", stop_once_at_step_3)
+    with pytest.raises(KeyboardInterrupt):
         pretrain(SETTINGS, KNOWN, tmp_path)
     resumed = flat(pretrain(SETTINGS, KNOWN, tmp_path))
+    assert taken == [0, 1, 2, 3, 3]
     for name, value in trained.items():
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
     with llb.pretrain.open_checkpoints(tmp_path) as checkpoints:
@@ -154,3 +168,81 @@ def test_the_shipped_file_is_small_and_no_random_network():
     assert sum(leaf.size for leaf in jax.tree.leaves(encoder.params)) < 6e6
     statistics = encoder.params["stem"]
     assert (np.asarray(statistics["std"]) > 0.01).all() and np.abs(statistics["mean"]).max() > 1
+    assert np.abs(encoder.params["block_5"]["ls1"] - llb.encoder.LAYER_SCALE).max() > 0.02  # where training began
+
+
+def test_an_interrupted_drawing_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(llb.pretrain, "DRAW_BATCH", 2)
+    begun, stop_at = [], 4
+
+    def drawn(settings, first):
+        begun.append(first)
+        for index in range(first, settings.images):
+            if index == stop_at:
+                raise KeyboardInterrupt
+            yield textures.draw(np.random.default_rng([settings.seed, index]))
+
+    monkeypatch.setattr(llb.pretrain, "draw_images", drawn)
+    settings = Pretrain(images=7)
+    with pytest.raises(KeyboardInterrupt):
+        draw_energies(settings, tmp_path / "energies.npy")
+    stop_at = None
+    known = draw_energies(settings, tmp_path / "energies.npy")
+    assert begun == [0, 4]
+    whole = draw_energies(settings, tmp_path / "whole.npy")
+    np.testing.assert_array_equal(known, whole)
+    assert len(whole) == 7 and (whole != 0).any(axis=(1, 2)).all()
+
+
+def test_workers_draw_the_images_in_order():
+    settings = Pretrain(images=5, seed=3)
+    with closing(draw_images(settings, 2)) as images:
+        drawn = list(images)
+    assert len(drawn) == 3
+    for index, image in enumerate(drawn, 2):
+        np.testing.assert_array_equal(image, llb.pretrain.draw_image(index, 3, settings.mix))
+
+
+def test_a_training_that_diverges_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(llb.pretrain, "save", None)
+    never = {"energies": lambda params, *_: np.nan * params["vit"]["cls_token"].sum()}
+    monkeypatch.setattr(llb.pretrain, "OBJECTIVES", never)
+    with pytest.raises(UserError, match="--learning-rate"):
+        pretrain(SETTINGS, KNOWN, tmp_path)
+
+
+def pretraining(*flags) -> subprocess.Popen:
+    command = [sys.executable, "-m", "llb.pretrain", *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, **pipes)
+
+
+def test_bad_flags_end_with_one_line_before_anything_is_drawn(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    for flags, word in (
+        (("--out", tmp_path / "file"), "--out"),
+        (("--out", tmp_path / "run", "--export", tmp_path), "--export"),
+        (("--out", tmp_path / "run", "--export", tmp_path / "file" / "tiny.safetensors"), "--export"),
+        (("--out", tmp_path / "damaged"), "give another --out"),
+        (("--out", tmp_path / "run", "--seed", 2**63), "--seed"),
+    ):
+        process = pretraining(*flags)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and len(err.splitlines()) == 1 and word in err, (flags, err)
+        assert "Traceback" not in out
+
+
+def test_ctrl_c_while_drawing_ends_with_one_line(tmp_path):
+    process = pretraining("--out", tmp_path / "run", "--images", 100_000)
+    for _ in range(1200):
+        if (tmp_path / "run" / "energies.partial").exists():
+            break
+        time.sleep(0.1)
+    time.sleep(2)  # workers have started, or are starting
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers, too
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and [line for line in err.splitlines() if line] == [
+        "interrupted: the same command goes on from here"
+    ], err
