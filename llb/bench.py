@@ -40,7 +40,7 @@ from llb.data import load_image
 from llb.dinomaly import anomaly_map, map_matrix
 from llb.encoder import SPECS, Encoder, Spec, parameter_shapes
 from llb.features import Encode, cached, load_batches, make_encode
-from llb.files import UserError, write_json
+from llb.files import UserError, writable_file, write_json
 from llb.metrics import PixelCounts, accumulate, pixel_metrics, pixel_metrics_error, pixel_metrics_of
 from llb.optimizer import RECIPES, hard_positions
 from llb.run import environment
@@ -604,6 +604,8 @@ def main() -> None:
     settings = parse(Bench)
     device = choose_device()
     say(device)
+    if settings.json:
+        writable_file(settings.json, "--json")
     if settings.gpu:
         from llb.bench_gpu import measure as measure_gpu
 
@@ -732,4 +734,4 @@ def duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, goes_on=False)

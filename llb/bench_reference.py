@@ -3,7 +3,8 @@
 The arithmetic is that of llb.encoder, llb.dinomaly and llb.metrics, written anew; what differs is the organisation
 (LLBNAD, arXiv 2508.07441, and its repository): the frozen encoder runs again for every batch of every sub-model,
 attention forms its (T, T) matrix, sub-models are trained and applied one after the other, maps are upsampled and
-blurred image by image, AUPRO labels the defects anew at every threshold. Weights are the trees of llb.encoder and
+blurred image by image, AUPRO labels the defects anew at every threshold (the released loop; the release can also leave
+that to a CUDA program). Weights are the trees of llb.encoder and
 llb.dinomaly, so both ways can be given the same.
 
     images   uint8 (B, S, S, 3)      features  float32 (B, 2, T, D)
@@ -174,7 +175,8 @@ def upsample(grid: np.ndarray, size: int) -> np.ndarray:
     """(g, g) → (size, size), bilinear with aligned corners."""
     position = np.linspace(0, len(grid) - 1, size, dtype=np.float32)
     low = np.minimum(position.astype(int), max(len(grid) - 2, 0))
-    high, share = np.minimum(low + 1, len(grid) - 1), position - low
+    high = np.minimum(low + 1, len(grid) - 1)
+    share = position - low.astype(np.float32)  # an integer would make all of it float64, which takes twice as long
     rows = grid[low] * (1 - share)[:, None] + grid[high] * share[:, None]
     return rows[:, low] * (1 - share) + rows[:, high] * share
 

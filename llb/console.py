@@ -64,7 +64,7 @@ def choose_device(settings=None) -> str:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: no such device ({reason})") from None
-    if devices[0].platform != "cpu":
+    if devices[0].platform != "cpu" and "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:
         # left alone, JAX lets an NVIDIA GPU round float32 operands to TF32's 10 bits; what is meant to be rounded
         # (--precision bfloat16) is so before it is multiplied
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -109,8 +109,11 @@ def keep_memory() -> None:
         mallopt(parameter, value)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main: bad input ends with status 2 and one line, Ctrl-C with 130 and one line."""
+def run(main: Callable[[], None], goes_on: bool = True) -> None:
+    """Run a script's main: bad input ends with status 2 and one line, Ctrl-C with 130 and one line.
+
+    goes_on: whether the same command goes on from where it was interrupted.
+    """
     for stream in (sys.stdout, sys.stderr):
         # a Windows console's old code page has no "→" or "×"; better a substitute than a crash
         stream.reconfigure(errors="replace")
@@ -127,6 +130,6 @@ def run(main: Callable[[], None]) -> None:
         traceback.clear_frames(stop.__traceback__)
         gc.collect()
         same = "the same command" + (", without --overwrite," if "--overwrite" in sys.argv else "")
-        print(f"\ninterrupted: {same} goes on from here", file=sys.stderr, flush=True)
+        print("\ninterrupted" + f": {same} goes on from here" * goes_on, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # not sys.exit: JAX's threads, still at work, can crash an interpreter that takes itself apart

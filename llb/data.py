@@ -359,8 +359,9 @@ def _is_run(folder: Path) -> bool:
 def load_image(path: Path | str, size: int) -> np.ndarray:
     """Read any image as RGB and resize it: uint8 (size, size, 3), Pillow's bilinear filter (averaging as it shrinks).
 
-    EXIF rotation is applied. Greyscale is repeated in the three channels; 16 bits are divided by 257; floating-point
-    images are taken as 0…1, 0…255 or 0…65535, the smallest that holds them; transparent images lie on white.
+    EXIF rotation is applied. Greyscale is repeated in the three channels; 16 bits are divided by 257, and so are 32,
+    which must not hold more; floating-point images are taken as 0…1, 0…255 or 0…65535, the smallest that holds them but
+    for one per cent, by which resampling may overshoot; transparent images lie on white.
 
     Raises:
         UserError: the file is missing, truncated, no image, or of a range or size that is not meant for viewing.
@@ -379,7 +380,8 @@ def load_mask(path: Path | str, size: int) -> np.ndarray:
 
     In the file, every pixel that is neither black nor transparent is defective (in a JPEG from 128 on: it rings), and
     EXIF rotation is applied; the size may differ from the image's. The defective share of a pixel's surroundings comes
-    from the bilinear filter; a defect too small to reach one half keeps the pixels that it covers most.
+    from the bilinear filter. Where nothing in the image reaches one half, the pixels that are covered most stay, so
+    that a defective image keeps a mask; a small defect beside a larger one may go.
 
     Raises:
         UserError: the file is missing, truncated or no image.
@@ -445,8 +447,8 @@ def _is_deep(image: Image.Image) -> bool:
 def _to_8_bits(pixels: np.ndarray, path: Path | str) -> np.ndarray:
     """uint16, int32 or float32 (H, W) → uint8 (H, W). Fixed scales: dark images of a set stay dark."""
     low, high = float(pixels.min()), float(pixels.max())
-    scales = (1, 255, 65535) if pixels.dtype.kind == "f" else (65535,)
-    scale = next((scale for scale in scales if 0 <= low <= high <= scale), None)
-    if scale is None:
+    scales, over = ((1, 255, 65535), 0.01) if pixels.dtype.kind == "f" else ((65535,), 0.0)
+    scale = next((scale for scale in scales if high <= (1 + over) * scale), None)
+    if scale is None or not low >= -over * scale:
         raise UserError(f"{path} has values from {low:g} to {high:g}: save it with 8 or 16 bits a channel")
-    return np.rint(pixels * np.float32(255 / scale)).astype(np.uint8)
+    return np.rint((pixels * np.float32(255 / scale)).clip(0, 255)).astype(np.uint8)

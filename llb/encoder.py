@@ -297,8 +297,9 @@ class Encoder:
         return groups
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
-        """Compiled `apply` with this encoder's weights."""
-        return _apply(self.params, jnp.asarray(images), self.spec, self.precision)
+        """Compiled `apply` with this encoder's weights; "float32" is float32, where JAX on a GPU would make it TF32."""
+        with jax.default_matmul_precision("highest"):
+            return _apply(self.params, jnp.asarray(images), self.spec, self.precision)
 
 
 @jax.jit(static_argnames=("spec", "precision"))
@@ -316,8 +317,7 @@ def load_encoder(
         weights: Hugging Face's model.safetensors or the original release's .pth; None fetches the named weights from
             the hub once (tiny's are part of this package).
         image_size: side in pixels, a multiple of the patch size; None takes the encoder's default.
-        precision: "float32" or "bfloat16", what the operands of matrix products are rounded to. (In a program of your
-            own on an NVIDIA GPU, float32 means TF32 unless jax_default_matmul_precision is "highest", as JAX has it.)
+        precision: "float32" or "bfloat16", what the operands of matrix products are rounded to.
 
     Returns:
         `encoder(images)`: float32 (B, H, W, 3), ImageNet-normalised → list, one array for each block: (B, T, D).

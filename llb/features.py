@@ -150,7 +150,9 @@ def cached(
     shards = [folder / f"{number:05}.npy" for number in range(len(starts))]
     with processes.first_ahead(f"{title}: cache"):
         about = {"fingerprint": _fingerprint(encoder, paths), "images in a shard": rows}
-        if not (folder / ABOUT).exists() or read_json(folder / ABOUT) != about:
+        if _about(folder) != about:
+            if not processes.first():
+                raise UserError(f"{title}: process 0 sees other images, or another {folder}; share the files")
             shutil.rmtree(folder, ignore_errors=True)
             write_json(folder / ABOUT, about)
     missing = [number for number, shard in enumerate(shards) if not shard.exists()]
@@ -191,6 +193,14 @@ def cached(
         return found
 
     return fetch
+
+
+def _about(cache: Path) -> Any:
+    """What a cache is of; None where that cannot be told, and it is made anew."""
+    try:
+        return read_json(cache / ABOUT, "") if (cache / ABOUT).exists() else None
+    except UserError:
+        return None
 
 
 def _fingerprint(encoder: Encoder, paths: Sequence[Path]) -> str:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,39 @@ def write_csv(path: Path | str, header: list[str], rows: list[list[Any]]) -> Non
     write_text(path, buffer.getvalue())
 
 
-def writable(folder: Path, flag: str = "--out") -> None:
-    """Make a folder, or raise a UserError that says why it cannot be written; `flag` is what it was given by."""
+def discard(folder: Path) -> None:
+    """Delete a folder. It is renamed first: whoever is interrupted while deleting leaves none that looks whole."""
+    rest = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(rest, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(rest)
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def writable(folder: Path, flag: str = "--out") -> list[str]:
+    """Make a folder that can be written, if it is not there; the names in it, sorted.
+
+    Raises:
+        UserError: it cannot be written, or read; `flag` is what it was given by.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
         probe.touch()
         probe.unlink(missing_ok=True)
+        return sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written ({error.strerror}): give a folder of your own") from None
 
 
-def read_json(path: Path | str, mend: str = "give the run another --out, or --overwrite it") -> Any:
+def writable_file(file: str, flag: str) -> None:
+    """Raise a UserError if `file`, given by `flag`, could not be written at the end."""
+    writable(Path(file).parent, flag)
+    if Path(file).is_dir():
+        raise UserError(f"{flag} {file} is a folder: name a file in it")
+
+
+def read_json(path: Path | str, mend: str) -> Any:
     """Read JSON that llb wrote; a file that was damaged by hand is a UserError that names it, and the mend."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -119,7 +119,7 @@ def measure(a_set: Set, seed: int, settings: Measure) -> dict[str, Values]:
     for train_on in trained:
         script("stage2_train.py", "--run", folder, "--train-on", train_on, *a_set.stage2)
     script("evaluate.py", "--run", folder)
-    metrics = read_json(folder / METRICS)
+    metrics = read_json(folder / METRICS, "delete it")
     found = {train_on: {name: metrics["mean"][train_on][name] for name in SHOWN} for train_on in trained}
     found["purification"] = mean_defined([metrics[name]["purification"] for name in a_set.categories])
 

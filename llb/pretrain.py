@@ -37,7 +37,7 @@ from llb.checkpoint import check_params, open_checkpoints, restore_params, resto
 from llb.config import LARGEST_SEED, flag, influential, parse, real, whole
 from llb.console import choose_device, progress, run, say
 from llb.encoder import ViT
-from llb.files import UserError, read_json, writable, write_json
+from llb.files import read_json, writable_file, write_json
 from llb.objectives import OBJECTIVES, PATCHES, SPEC, init
 from llb.run import own_folder, refuse_differences
 from llb.stem import ENERGIES, energies, normalise
@@ -74,9 +74,7 @@ def main() -> None:
     out = Path(settings.out)
     own_folder(out)
     if settings.export:
-        writable(Path(settings.export).parent, "--export")
-        if Path(settings.export).is_dir():
-            raise UserError(f"--export {settings.export} is a folder: name a file in it")
+        writable_file(settings.export, "--export")
     config, mend = out / "config.json", "give another --out"
     if config.exists():
         refuse_differences(read_json(config, mend), influential(settings), f"--out {out}", mend)

@@ -252,4 +252,4 @@ def full_size(distances: np.ndarray, size: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, goes_on=False)

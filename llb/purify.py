@@ -70,8 +70,8 @@ def keep_auto(scores: np.ndarray, width: float = 2.5) -> np.ndarray:
         w = 1.4826 · median(c − log s) over the images with log s ≤ c    (half a median absolute deviation, as a σ)
         keep where log s ≤ c + 2.5 w
 
-    There is no ratio to set: without defects nearly everything is kept, with many defects many are dropped. It takes
-    some dozens of images: of two, the higher is always dropped.
+    There is no ratio to set: with many defects many are dropped; without any nearly everything is kept, unless normal
+    images' scores have a long upper tail. It takes some dozens of images: of two, the higher is always dropped.
     """
     logs = np.log(np.maximum(scores, np.finfo(np.float32).tiny).astype(np.float64))
     ordered = np.sort(logs)

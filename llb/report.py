@@ -5,7 +5,6 @@ or links, with the contact sheets inside it.
 """
 
 import base64
-import csv
 import io
 import math
 import shlex
@@ -17,12 +16,13 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
+from llb.config import TRAIN_ON
 from llb.files import UserError, read_json, write_csv, write_text
 from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, why_undefined
+from llb.run import read_metrics, read_table
 
 METRICS = IMAGE_METRICS + PIXEL_METRICS
 FACTS = ("n", "kept", "contamination_before", "contamination_after", "train_auroc")
-TRAIN_ON = ("purified", "all", "clean")  # the order in tables
 LISTED = 24  # paths that the report lists of each ranking
 UNDEFINED = "–"
 
@@ -72,12 +72,12 @@ def heat_overlay(image: np.ndarray, heat: np.ndarray, low: float, high: float) -
     return np.rint(blend).astype(np.uint8)
 
 
-INK, FAINT, ACCENT, GROUND = (236, 238, 242), (150, 157, 170), (255, 184, 92), (24, 26, 31)
+INK, FAINT, GROUND = (236, 238, 242), (150, 157, 170), (24, 26, 31)
 MARGIN, LINE = 14, 18  # pixels between tiles, pixels per line of a caption
 
 
 def contact_sheet(
-    tiles: Sequence[tuple[np.ndarray, np.ndarray, Sequence[str]]], columns: int = 3, side: int = 192
+    tiles: Sequence[tuple[np.ndarray, np.ndarray, tuple[str, str]]], columns: int = 3, side: int = 192
 ) -> Image.Image:
     """A grid of pairs, the image beside its heat map, in the given order, row by row.
 
@@ -85,8 +85,8 @@ def contact_sheet(
     be compared.
 
     Args:
-        tiles: image, uint8 (S, S, 3); map, float32 (S, S); caption: a headline, the image's path (shortened from the
-            left to fit), and, if known, its label, drawn in another colour.
+        tiles: image, uint8 (S, S, 3); map, float32 (S, S); caption: a headline, and the image's path (shortened from
+            the left to fit).
         columns: pairs in a row. side: of an image on the sheet, in pixels.
     """
     tiles = list(tiles)
@@ -98,15 +98,12 @@ def contact_sheet(
     draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(12)
     if tiles:
         low, high = np.quantile(np.stack([heat for _, heat, _ in tiles]), [0.5, 0.999])
-    for place, (image, heat, (headline, path, *label)) in enumerate(tiles):
+    for place, (image, heat, (headline, path)) in enumerate(tiles):
         x, y = MARGIN + place % columns * (width + MARGIN), MARGIN + place // columns * (height + MARGIN)
         for left, pixels in ((x, image), (x + side + 2, heat_overlay(image, heat, low, high))):
             sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), (left, y))
         y += side + 4
-        label = printable("".join(label))
-        room = width - font.getlength(f"{label}  ")
-        draw.text((x, y), first_fitting(starts(printable(headline)), font, room), INK, font)
-        draw.text((x + width, y), label, ACCENT, font, anchor="ra")
+        draw.text((x, y), first_fitting(starts(printable(headline)), font, width), INK, font)
         draw.text((x, y + LINE), first_fitting(last_parts(printable(path)), small, width), FAINT, small)
     return sheet
 
@@ -231,8 +228,8 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
         UserError: a file of the run is damaged; it is named.
     """
     run = Path(run)
-    config = read_json(run / "config.json")
-    metrics = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
+    config = read_json(run / "config.json", "run stage 1 with --overwrite")
+    metrics = read_metrics(run)
     names = config.get("categories") or categories_of(metrics)
     categories = [
         category_facts(run / name, name, metrics.get(name, {}), (notes or {}).get(name, [])) for name in names
@@ -329,23 +326,6 @@ def metric_rows(categories: list[dict[str, Any]], mean: dict[str, Any]) -> tuple
                 {"category": name, "train_on": train_on, "cells": cells, "first": place == 0, "mean": labels is None}
             )
     return rows, reasons
-
-
-def read_table(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a scores or predictions table, typed; [] without the file."""
-    if not file.exists():
-        return []
-    types = {
-        "path": str,
-        "score": float,
-        "kept": lambda text: text == "1",
-        "label": lambda text: int(text) if text else None,
-    }
-    try:
-        with open(file, newline="", encoding="utf-8") as opened:
-            return [{name: types[name](row[name]) for name in columns} for row in csv.DictReader(opened)]
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{file} is damaged ({error}): delete it and run the stage that wrote it again") from None
 
 
 def inlined(file: Path) -> dict[str, Any] | None:
@@ -469,7 +449,7 @@ def shown_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
         if name in config
     ]
     for train_on, stage2 in (config.get("stage2") or {}).items():
-        listed = (f"{name.replace('_', ' ')} {value}" for name, value in stage2.items() if name != "command")
+        listed = (f"{name.replace('_', ' ')} {value}" for name, value in stage2.items())
         rows.append((f"Final detector on {train_on}", ", ".join(listed)))
     return rows
 
@@ -479,6 +459,6 @@ def commands(run: Path, config: dict[str, Any]) -> list[str]:
     place = shlex.quote(run.as_posix())
     lines = [config["command"]] if config.get("command") else []
     for train_on, stage2 in (config.get("stage2") or {}).items():
-        flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in stage2.items() if name != "command")
-        lines.append(stage2.get("command") or f"python stage2_train.py --run {place} --train-on {train_on}{flags}")
+        flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in stage2.items())
+        lines.append(f"python stage2_train.py --run {place} --train-on {train_on}{flags}")
     return lines + [f"python evaluate.py --run {place}"]

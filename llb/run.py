@@ -3,7 +3,6 @@
 import csv
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from llb.data import Dataset, Record, load_category
 from llb.demo import write_demo
 from llb.encoder import Encoder, load_encoder
 from llb.features import Encode, Fetch, cached, streamed
-from llb.files import UserError, read_json, writable, write_csv, write_json, write_text
+from llb.files import UserError, discard, read_json, writable, write_csv, write_json, write_text
 from llb.purify import ranks
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "scikit-learn", "scipy")
@@ -51,7 +50,7 @@ def open_run(run: Path, settings: Stage1, categories: list[str], encoder: Encode
         clear_run(run, categories)
     if file.exists():
         mend = "give another --out, or --overwrite to start it anew"
-        config = read_json(file)
+        config = read_config(run, f"--out {run}", mend)
         refuse_differences(config, wanted, f"--out {run}", mend)
         check_weights(config, encoder, f"--out {run}", mend)
     elif processes.first():
@@ -64,9 +63,9 @@ def open_run(run: Path, settings: Stage1, categories: list[str], encoder: Encode
 @processes.first_ahead("run's folder")
 def own_folder(run: Path) -> None:
     """Make the run's folder, or say why not; a folder that holds something else is left alone."""
-    writable(run)
+    there = writable(run)
     # names with a dot in front: what a killed run has left, or what a file manager writes
-    strangers = sorted(e.name for e in run.iterdir() if e.name != "cache" and not e.name.startswith("."))
+    strangers = [name for name in there if name != "cache" and not name.startswith(".")]
     if strangers and not (run / "config.json").exists():
         raise UserError(f"--out {run} holds other files ({strangers[0]}): give a new or empty folder")
 
@@ -77,11 +76,11 @@ def clear_run(run: Path, categories: list[str]) -> None:
     categories: taken to be the run's where its config.json is damaged.
     """
     try:
-        categories = read_json(run / "config.json").get("categories", [])
+        categories = read_json(run / "config.json", "").get("categories", [])
     except UserError:
         pass
     for name in categories:
-        shutil.rmtree(run / name, ignore_errors=True)
+        discard(run / name)
     for name in ("metrics.json", "metrics.csv", "report.html", "config.json"):
         (run / name).unlink(missing_ok=True)
 
@@ -95,7 +94,7 @@ def refuse_differences(old: dict[str, Any], new: dict[str, Any], where: str, men
 
 def check_weights(config: dict[str, Any], encoder: Encoder, where: str, mend: str) -> None:
     """Raise a UserError if the run began with other weights: a file of the same name may hold new ones."""
-    if config.get("weights_digest") != encoder.weights_digest:
+    if config["weights_digest"] != encoder.weights_digest:
         raise UserError(f"{where} was made with other weights of {encoder.spec.name} than are there now: {mend}")
 
 
@@ -105,6 +104,11 @@ def run_encoder(run: Path, config: dict[str, Any]) -> Encoder:
     Raises:
         UserError: its weights are not there, or others are in their place.
     """
+    if config["weights"] and not Path(config["weights"]).exists():
+        raise UserError(
+            f"--run {run}: the encoder's weights, {config['weights']}, are not there; put them back, or give this "
+            "command where stage 1's was given"
+        )
     encoder = load_encoder(config["encoder"], config["weights"], config["image_size"], config["precision"])
     check_weights(config, encoder, f"--run {run}", f"put those back, or begin anew: {config['command']} --overwrite")
     return encoder
@@ -115,13 +119,25 @@ def read_run(run: str) -> tuple[Path, dict[str, Any]]:
     folder = Path(run)
     if not (folder / "config.json").is_file():
         raise UserError(f"--run {run}: there is no run; make one with: python stage1_partition.py --out {run}")
-    config = read_json(folder / "config.json")
+    again = f"make the run anew: python stage1_partition.py --out {run} --overwrite, with the flags it had"
+    config = read_config(folder, f"--run {run}", again)
+    writable(folder, "--run")
+    return folder, config
+
+
+def read_config(run: Path, where: str, mend: str) -> dict[str, Any]:
+    """RUN/config.json. where: how the run was named; mend: what to do where the file is damaged.
+
+    Raises:
+        UserError: it is damaged, or an older version of llb wrote it.
+    """
+    config = read_json(run / "config.json", mend)
     if missing := sorted((influential(Stage1()).keys() | {"weights_digest"}) - config.keys()):
         raise UserError(
-            f"--run {run} was made by another version of llb (config.json has no {', '.join(missing)}): "
+            f"{where} was made by another version of llb (config.json has no {', '.join(missing)}): "
             f"make it anew with: {config.get('command', 'python stage1_partition.py')} --overwrite"
         )
-    return folder, config
+    return config
 
 
 def record_stage2(run: Path, settings: Stage2) -> None:
@@ -129,7 +145,7 @@ def record_stage2(run: Path, settings: Stage2) -> None:
 
     The file is read here, and not handed over: stage 2 with another --train-on may have been started meanwhile.
     """
-    config = read_json(run / "config.json")
+    config = read_json(run / "config.json", "run stage 1 with --overwrite")
     noted = config.setdefault("stage2", {})
     old, new = noted.get(settings.train_on), influential(settings)
     if old is not None and not settings.overwrite:
@@ -142,7 +158,7 @@ def record_stage2(run: Path, settings: Stage2) -> None:
 
 def read_metrics(run: Path) -> dict[str, Any]:
     """What has been evaluated by now, as metrics.json has it; nothing yet: {}."""
-    return read_json(run / METRICS) if (run / METRICS).exists() else {}
+    return read_json(run / METRICS, "delete it") if (run / METRICS).exists() else {}
 
 
 def clear_stage2(run: Path, category: str, train_on: str) -> None:
@@ -151,10 +167,10 @@ def clear_stage2(run: Path, category: str, train_on: str) -> None:
     metrics = read_metrics(run)
     if metrics.get(category, {}).pop(train_on, None) is not None:
         write_json(run / METRICS, metrics)
+    discard(folder / f"stage2-{train_on}")
+    discard(folder / f"maps-{train_on}")
     (folder / f"predictions-{train_on}.csv").unlink(missing_ok=True)
     (folder / f"examples-{train_on}.png").unlink(missing_ok=True)
-    for name in (f"maps-{train_on}", f"stage2-{train_on}"):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def trained_on(run: Path, config: dict[str, Any], wanted: str | None) -> list[str]:
@@ -230,16 +246,31 @@ def read_scores(folder: Path, dataset: Dataset) -> dict[str, np.ndarray]:
     """scores.csv by column: score float (N,), kept bool (N,), rows in the order of the data set.
 
     Raises:
-        UserError: the table is not about these training images.
+        UserError: the table is damaged, or not about these training images.
     """
-    with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(folder / "scores.csv", ("path", "score", "kept"))
     if [row["path"] for row in rows] != [record.path for record in dataset.train]:
         raise UserError(
             f"{folder / 'scores.csv'}: the training images have changed since; run stage 1 with --overwrite"
         )
-    score = np.array([float(row["score"]) for row in rows])
-    return {"score": score, "kept": np.array([row["kept"] == "1" for row in rows])}
+    return {name: np.array([row[name] for row in rows]) for name in ("score", "kept")}
+
+
+def read_table(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a scores or predictions table, typed; [] without the file."""
+    if not file.exists():
+        return []
+    types = {
+        "path": str,
+        "score": float,
+        "kept": lambda text: text == "1",
+        "label": lambda text: int(text) if text else None,
+    }
+    try:
+        with open(file, newline="", encoding="utf-8") as opened:
+            return [{name: types[name](row[name]) for name in columns} for row in csv.DictReader(opened)]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{file} is damaged ({error}): delete it and run the stage that wrote it again") from None
 
 
 def read_purified(folder: Path, dataset: Dataset) -> tuple[np.ndarray, str | None]:
@@ -247,13 +278,15 @@ def read_purified(folder: Path, dataset: Dataset) -> tuple[np.ndarray, str | Non
 
     Raises:
         UserError: a listed path is not among the training images, or not on the disk; nothing is listed; the file is
-            no UTF-8 text.
+            not there, or no UTF-8 text.
     """
     file = folder / "purified.txt"
     position = {record.path: index for index, record in enumerate(dataset.train)}
     listed = []
     try:
         text = file.read_text(encoding="utf-8-sig")  # some editors put a mark in front
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there: run stage 1 again, which writes it anew") from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8 again") from None
     for number, line in enumerate(text.splitlines(), 1):

@@ -374,8 +374,9 @@ def fetch(spec) -> Path:
             last = error
             break
     raise UserError(
-        f"--encoder {spec.name}: its weights could not be fetched ({type(last).__name__}); download "
-        f"model.safetensors from https://huggingface.co/{spec.repository} and pass it with --weights FILE"
+        f"--encoder {spec.name}: its weights could not be fetched ({type(last).__name__}); download model.safetensors "
+        f"(or, where there is none, pytorch_model.bin) from https://huggingface.co/{spec.repository} and pass it with "
+        "--weights FILE"
     )
 
 

@@ -1,6 +1,7 @@
 """The benchmark compares like with like: both ways get the same numbers, and it counts and reports them truly."""
 
 import json
+import sys
 from dataclasses import replace
 
 import jax
@@ -160,6 +161,18 @@ def test_help_lists_the_flags(monkeypatch, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(flag in text for flag in ("--json", "--against", "--gpu", "--rounds"))
+
+
+@pytest.mark.parametrize("flags, word", ((["--json", "."], "--json"), (["--gpu"], "no accelerator")))
+def test_what_cannot_be_is_said_before_anything_is_timed(flags, word, monkeypatch):
+    monkeypatch.setattr(bench, "measure", None)
+    monkeypatch.setattr(sys, "argv", ["bench", *flags])
+    with pytest.raises(UserError, match=word):
+        bench.main()
+
+
+def test_the_references_maps_stay_in_float32():
+    assert reference.heat_map(np.ones((2, 16), np.float32), 24).dtype == np.float32
 
 
 def test_the_share_of_a_time_that_spans_cover_counts_overlaps_once():

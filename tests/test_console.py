@@ -5,11 +5,12 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from llb.console import keep_compiled
+from llb.console import choose_device, keep_compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 # compiles one program that takes long enough to be kept
@@ -76,3 +77,15 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(monkeypatch, tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     keep_compiled()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.parametrize("platform, precision", (("gpu", "highest"), ("cpu", None)))
+def test_float32_means_float32_on_a_gpu(platform, precision, monkeypatch):
+    monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION", raising=False)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform, device_kind="one")])
+    before = jax.config.jax_default_matmul_precision
+    try:
+        choose_device()
+        assert jax.config.jax_default_matmul_precision == precision
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)

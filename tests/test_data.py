@@ -392,6 +392,10 @@ def colours() -> Image.Image:
     return Image.fromarray(np.stack([ramp(), ramp().T, ramp()[::-1]], axis=2))
 
 
+def overshooting() -> np.ndarray:
+    return np.interp(ramp(), [0, 1, 254, 255], [-0.002, 1 / 255, 254 / 255, 1.004]).astype(np.float32)
+
+
 DEEP = {
     "16-bit png": (".png", ramp().astype(np.uint16) * 257),
     "16-bit tiff": (".tif", ramp().astype(np.uint16) * 257),
@@ -401,6 +405,7 @@ DEEP = {
     "float 0…1": (".tif", ramp().astype(np.float32) / 255),
     "float 0…255": (".tif", ramp().astype(np.float32)),
     "float 0…65535": (".tif", ramp().astype(np.float32) * 257),
+    "float 0…1, overshooting": (".tif", overshooting()),
 }
 
 

@@ -12,6 +12,7 @@ import llb.features
 from llb import processes
 from llb.encoder import load_encoder
 from llb.features import by_image, cached, make_encode
+from llb.files import UserError
 
 IMAGES = 7
 ENCODER = SimpleNamespace(
@@ -97,16 +98,25 @@ def test_several_processes_compute_every_shard_once(paths, tmp_path, monkeypatch
     monkeypatch.setattr(processes, "wait", lambda name: None)
     monkeypatch.setattr(processes, "agreed", bool)
     seen = []
-    for number in (1, 0):
+    for number in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda number=number: number)
-        if number == 1:
-            with pytest.raises(FileNotFoundError):  # it does not wait here, and process 0 has not begun
+        if number == 0:
+            with pytest.raises(FileNotFoundError):  # it does not wait here, and process 1 has not begun
                 cached(ENCODER, first := Encode(), paths, tmp_path / "cache", 1.0, "test")
             seen += first.seen
         else:
             fetch = cached(ENCODER, second := Encode(), paths, tmp_path / "cache", 1.0, "test")
             seen += second.seen
-    assert seen == [2, 3, 6, 0, 1, 4, 5] and brightness(fetch) == SOME.tolist()
+    assert seen == [0, 1, 4, 5, 2, 3, 6] and brightness(fetch) == SOME.tolist()
+
+
+def test_a_process_that_sees_other_images_deletes_nothing(paths, tmp_path, monkeypatch):
+    cached(ENCODER, Encode(), paths, tmp_path / "cache", 1.0, "test")
+    before = {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
+    monkeypatch.setattr(processes, "first", lambda: False)
+    with pytest.raises(UserError, match="other images"):
+        cached(ENCODER, Encode(), paths[:-1], tmp_path / "cache", 1.0, "test")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
 
 
 def test_image_by_image_is_the_batch_at_once(monkeypatch):

@@ -129,4 +129,4 @@ def test_one_set_can_be_measured_alone(commands, tmp_path, monkeypatch, capsys):
     llb.measure.main()
     assert {Path(command[2]).name.rsplit("-")[0] for command in commands} == {"embedded"}
     assert "| embedded | image AUROC" in capsys.readouterr().out
-    assert len(read_json(tmp_path / "measured.json")["embedded"]) == 2
+    assert len(read_json(tmp_path / "measured.json", "")["embedded"]) == 2

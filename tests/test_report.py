@@ -10,7 +10,6 @@ from PIL import Image
 
 from llb.files import UserError, write_csv, write_json
 from llb.report import (
-    ACCENT,
     METRICS,
     PALETTE,
     contact_sheet,
@@ -110,20 +109,10 @@ def test_a_sheet_has_room_for_every_pair_and_puts_the_image_left_of_its_heat():
     assert np.ptp(heat_beside) < 40 < heat_beside.mean()
 
 
-def test_only_a_known_label_is_drawn_in_its_own_colour():
-    image, heat = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), np.float32)
-
-    def has_label(*caption):
-        return (np.asarray(contact_sheet([(image, heat, caption)])) == ACCENT).all(axis=2).any()
-
-    assert has_label("1. 0.9 dropped", "a.png", "anomalous")
-    assert not has_label("1. 0.9 dropped", "a.png") and not has_label("1. 0.9 dropped", "a.png", "")
-
-
 def test_captions_stay_inside_their_tile_whatever_the_path():
     image, heat = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), np.float32)
     for path in ("very/" * 80 + "deep.png", "x" * 500 + ".png", "line\nbreak\udcff.png", "日本/画像.png", ""):
-        tiles = [(image, heat, ("1. 0.9 " + "long headline " * 9, path, "anomalous")), (image, heat, ("", ""))]
+        tiles = [(image, heat, ("1. 0.9 " + "long headline " * 9, path)), (image, heat, ("", ""))]
         sheet = np.asarray(contact_sheet(tiles, side=60)).astype(int)
         assert (sheet[:, -10:] == sheet[0, 0]).all() and (sheet[-30:, 155:] == sheet[0, 0]).all()
 
