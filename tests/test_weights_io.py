@@ -479,8 +479,8 @@ def test_offline_the_error_names_the_file_and_how_to_pass_it(monkeypatch, error)
     line = refusal(fetch, SPECS["dinov2_vitb14_reg"])
     assert line.startswith("--encoder dinov2_vitb14_reg: its weights could not be fetched (")
     assert line.endswith(
-        "download model.safetensors from https://huggingface.co/facebook/dinov2-with-registers-base "
-        "and pass it with --weights FILE"
+        "download model.safetensors (or, where there is none, pytorch_model.bin) from "
+        "https://huggingface.co/facebook/dinov2-with-registers-base and pass it with --weights FILE"
     )
 
 
