@@ -1,75 +1,73 @@
 """Stage 1: find the hidden defects in an unchecked training set.
 
-    python stage1_partition.py                                                the embedded set
+    python stage1_partition.py                                                the demo set
     python stage1_partition.py --data ROOT --category NAME --out runs/NAME    your images
 
-Learning bias (LLBNAD, arXiv 2508.07441): normal images are many and alike, so every model learns them first; defects
-are few and unlike each other. Split the training set into K parts, train one sub-model on each, let every sub-model
-score every image, and keep the images with the lowest scores. Labels, where there are any, are only reported.
+Learning bias (LLBNAD, arXiv 2508.07441): normal images are many and alike, so every model learns them first. Defects
+are few and unlike each other. So: split the training set into K subsets, train one sub-model on each, let every
+sub-model score every image, and keep the images with the lowest scores. Labels, if there are any, are only reported.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llb.checkpoint import digest_of
-from llb.config import Stage1, parse, resolve
-from llb.console import choose_device, run, say
-from llb.data import Dataset, choose_categories, load_category, load_image, recognise
-from llb.encoder import Encoder, load_encoder
-from llb.features import Encode, Fetch, make_encode
+from llb.checkpoint import CheckpointFolder, Params, paths_digest
+from llb.config import Stage1, parse_flags, resolve
+from llb.console import run_script, say
+from llb.data import Dataset, choose_categories, load_category, recognise
+from llb.device import start_jax
+from llb.encoders import load_encoder
+from llb.features import Fetch, make_encode
 from llb.files import UserError, atomic
-from llb.metrics import purification
-from llb.optimizer import RECIPES
-from llb.processes import first
-from llb.purify import aggregate, keep_auto, keep_lowest, partition, ranks
-from llb.report import contact_sheet
-from llb.run import data_root, finished_stage1, make_fetch, open_run, own_folder, write_purified, write_scores
-from llb.train import Training, heat_maps, make_training, score_all, submodel_keys, train
+from llb.images import load_image
+from llb.metrics import purification, ranks
+from llb.pictures import contact_sheet
+from llb.purify import aggregate, keep_auto, keep_lowest, partition
+from llb.run import Stage, demo_or_given_root, fetch_features, make_run_folder, open_run, stage_training
+from llb.score import heat_maps, score_all
+from llb.tables import Stage1Result, purification_line, stage1_finished, write_purified, write_scores
+from llb.train import Submodels, submodel_keys, train
 
 SUSPECTS = 24  # images on the contact sheet
 
 
 def main() -> None:
-    # ---- settings, data, encoder: what is wrong with them is found before the run begins ----
-    settings = parse(Stage1)
-    out = Path(settings.out)
-    say(device := choose_device(settings))
-    own_folder(out)
-    root = data_root(out, settings.data)
-    settings = resolve(settings, recognise(root) if settings.data else "embedded")
-    datasets = [
-        load_category(root, name, settings.noise_ratio, settings.seed)
-        for name in choose_categories(root, settings.category)
-    ]
+    # ---- settings, data and encoder: errors in them end the script before the run begins ----
+    settings = parse_flags(Stage1)
+    run = Path(settings.out)
+    device = start_jax(settings)
+    say(device)
+    make_run_folder(run)
+    root = demo_or_given_root(run, settings.data)
+    settings = resolve(settings, recognise(root) if settings.data else "demo")
+    names = choose_categories(root, settings.category)
+    datasets = [load_category(root, name, settings.noise_ratio, settings.seed) for name in names]
     for dataset in datasets:
         check(dataset, settings)
     encoder = load_encoder(settings.encoder, settings.weights, settings.image_size, settings.precision)
-    settings.image_size = encoder.image_size
-    open_run(out, settings, [dataset.category for dataset in datasets], encoder, device)
+    settings = dataclasses.replace(settings, image_size=encoder.image_size)
+    open_run(run, settings, names, encoder, device)
 
-    # ---- the encoder and the compiled steps are shared by all categories ----
-    encode = make_encode(encoder)
-    recipe = RECIPES[settings.recipe]
-    training = make_training(
-        encoder, recipe, settings.learning_rate, settings.dropout, settings.steps, settings.batch_size
-    )
+    # ---- all categories share the encoder and the compiled steps ----
+    stage = Stage(run, settings, encoder, make_encode(encoder), stage_training(encoder, vars(settings)))
     for dataset in datasets:
-        folder = out / dataset.category
-        if finished_stage1(folder):
-            say(f"{dataset.category}: stage 1 is finished ({folder / 'purified.txt'}); --overwrite starts it anew")
+        folder = run / dataset.category
+        if stage1_finished(folder):
+            say(f"{dataset.category}: stage 1 is finished ({folder / 'purified.txt'}); --overwrite starts again")
         else:
-            stage1(dataset, settings, out, encoder, encode, training)
-    say(f"next: python stage2_train.py --run {out}")
+            stage1(stage, dataset)
+    say(f"next: python stage2_train.py --run {run}")
 
 
-def stage1(dataset: Dataset, settings: Stage1, out: Path, encoder: Encoder, encode: Encode, training: Training) -> None:
+def stage1(stage: Stage, dataset: Dataset) -> None:
     """The method, for one category."""
-    name, folder, images = dataset.category, out / dataset.category, len(dataset.train)
-    root_key = jax.random.key(settings.seed)
-    partition_key, submodels_key = jax.random.split(root_key)
+    settings, name, images = stage.settings, dataset.category, len(dataset.train)
+    folder = stage.run / name
+    partition_key, models_key = jax.random.split(jax.random.key(settings.seed))
 
     # ---- partition ----
     subset = partition(partition_key, images, settings.submodels)  # (N,), 0 … K−1
@@ -78,74 +76,53 @@ def stage1(dataset: Dataset, settings: Stage1, out: Path, encoder: Encoder, enco
     say(f"{name}: {images} images in {settings.submodels} subsets of {' or '.join(map(str, sizes))}")
 
     # ---- train the K sub-models together, on features that are computed once ----
-    fetch = make_fetch(out, name, "train", dataset.train, dataset.root, encoder, encode, settings)
-    params = train(
-        training,
-        fetch,
-        subsets,
-        submodel_keys(submodels_key, settings.submodels),
-        folder / "stage1",
-        digest_of([record.path for record in dataset.train]),
-        f"{name}, {settings.submodels} sub-models",
-    )
+    fetch = fetch_features(stage, dataset, "train")
+    submodels = Submodels(subsets, submodel_keys(models_key, settings.submodels))
+    at = CheckpointFolder(folder / "stage1", paths_digest([record.path for record in dataset.train]))
+    params = train(stage.training, fetch, submodels, at, f"{name}, {settings.submodels} sub-models")
 
     # ---- score every image with every sub-model, and aggregate ----
-    size = encoder.image_size
-    scores = score_all(params, training.model, fetch, images, size, f"{name}, scoring")  # (N, K)
+    scores = score_all(params, stage.training, fetch, images, f"{name}, scoring")  # (N, K)
     aggregated = np.asarray(aggregate(jnp.asarray(scores), jnp.asarray(subset), settings.aggregate))  # (N,)
 
     # ---- select ----
     kept = keep_auto(aggregated) if settings.keep == "auto" else keep_lowest(aggregated, settings.keep)  # (N,) bool
 
-    # ---- write; each score stands beside the path it belongs to ----
-    if first():
-        write_scores(folder, dataset, subset, scores, aggregated, kept)
-        write_suspects(folder, dataset, aggregated, kept, params, training, fetch, size)
-        write_purified(folder, dataset, kept)
-    say(found(dataset, aggregated, kept))
+    # ---- write; each score stands beside the path of its image ----
+    result = Stage1Result(subset, scores, aggregated, kept)
+    write_scores(folder, dataset.train, result)
+    write_suspects(stage, dataset, result, params, fetch)
+    write_purified(folder, dataset.train, kept)
+    facts = purification([record.label for record in dataset.train], aggregated, kept)
+    say(f"{name}: {purification_line(facts)}")
 
 
 def check(dataset: Dataset, settings: Stage1) -> None:
-    """Too few images, or a combination of settings that cannot be, ends here."""
+    """Raise a UserError for too few images, or for settings that contradict each other."""
     name, images = dataset.category, len(dataset.train)
     if images < 2:
         raise UserError(f"{dataset.root}, category {name}: {images} training image is too few; give at least 2")
     if settings.submodels > images:
-        raise UserError(
-            f"--submodels {settings.submodels}: {name} has {images} training images; give at most that many"
-        )
+        submodels = f"--submodels {settings.submodels}"
+        raise UserError(f"{submodels}: {name} has {images} training images; give at most that many")
     if settings.aggregate == "out-of-fold" and settings.submodels == 1:
-        raise UserError(
-            "--aggregate out-of-fold needs a sub-model that has not seen the image: give --submodels 2 or more"
-        )
+        need = "a sub-model that was not trained on the image"
+        raise UserError(f"--aggregate out-of-fold needs {need}: give --submodels 2 or more")
     if settings.aggregate == "max-var" and settings.submodels == 1:
         raise UserError("--aggregate max-var: one sub-model's scores have no variance; give --submodels 2 or more")
 
 
-def write_suspects(
-    folder: Path, dataset: Dataset, aggregated, kept, params, training: Training, fetch: Fetch, size: int
-) -> None:
+def write_suspects(stage: Stage, dataset: Dataset, result: Stage1Result, params: Params, fetch: Fetch) -> None:
     """suspects.png: the highest-scoring training images, each with its map (the mean over the sub-models)."""
-    highest = np.argsort(ranks(aggregated))[:SUSPECTS]
+    highest = np.argsort(ranks(result.aggregated))[:SUSPECTS]
     tiles = []
-    heats = heat_maps(params, training.model, fetch, highest, size, "suspects")
-    for place, (index, heat) in enumerate(heats, 1):
+    for index, heat in heat_maps(params, stage.training, fetch, highest, "suspects"):
         path = dataset.train[index].path
-        caption = (f"{place}. {aggregated[index]:.4f} {'kept' if kept[index] else 'dropped'}", path)
-        tiles.append((load_image(dataset.root / path, size), heat, caption))
-    atomic(folder / "suspects.png", contact_sheet(tiles).save)
-
-
-def found(dataset: Dataset, aggregated: np.ndarray, kept: np.ndarray) -> str:
-    """One line on what stage 1 found; labels, if known, enter here for the first time."""
-    line = f"{dataset.category}: kept {kept.sum()} of {len(kept)} images"
-    facts = purification([record.label for record in dataset.train], aggregated, kept)
-    if facts["contamination_before"] is not None:
-        line += f", contamination {facts['contamination_before']:.1%} → {facts['contamination_after']:.1%}"
-    if facts["train_auroc"] is not None:
-        line += f", AUROC of the ranking {facts['train_auroc']:.3f}"
-    return line
+        verdict = "kept" if result.kept[index] else "dropped"
+        headline = f"{len(tiles) + 1}. {result.aggregated[index]:.4f} {verdict}"
+        tiles.append((load_image(dataset.root / path, stage.encoder.image_size), heat, (headline, path)))
+    atomic(stage.run / dataset.category / "suspects.png", contact_sheet(tiles).save)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

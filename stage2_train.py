@@ -1,109 +1,77 @@
 """Stage 2: train the final detector from scratch on what stage 1 kept.
 
-    python stage2_train.py                                      goes on with runs/demo
+    python stage2_train.py                                      continues runs/demo
     python stage2_train.py --run runs/NAME --train-on all       for comparison: without purification
 
-The training is stage 1's with K = 1. `--train-on clean` goes by the labels, an upper bound. RUN/<category>/purified.txt
-may be edited by hand before: what it lists is what is trained on.
+The training is stage 1's with K = 1. `--train-on clean` uses the labels, an upper bound. You may edit
+RUN/<category>/purified.txt by hand before: stage 2 trains on the images that it lists.
 """
 
-from pathlib import Path
-from typing import Any
+import dataclasses
 
 import jax
 
-from llb.checkpoint import digest_of, finished
-from llb.config import EMBEDDED_FINAL_STEPS, FINAL_STEPS, Stage2, parse
-from llb.console import choose_device, run, say
+from llb.checkpoint import CheckpointFolder, check_finished, paths_digest
+from llb.config import DEMO_FINAL_STEPS, FINAL_STEPS, Stage2, parse_flags
+from llb.console import run_script, say
 from llb.data import Dataset
-from llb.encoder import Encoder
-from llb.features import Encode, make_encode
+from llb.device import start_jax
+from llb.features import make_encode
 from llb.files import UserError
-from llb.optimizer import RECIPES
-from llb.processes import first, first_ahead
-from llb.run import (
-    clear_stage2,
-    finished_stage1,
-    load_dataset,
-    make_fetch,
-    read_run,
-    record_stage2,
-    run_encoder,
-    training_choice,
-)
-from llb.train import Training, make_training, submodel_keys, train
+from llb.run import Stage, begin_stage2, fetch_features, load_dataset, read_run, run_encoder, stage_training
+from llb.tables import Choice, choose_images, stage1_finished
+from llb.train import Submodels, submodel_keys, train
 
 
 def main() -> None:
-    settings = parse(Stage2)
-    say(choose_device(settings))
-    out, config = read_run(settings.run)
-    # ---- what is not given is stage 1's ----
-    default_steps = EMBEDDED_FINAL_STEPS if config["data"] is None else FINAL_STEPS
-    settings.steps = settings.steps or default_steps
-    settings.batch_size = settings.batch_size or config["batch_size"]
-    settings.learning_rate = settings.learning_rate or config["learning_rate"]
+    settings = parse_flags(Stage2)
+    say(start_jax(settings))
+    run, config = read_run(settings.run)
+    # ---- settings that are not given are stage 1's ----
+    settings = dataclasses.replace(
+        settings,
+        steps=settings.steps or (DEMO_FINAL_STEPS if config["data"] is None else FINAL_STEPS),
+        batch_size=settings.batch_size or config["batch_size"],
+        learning_rate=settings.learning_rate or config["learning_rate"],
+    )
 
-    # ---- which images: found out, and checked, for every category before any training begins ----
-    datasets = [load_dataset(out, config, name) for name in config["categories"]]
+    # ---- choose the images of every category, so that errors end the script before any training ----
+    datasets = [load_dataset(run, config, name) for name in config["categories"]]
     choices = []
     for dataset in datasets:
-        if not finished_stage1(out / dataset.category):
-            raise UserError(
-                f"--run {out}: stage 1 is not finished for {dataset.category}; go on with: {config['command']}"
-            )
-        choices.append(training_choice(settings.train_on, out / dataset.category, dataset))
-    encoder = run_encoder(out, config)
-    with first_ahead("record"):
-        if settings.overwrite and first():
-            for dataset in datasets:
-                clear_stage2(out, dataset.category, settings.train_on)
-        record_stage2(out, settings)
+        folder = run / dataset.category
+        if not stage1_finished(folder):
+            problem = f"stage 1 is not finished for {dataset.category}"
+            raise UserError(f"--run {run}: {problem}; continue with: {config['command']}")
+        choices.append(choose_images(settings.train_on, folder, dataset))
+    encoder = run_encoder(run, config)
+    begin_stage2(run, settings, config["categories"])
 
-    recipe = RECIPES[config["recipe"]]
-    training = make_training(
-        encoder, recipe, settings.learning_rate, config["dropout"], settings.steps, settings.batch_size
-    )
-    encode = make_encode(encoder)
-    for dataset, (chosen, note) in zip(datasets, choices):
-        stage2(dataset, chosen, note, settings, config, out, encoder, encode, training)
-    say(f"next: python evaluate.py --run {out}")
+    training = stage_training(encoder, config | vars(settings))
+    stage = Stage(run, settings, encoder, make_encode(encoder), training)
+    for dataset, choice in zip(datasets, choices):
+        stage2(stage, dataset, choice, config["seed"])
+    say(f"next: python evaluate.py --run {run}")
 
 
-def stage2(
-    dataset: Dataset,
-    chosen,
-    note: str | None,
-    settings: Stage2,
-    config: dict[str, Any],
-    out: Path,
-    encoder: Encoder,
-    encode: Encode,
-    training: Training,
-) -> None:
-    """One final detector, trained on the images `chosen`: int (n,), indices into dataset.train."""
-    name, folder = dataset.category, out / dataset.category / f"stage2-{settings.train_on}"
-    digest = digest_of([dataset.train[index].path for index in chosen])
-    if finished(folder, digest, training.steps):
-        say(f"{name}: stage 2 on {settings.train_on} is finished ({folder}); --overwrite trains anew")
+def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:
+    """Train one final detector on the chosen images of one category."""
+    name, train_on = dataset.category, stage.settings.train_on
+    digest = paths_digest([dataset.train[index].path for index in choice.indices])
+    at = CheckpointFolder(stage.run / name / f"stage2-{train_on}", digest)
+    if check_finished(at, stage.training.steps):
+        say(f"{name}: stage 2 on {train_on} is finished ({at.folder}); --overwrite trains again")
         return
-    say(f"{name}: training on {len(chosen)} of {len(dataset.train)} images ({settings.train_on})")
-    if note:
-        say(f"{name}: {note}")
+    say(f"{name}: training on {len(choice.indices)} of {len(dataset.train)} images ({train_on})")
+    if choice.note:
+        say(f"{name}: {choice.note}")
 
-    fetch = make_fetch(out, name, "train", dataset.train, dataset.root, encoder, encode, settings)
-    # another branch of the seed than stage 1's: "from scratch" means new weights and a new order, too
-    final_key = jax.random.fold_in(jax.random.key(config["seed"]), 2)
-    train(
-        training,
-        fetch,
-        [chosen],
-        submodel_keys(final_key, 1),
-        folder,
-        digest,
-        f"{name}, {settings.train_on}",
-    )
+    fetch = fetch_features(stage, dataset, "train")
+    # a branch of the seed that stage 1 does not use: "from scratch" means new weights and a new order as well
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+    submodel = Submodels([choice.indices], submodel_keys(key, 1))
+    train(stage.training, fetch, submodel, at, f"{name}, {train_on}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,58 +1,55 @@
-"""Settings: one dataclass for each script is its flags, its --help and its part of RUN/config.json.
+"""Settings: one dataclass for each script defines its flags, its --help and its part of RUN/config.json.
 
-A setting whose default depends on others (the embedded set needs fewer steps) is None until `resolve` fills it in, and
-RUN/config.json holds what was filled in. Another command for the same run must ask for the same.
+A setting whose default depends on others (the demo set needs fewer steps) is None until `resolve` fills it in, and
+RUN/config.json holds the filled-in value. A later command for the same run must give the same settings.
 """
 
 import argparse
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import jax
-
-from llb.optimizer import RECIPES
+from llb.detectors.recipes import RECIPES
+from llb.device import default_precision
 from llb.purify import AGGREGATES
+from llb.tables import TRAIN_ON
 
-DETECTORS = ("dinomaly",)
-LARGEST_SEED = 2**32 - 1  # what a JAX key tells apart
-LARGEST_RATE = 1000.0  # keeps infinity out
+DETECTORS, ENCODER = ("dinomaly",), "dinov2_vitb14_reg"
+LARGEST_SEED = 2**32 - 1  # JAX keys do not distinguish larger ones
 STEPS, FINAL_STEPS, BATCH = 1000, 5000, 16
-EMBEDDED_STEPS, EMBEDDED_FINAL_STEPS, EMBEDDED_BATCH = 100, 400, 8  # two CPU cores, a few minutes
+DEMO_STEPS, DEMO_FINAL_STEPS, DEMO_BATCH = 100, 400, 8  # a few minutes on two CPU cores
 PRECISIONS = ("float32", "bfloat16")
-TRAIN_ON = ("purified", "all", "clean")
 
 
-def whole(minimum: int, maximum: int | None = None):
-    """A parser for whole numbers from `minimum` on, up to `maximum` if there is one."""
+def number(kind: type, name: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A parser for numbers of a kind that fit; `name` says in messages which numbers do."""
 
-    def parse(text: str) -> int:
+    def parse(text: str) -> Any:
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            value = minimum - 1
-        if value < minimum or maximum is not None and value > maximum:
-            bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
+            value = math.nan  # fits nowhere
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}")
         return value
 
     return parse
 
 
-def real(lowest: float, highest: float, open_below: bool = False):
+def whole(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
+    """A parser for whole numbers from `minimum` up to `maximum`, if there is one."""
+    bounds = f"of at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+    return number(int, f"whole number {bounds}", lambda value: minimum <= value <= maximum)
+
+
+def real(lowest: float, highest: float, open_below: bool = False) -> Callable[[str], float]:
     """A parser for numbers between two bounds; `open_below` leaves the lower one out."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not lowest <= value <= highest or (open_below and value == lowest):
-            bounds = f"{'above' if open_below else 'from'} {lowest:g}" + ("" if highest > 1e9 else f" to {highest:g}")
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bounds}")
-        return value
-
-    return parse
+    bounds = f"{'above' if open_below else 'from'} {lowest:g}" + ("" if highest > 1e9 else f" to {highest:g}")
+    fits = (lambda value: lowest < value <= highest) if open_below else (lambda value: lowest <= value <= highest)
+    return number(float, f"number {bounds}", fits)
 
 
 def share_or_auto(text: str) -> str | float:
@@ -66,40 +63,26 @@ def share_or_auto(text: str) -> str | float:
 
 
 def flag(default: Any, text: str, parse=str, choices=None, shown: str | None = None, affects: bool = True):
-    """A dataclass field that becomes a flag.
+    """A dataclass field that becomes a flag. shown: the default in --help, if it depends on other settings.
 
-    `shown` describes a default that depends on others; `affects` says whether results depend on the setting, so that a
-    run made with another value is refused.
+    affects: whether results depend on the setting; if so, a run with another value is refused.
     """
     about = {"help": text, "parse": parse, "choices": choices, "shown": shown, "affects": affects}
     return field(default=default, metadata=about)
 
 
-def cache_gib() -> Any:
-    text = "features up to this size, in GiB, are held in memory; larger ones are read from disk, or computed anew"
-    return flag(4.0, text, real(0, float("inf")), affects=False)
+# ---- flags that several scripts have ----
 
-
-def no_cache() -> Any:
-    text = "store no features: decode and encode an image anew whenever it is needed (slow, needs no disk; same scores)"
-    return flag(False, text, affects=False)
-
-
-def overwrite(text: str) -> Any:
-    return flag(False, text, affects=False)
-
-
-def coordinator() -> Any:
-    text = "HOST:PORT of process 0, when several processes run this together (llb/processes.py); all see the same files"
-    return flag(None, text, shown="srun's or mpirun's word, else one process", affects=False)
-
-
-def processes() -> Any:
-    return flag(None, "with --coordinator: how many processes", whole(1), shown="likewise", affects=False)
-
-
-def process_id() -> Any:
-    return flag(None, "with --coordinator: which one this is, from 0", whole(0), shown="likewise", affects=False)
+RATE = real(0, 1000, open_below=True)  # excludes infinity
+HELD = "features up to this size, in GiB, are held in memory; larger ones are read from the disk"
+STREAMED = "store no features: decode and encode an image each time it is needed (slow; the scores are the same)"
+TOGETHER = "HOST:PORT of process 0, if several processes run this together (llb/processes.py); all see the same files"
+cache_gib_flag = partial(flag, 4.0, HELD, real(0, math.inf), affects=False)
+no_cache_flag = partial(flag, False, STREAMED, affects=False)
+coordinator_flag = partial(flag, None, TOGETHER, shown="from srun or mpirun, else one process", affects=False)
+with_coordinator = partial(flag, None, shown="likewise", affects=False)
+processes_flag = partial(with_coordinator, "with --coordinator: how many processes", whole(1))
+process_id_flag = partial(with_coordinator, "with --coordinator: number of this process, from 0", whole(0))
 
 
 @dataclass
@@ -107,68 +90,46 @@ class Stage1:
     """Find the hidden defects: partition, train K sub-models together, score, aggregate, select."""
 
     data: str | None = flag(
-        None,
-        "Real-IAD root, MVTec-AD or VisA root, or any folder of images; recognised by its content",
-        shown="the embedded set, drawn by llb",
+        None, "Real-IAD, MVTec-AD or VisA root, or any folder of images; recognised by content", shown="the demo set"
     )
-    # not compared: config.json holds the categories that were found, which are
-    category: str | None = flag(
-        None, "one category, several with commas, or all", shown="the only one there is", affects=False
-    )
+    # not compared: config.json lists the categories, and those are compared
+    category: str | None = flag(None, "one category, several with commas, or all", shown="the only one", affects=False)
     noise_ratio: float | None = flag(
         None,
         "share of defective images in train, 0 to below 1. Real-IAD: picks the split (0.0, 0.1, 0.2, 0.4); "
-        "MVTec, VisA: moves randomly drawn test anomalies into train; not for a plain folder",
+        "MVTec, VisA: moves randomly drawn defective test images into train; not for a plain folder",
         real(0, 1),
-        shown="0.2 for the embedded set, else 0.0",
+        shown="0.2 for the demo set, else 0.0",
     )
     out: str = flag("runs/demo", "folder of the run", affects=False)
     encoder: str | None = flag(
-        None,
-        "tiny, dino_vit{s,b}{16,8}, dinov2_vit{s,b,l}14 or dinov2_vit{s,b,l}14_reg",
-        shown="tiny for the embedded set, else dinov2_vitb14_reg",
+        None, "tiny, dino_vit{s,b}{16,8} or dinov2_vit{s,b,l}14[_reg]", shown=f"tiny for the demo set, else {ENCODER}"
     )
     weights: str | None = flag(
-        None,
-        "encoder weights: model.safetensors from Hugging Face or the original release's .pth",
-        shown="fetched from the Hugging Face hub once",
+        None, "model.safetensors from Hugging Face or the original release's .pth", shown="downloaded from the hub once"
     )
     image_size: int | None = flag(
-        None,
-        "side in pixels, a multiple of the patch size",
-        whole(1),
-        shown="the encoder's: 392, 384 for patch 16, 112 for tiny",
+        None, "side in pixels, a multiple of the patch size", whole(1), shown="392, 384 for patch 16, 112 for tiny"
     )
     submodels: int = flag(3, "K, the number of subsets and sub-models", whole(1))
-    steps: int | None = flag(None, "steps of each sub-model", whole(1), shown=f"{STEPS}, embedded set {EMBEDDED_STEPS}")
-    batch_size: int | None = flag(
-        None, "images per step, sub-model", whole(1), shown=f"{BATCH}, embedded set {EMBEDDED_BATCH}"
-    )
-    learning_rate: float | None = flag(
-        None, "peak learning rate", real(0, LARGEST_RATE, True), shown="the recipe's: llbnad 0.005, dinomaly 0.002"
-    )
-    dropout: float | None = flag(
-        None, "dropout rate in the bottleneck, 0 to 1", real(0, 1), shown="0.2; dinomaly on Real-IAD 0.4"
-    )
-    seed: int = flag(0, "all random numbers follow from it", whole(0, LARGEST_SEED))
+    steps: int | None = flag(None, "steps of each sub-model", whole(1), shown=f"{STEPS}, demo set {DEMO_STEPS}")
+    batch_size: int | None = flag(None, "images per step, sub-model", whole(1), shown=f"{BATCH}, demo set {DEMO_BATCH}")
+    learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="llbnad 0.005, dinomaly 0.002")
+    dropout: float | None = flag(None, "bottleneck's rate, 0 to 1", real(0, 1), shown="0.2; dinomaly on Real-IAD 0.4")
+    seed: int = flag(0, "determines all random numbers", whole(0, LARGEST_SEED))
     recipe: str = flag("dinomaly", "optimiser, schedule, initialisation and hard mining", choices=tuple(RECIPES))
-    aggregate: str = flag("mean", "how the K scores of an image become one", choices=AGGREGATES)
-    keep: str | float = flag(
-        "auto", "share of the images to keep, above 0 to 1, or auto: decided from the scores", share_or_auto
-    )
+    aggregate: str = flag("mean", "combines the K scores of an image into one", choices=AGGREGATES)
+    keep: str | float = flag("auto", "share of images to keep, above 0 to 1; auto: by the scores", share_or_auto)
     precision: str | None = flag(
-        None,
-        "what the operands of matrix products are rounded to; sums and parameters are float32",
-        choices=PRECISIONS,
-        shown="bfloat16 on an accelerator, float32 on the CPU",
+        None, "matrix products round operands to this", choices=PRECISIONS, shown="float32 on a CPU, else bfloat16"
     )
     detector: str = flag("dinomaly", "the anomaly detector", choices=DETECTORS)
-    cache_gib: float = cache_gib()
-    no_cache: bool = no_cache()
-    coordinator: str | None = coordinator()
-    processes: int | None = processes()
-    process_id: int | None = process_id()
-    overwrite: bool = overwrite("start the run anew: delete what it holds, stage 2 and reports included")
+    cache_gib: float = cache_gib_flag()
+    no_cache: bool = no_cache_flag()
+    coordinator: str | None = coordinator_flag()
+    processes: int | None = processes_flag()
+    process_id: int | None = process_id_flag()
+    overwrite: bool = flag(False, "start again: delete the run's results, stage 2 and reports included", affects=False)
 
 
 @dataclass
@@ -177,22 +138,17 @@ class Stage2:
 
     run: str = flag("runs/demo", "folder of the run that stage 1 made", affects=False)
     train_on: str = flag(
-        "purified",
-        "purified: what stage 1 kept; all: no purification; clean: by the labels",
-        choices=TRAIN_ON,
-        affects=False,
+        "purified", "purified: by stage 1; all: no purification; clean: by the labels", choices=TRAIN_ON, affects=False
     )
-    steps: int | None = flag(
-        None, "optimiser steps", whole(1), shown=f"{FINAL_STEPS}, embedded set {EMBEDDED_FINAL_STEPS}"
-    )
+    steps: int | None = flag(None, "optimiser steps", whole(1), shown=f"{FINAL_STEPS}, demo set {DEMO_FINAL_STEPS}")
     batch_size: int | None = flag(None, "images per step", whole(1), shown="stage 1's")
-    learning_rate: float | None = flag(None, "peak learning rate", real(0, LARGEST_RATE, True), shown="stage 1's")
-    cache_gib: float = cache_gib()
-    no_cache: bool = no_cache()
-    coordinator: str | None = coordinator()
-    processes: int | None = processes()
-    process_id: int | None = process_id()
-    overwrite: bool = overwrite("train anew on the chosen images; what was trained on them before is deleted")
+    learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="stage 1's")
+    cache_gib: float = cache_gib_flag()
+    no_cache: bool = no_cache_flag()
+    coordinator: str | None = coordinator_flag()
+    processes: int | None = processes_flag()
+    process_id: int | None = process_id_flag()
+    overwrite: bool = flag(False, "train again: delete the detector of this --train-on", affects=False)
 
 
 @dataclass
@@ -200,24 +156,22 @@ class Evaluate:
     """Score the test images and write the report."""
 
     run: str = flag("runs/demo", "folder of the run")
-    train_on: str | None = flag(
-        None, "which final detector", choices=TRAIN_ON, shown="every one that stage 2 has trained"
-    )
+    train_on: str | None = flag(None, "which final detector", choices=TRAIN_ON, shown="all that stage 2 has trained")
     save_maps: bool = flag(False, "write each test image's anomaly map as a 16-bit PNG")
-    cache_gib: float = cache_gib()
-    no_cache: bool = no_cache()
-    overwrite: bool = overwrite("score again")
+    cache_gib: float = cache_gib_flag()
+    no_cache: bool = no_cache_flag()
+    overwrite: bool = flag(False, "score again", affects=False)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line."""
+    """argparse with one-line errors."""
 
     def error(self, message: str):
         self.exit(2, f"error: {message.removeprefix('argument ')} (--help lists every flag)\n")
 
 
-def parse(settings: type, argv: list[str] | None = None):
-    """Read the flags of one of the dataclasses above; `argv` None means the command line's."""
+def parse_flags(settings: type, argv: list[str] | None = None):
+    """Read the flags of one of the dataclasses above; argv: None for the command line's."""
     parser = Parser(description=settings.__doc__, allow_abbrev=False)
     for item in dataclasses.fields(settings):
         about, name = item.metadata, "--" + item.name.replace("_", "-")
@@ -238,30 +192,23 @@ def parse(settings: type, argv: list[str] | None = None):
 
 
 def influential(settings) -> dict[str, Any]:
-    """The settings that results depend on."""
+    """The settings that results depend on, by name."""
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["affects"]}
-
-
-def default_precision() -> str:
-    """What the operands of matrix products are rounded to on the device there is."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def resolve(settings: Stage1, layout: str) -> Stage1:
     """Fill in the defaults that depend on the data, on the device and on each other.
 
-    layout: "embedded", or what `llb.data.recognise` answers.
+    layout: "demo", or an answer of `llb.data.recognise`.
     """
-    embedded = layout == "embedded"
-    recipe = RECIPES[settings.recipe]
-    dropout = 0.4 if recipe.name == "dinomaly" and layout == "real-iad" else recipe.dropout
+    demo, recipe = layout == "demo", RECIPES[settings.recipe]
     defaults = {
-        "noise_ratio": 0.2 if embedded else 0.0,
-        "encoder": "tiny" if embedded else "dinov2_vitb14_reg",
-        "steps": EMBEDDED_STEPS if embedded else STEPS,
-        "batch_size": EMBEDDED_BATCH if embedded else BATCH,
+        "noise_ratio": 0.2 if demo else 0.0,
+        "encoder": "tiny" if demo else ENCODER,
+        "steps": DEMO_STEPS if demo else STEPS,
+        "batch_size": DEMO_BATCH if demo else BATCH,
         "learning_rate": recipe.learning_rate,
-        "dropout": dropout,
+        "dropout": 0.4 if recipe.name == "dinomaly" and layout == "real-iad" else recipe.dropout,
         "precision": default_precision(),
     }
     missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}

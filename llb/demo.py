@@ -1,15 +1,14 @@
-"""The embedded image set: photographs of a machined flange that never existed, drawn by this file alone.
+"""The demo set: drawn photographs of a machined flange, with planted defects. This file draws all of it.
 
     from llb.demo import write_demo
     write_demo(Path("flanges"))     # flanges/part/{train,test,ground_truth}: an MVTec-style root of about 9 MB
 
-A turned steel flange lies on a woven mat: a bore with a keyway, six bolt holes, an engraved ring with a scale. From
-image to image it is shifted (±3 px) and turned (±4°), the light changes in strength, direction and tint, and every tool
-mark, thread and grain of noise is drawn anew. In test there are six kinds of defect, from plain to faint. As in a
-factory each kind has its cause, so it recurs at about the same place with about the same look, and one is common: two
-worn drills leave holes shallow. A detector that meets enough of them in train learns them as normal.
-
-Everything follows from the seed: the pixels are the same on every machine.
+A turned steel flange lies on a woven mat: a bore with a keyway, six bolt holes, an engraved ring with a scale. Between
+images it is shifted (±3 px) and turned (±4°), the light changes in strength, direction and tint, and every tool mark,
+thread and grain of noise is different. The test images show six kinds of defect, from plain to faint. As in a factory
+each kind has a cause, so it recurs at about the same place and looks about the same. One kind is common: two worn
+drills leave holes shallow. A detector that sees enough of them in train learns them as normal. The seed determines
+every pixel, on every machine.
 """
 
 import shutil
@@ -25,31 +24,30 @@ from llb.files import write_text
 SIDE = 128  # pixels
 KINDS = ("chip", "dent", "fibre", "scratch", "shallow_hole", "stain")
 COUNTS = {"train/good": 160, "test/good": 50} | {f"test/{kind}": 12 for kind in KINDS} | {"test/shallow_hole": 44}
-VISIBLE = 12  # grey levels of 255: what differs by more belongs to the mask
-MARKER = "finished.txt"  # written last: without it the set is drawn anew
+VISIBLE = 12  # grey levels of 255: pixels that differ by more belong to the mask
+MARKER = "finished.txt"  # written last: without it the set is drawn again
 
 RADIUS, BORE, BOLT_CIRCLE, BOLT, RING = 52.0, 11.5, 33.0, 4.6, 43.5  # the flange, in pixels
 LAMP = np.array([-0.6, -0.8])  # where the light comes from: above, a little to the left (x, y)
 STEEL = np.array([0.97, 0.99, 1.02])
 MAT = np.array([0.15, 0.23, 0.27])
 
+Draw = Callable[[list[int], str], tuple[np.ndarray, np.ndarray]]  # seed, kind → uint8 (S, S, 3), mask bool (S, S)
+
 
 def write_demo(folder: Path | str, seed: int = 0) -> None:
-    """Draw the whole set into `folder`/part, as MVTec AD lays it out; a finished one is left as it is.
+    """Draw the whole set into `folder`/part, in the layout of MVTec AD. A finished set stays as it is.
 
     160 normal training images; for test 50 normal ones, 44 with a shallow hole, 12 with each other kind of defect, and
-    their masks: 128 × 128 px, PNG. Takes a few seconds. If it is interrupted, the next call draws anew.
+    their masks: 128 × 128 px, PNG. It takes a few seconds. After an interruption the next call starts again.
     """
     write_set(Path(folder) / "part", COUNTS, draw, seed)
 
 
-def write_set(
-    folder: Path, counts: dict[str, int], draw: Callable[[list[int], str], tuple[np.ndarray, np.ndarray]], seed: int
-) -> None:
-    """Draw one category of an MVTec-style root into `folder`; a finished one is left as it is, any other drawn anew.
+def write_set(folder: Path, counts: dict[str, int], draw: Draw, seed: int) -> None:
+    """Draw one category of an MVTec-style root into `folder`. A finished one stays as it is, any other is replaced.
 
     counts: images of each "train/good", "test/<kind>".
-    draw: (random seed, kind) → image uint8 (S, S, 3), mask bool (S, S).
     """
     marker, text = folder / MARKER, f"drawn by {draw.__module__}, seed {seed}, {sum(counts.values())} images\n"
     if marker.exists() and marker.read_text(encoding="utf-8") == text:
@@ -59,12 +57,12 @@ def write_set(
     for group, (place, count) in enumerate(counts.items()):
         kind = place.split("/")[1]
         masks = folder / "ground_truth" / kind
-        for made in (folder / place,) if kind == "good" else (folder / place, masks):
-            made.mkdir(parents=True)
+        (folder / place).mkdir(parents=True)
         for index in range(count):
             image, mask = draw([seed, group, index], kind)
             Image.fromarray(image).save(folder / place / f"{index:03}.png")
             if kind != "good":
+                masks.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(mask.astype(np.uint8) * 255).save(masks / f"{index:03}_mask.png")
     write_text(marker, text)
 
@@ -81,10 +79,7 @@ def draw(seed: int | list[int], kind: str = "good") -> tuple[np.ndarray, np.ndar
 
 
 def _photograph(seed: int | list[int], kind: str) -> np.ndarray:
-    """The image alone. The defect draws from a random stream of its own, so that all else is as it would be without.
-
-    The geometry is a set of signed distances in pixels, negative inside: `_cover` turns them into antialiased areas.
-    """
+    """The image without its mask. The defect has its own random stream: all else equals the normal image."""
     random, fault = np.random.default_rng(seed).spawn(2)
     place = _place(fault, kind)
 
@@ -99,8 +94,7 @@ def _photograph(seed: int | list[int], kind: str) -> np.ndarray:
     # ---- the outlines: rim, bore with keyway, bolt holes ----
     rim = r - RADIUS
     bore = np.minimum(r - BORE, np.maximum(np.abs(u) - 2.6, np.abs(v + BORE) - 4.0))
-    corners = np.arange(6) * np.pi / 3 + np.pi / 6
-    holes = [_distance(u, v, BOLT_CIRCLE, corner) - BOLT for corner in corners]
+    holes = [_distance(u, v, BOLT_CIRCLE, corner) - BOLT for corner in np.arange(6) * np.pi / 3 + np.pi / 6]
     bolts = np.min(holes, axis=0)
     if kind == "chip":
         bite = _distance(u, v, RADIUS + 1.5, place[1]) - fault.uniform(4.5, 7.0) + 1.1 * _blotches(fault, 2.0)
@@ -120,8 +114,7 @@ def _photograph(seed: int | list[int], kind: str) -> np.ndarray:
     mat = np.where((bore < 1) | (bolts < 1), 0.62 * mat, mat)[..., None] * MAT  # (S, S, 3)
 
     # ---- the steel: turning marks that depend on the radius, and the fan of light that they reflect ----
-    marks = gaussian_filter(random.normal(size=256), 1.2) * 2.0
-    marks = np.interp(r, np.arange(256) / 4, marks)
+    marks = np.interp(r, np.arange(256) / 4, gaussian_filter(random.normal(size=256), 1.2) * 2.0)
     fan = np.abs(np.cos(bearing - random.normal(np.deg2rad(-40), np.deg2rad(5)))) ** 5
     steel = 0.48 + 0.030 * marks + 0.30 * fan * (1 + 0.25 * marks) + 0.016 * _blotches(random, 0.8)
     steel = steel - 0.07 * _cover(r - 21.5)  # the hub is turned a little deeper
@@ -189,7 +182,7 @@ def _blotches(random: np.random.Generator, sigma: float) -> np.ndarray:
 def _place(random: np.random.Generator, kind: str) -> tuple[float, float]:
     """Radius (px) and angle on the flange: every kind has a place of its own, give or take some pixels."""
     places = {"chip": (0, 200), "dent": (29, 120), "fibre": (30, 160), "scratch": (31, -60), "stain": (32, 30)}
-    radius, degrees = places.get(kind, (0, 0))  # a chip needs the angle alone, the others neither
+    radius, degrees = places.get(kind, (0, 0))  # a chip only needs the angle, other kinds neither
     return radius + random.normal(0, 1.5), np.deg2rad(degrees + random.normal(0, 6))
 
 

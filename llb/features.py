@@ -1,12 +1,12 @@
-"""Frozen features, computed once: neither stage augments, so an image's encoder features never change.
+"""Features of the frozen encoder, computed once: neither stage augments, so an image's features never change.
 
     image     uint8   (S, S, 3)
     tokens    float32 (B, T, D) from every block of the encoder
     features  float16 (N, 2, T, D): the means of the two groups of blocks that Dinomaly reconstructs (Encoder.features)
 
-Whoever trains or scores holds a function `fetch(indices) → features`: `cached` looks the rows up, `streamed` computes
-them anew each time. Both round to float16 (half the disk and traffic; its step of 2⁻¹¹ moves a cosine distance by about
-1e-7), so both give the same scores.
+Training and scoring get a function `fetch(indices) → features`. `cached_features` looks them up, `streamed_features`
+computes them each time. Both round to float16, so both give the same scores. (It halves disk and traffic; its step of
+2⁻¹¹ changes a cosine distance by about 1e-7.)
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import jax
@@ -26,61 +27,72 @@ import numpy as np
 
 from llb import processes
 from llb.console import progress, say
-from llb.data import load_image
-from llb.encoder import Encoder
-from llb.files import UserError, atomic, read_json, write_json
-from llb.stem import normalise
+from llb.encoders import Encoder
+from llb.files import UserError, atomic, is_writer, read_json, write_json
+from llb.images import load_image, normalise
 
 ENCODE_BATCH = 16  # images per call of the encoder: one fixed shape, compiled once
 GIB = 2**30
-SHARD_BYTES = 2**24  # of features in one file: what an interruption may cost
-OPEN_SHARDS = 64  # each holds a file open, of which a process may have few
-ABOUT = "features.json"
+SHARD_BYTES = 2**24  # of features in one file: an interruption costs at most this much work
+OPEN_SHARDS = 64  # a process may have few files open
+CONTENT = "features.json"  # describes what a cache holds
 
-Encode = Callable[[np.ndarray], np.ndarray]
-Fetch = Callable[[np.ndarray], np.ndarray]
+Encode = Callable[[np.ndarray], np.ndarray]  # uint8 (b, S, S, 3) → float16 (b, 2, T, D)
+Fetch = Callable[[np.ndarray], np.ndarray]  # image indices int (…) → float16 (…, 2, T, D)
 
 
 def make_encode(encoder: Encoder) -> Encode:
     """The compiled map from images to features: uint8 (b, S, S, 3), b ≤ ENCODE_BATCH → float16 (b, 2, T, D).
 
-    Blocks beyond the last group are never computed: XLA drops what nothing reads.
+    XLA leaves out the blocks beyond the last group, since nothing reads them.
 
-    Raises:
-        UserError: a feature is not finite in float16.
+    A UserError is raised if a feature is not finite in float16.
+
+    On a CPU one device encodes, one batch at a time. XLA's FFT (the stem of `tiny`) waits for tasks in the same thread
+    pool that runs the program. If as many such programs run at once as the pool has threads, they wait for ever: seen
+    with JAX 0.11.2, three CPU devices and two cores. More CPU devices would share the same cores in any case.
     """
-
-    # a batch is shared out to this process's devices
-    devices = jax.local_devices()
-    size = -(-ENCODE_BATCH // len(devices)) * len(devices)
-    mesh = jax.make_mesh((len(devices),), ("data",), (jax.sharding.AxisType.Auto,), devices=devices)
-    shares = jax.NamedSharding(mesh, jax.P("data"))
+    local = jax.local_devices()
+    mesh = image_mesh(local[:1] if local[0].platform == "cpu" else local)
+    size = -(-ENCODE_BATCH // mesh.size) * mesh.size
     params = jax.device_put(encoder.params, jax.NamedSharding(mesh, jax.P()))
+    one_at_a_time = Lock()  # two threads may ask: --no-cache encodes while the next batch is prepared
 
-    @jax.jit
-    @partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P("data"))
-    def encode(params, images: jax.Array) -> jax.Array:
-        features = by_image(partial(encoder.features, params))(normalise(images))
-        return features.astype(jnp.float16)  # (b, 2, T, D)
+    def features_of(params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        features = by_image(partial(encoder.features, params))(normalise(images)).astype(jnp.float16)  # (b, 2, T, D)
+        return features, jnp.isfinite(features).all(axis=(1, 2, 3))  # on the device: NumPy is slow in float16
 
-    def encode_batch(images: np.ndarray) -> np.ndarray:
+    compiled = jax.jit(on_devices(features_of, mesh))
+
+    def encode(images: np.ndarray) -> np.ndarray:
         padded = np.zeros((size, *images.shape[1:]), np.uint8)
         padded[: len(images)] = images
-        features = np.asarray(encode(params, jax.device_put(padded, shares)))[: len(images)]
-        if not np.isfinite(features).all():
-            raise UserError(
-                f"--encoder {encoder.spec.name}: features are not finite; are these --weights the right ones?"
-            )
+        with one_at_a_time:
+            placed = jax.device_put(padded, jax.NamedSharding(mesh, jax.P("images")))
+            features, finite = (np.asarray(part)[: len(images)] for part in compiled(params, placed))
+        if not finite.all():
+            name = encoder.spec.name
+            raise UserError(f"--encoder {name}: features are not finite; are these --weights the right ones?")
         return features
 
-    return encode_batch
+    return encode
+
+
+def image_mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """A mesh with one axis, "images", along which a batch is shared out."""
+    return jax.make_mesh((len(devices),), ("images",), (jax.sharding.AxisType.Auto,), devices=devices)
+
+
+def on_devices(function: Callable[[Any, jax.Array], Any], mesh: jax.sharding.Mesh) -> Callable[[Any, jax.Array], Any]:
+    """The same function (parameters, images) → results, where each device of the mesh does its part of the images."""
+    return jax.shard_map(function, mesh=mesh, in_specs=(jax.P(), jax.P("images")), out_specs=jax.P("images"))
 
 
 def by_image(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
-    """The same function of a batch, to be compiled: on a CPU it goes image by image, since one image's activations stay
-    in the cache (llb/BENCHMARKS.md: 1.5 to 2 times as fast); on an accelerator all at once.
+    """The same function of a batch, for use in a compiled function. On a CPU it works image by image, since one image's
+    activations stay in the processor's cache (1.5 to 2 times as fast, llb/bench/README.md); elsewhere all at once.
 
-    function: (b, …) → a tree of (b, …), each image's result its own.
+    function: (b, …) → a tree of (b, …), each image's result independent of the others.
     """
     if jax.default_backend() != "cpu":
         return function
@@ -88,18 +100,17 @@ def by_image(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]
 
 
 def load_batches(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
-    """Decode and resize in worker threads, two batches ahead of whoever reads: uint8 (≤ ENCODE_BATCH, S, S, 3)."""
+    """Decode and resize in worker threads, two batches ahead of the reader: uint8 (≤ ENCODE_BATCH, S, S, 3)."""
     load = partial(load_image, size=size)
-    images = (image for _, image in ahead(load, paths, min(8, os.cpu_count() or 1), 2 * ENCODE_BATCH))
+    images = (image for _, image in prefetch(load, paths, min(8, os.cpu_count() or 1), 2 * ENCODE_BATCH))
     while batch := list(islice(images, ENCODE_BATCH)):
         yield np.stack(batch)
 
 
-def ahead(
+def prefetch(
     prepare: Callable[[Any], Any], items: Iterable, workers: int = 1, depth: int = 1
 ) -> Iterator[tuple[Any, Any]]:
-    """(item, prepare(item)) for each item in order; background threads prepare the next `depth` while the caller works
-    on this one."""
+    """(item, prepare(item)) for each item in order. Background threads prepare the next `depth` items meanwhile."""
     pool, pending = ThreadPoolExecutor(workers), deque()
     try:
         for item in items:
@@ -114,91 +125,86 @@ def ahead(
 
 
 def feature_shape(encoder: Encoder) -> tuple[int, int, int]:
-    """(2, T, D) of one image."""
-    return (2, encoder.tokens_per_image, encoder.spec.width)
+    return (2, encoder.tokens_per_image, encoder.spec.width)  # (2, T, D) of one image
 
 
-def streamed(encoder: Encoder, encode: Encode, paths: Sequence[Path]) -> Fetch:
-    """`--no-cache`: every row is decoded and encoded each time that it is asked for."""
+def streamed_features(encoder: Encoder, encode: Encode, paths: Sequence[Path]) -> Fetch:
+    """`--no-cache`: decode and encode the images each time they are asked for."""
 
     def fetch(indices: np.ndarray) -> np.ndarray:
         wanted = [paths[index] for index in indices.ravel()]
-        rows = np.concatenate([encode(images) for images in load_batches(wanted, encoder.image_size)])
-        return rows.reshape(*indices.shape, *feature_shape(encoder))
+        features = np.concatenate([encode(images) for images in load_batches(wanted, encoder.image_size)])
+        return features.reshape(*indices.shape, *feature_shape(encoder))
 
     return fetch
 
 
-def cached(
+def cached_features(
     encoder: Encoder, encode: Encode, paths: Sequence[Path], folder: Path, memory_gib: float, title: str
 ) -> Fetch:
-    """Features of all `paths`, computed at most once per run and shared by its stages.
+    """Features of all `paths`, computed at most once for a run and shared by its stages.
 
-    They lie in `folder`, cut into shards (00000.npy …, float16 (n, 2, T, D)). Up to `memory_gib` they are read into
-    memory; beyond it the shards are memory-mapped, and what is asked for is read. Where the disk has no room for them,
-    they are computed anew each time, as with `streamed`. A shard is there whole or not at all, so an interrupted
-    computation goes on with the next one; several processes compute every P-th shard each.
-
-    Raises:
-        UserError: an image cannot be read.
+    They lie in `folder` as shards (00000.npy …, float16 (n, 2, T, D)). Up to `memory_gib` they are read into memory;
+    beyond that the shards are memory-mapped. If the disk has no room for them, they are computed each time, as by
+    `streamed_features`. A shard is complete or absent, so an interrupted computation continues with the next one.
+    Several processes compute every P-th shard each. A UserError is raised if an image cannot be read.
     """
     shape = (len(paths), *feature_shape(encoder))
-    row_bytes = int(np.prod(shape[1:])) * 2
-    size = len(paths) * row_bytes
-    rows = max(1, SHARD_BYTES // row_bytes // ENCODE_BATCH) * ENCODE_BATCH  # in a shard
-    starts = range(0, len(paths), rows)
+    image_bytes = int(np.prod(shape[1:])) * 2
+    size = len(paths) * image_bytes
+    in_shard = max(1, SHARD_BYTES // image_bytes // ENCODE_BATCH) * ENCODE_BATCH  # images
+    starts = range(0, len(paths), in_shard)
     shards = [folder / f"{number:05}.npy" for number in range(len(starts))]
-    with processes.first_ahead(f"{title}: cache"):
-        about = {"fingerprint": _fingerprint(encoder, paths), "images in a shard": rows}
-        if _about(folder) != about:
-            if not processes.first():
+    with processes.process_0_first(f"{title}: cache"):
+        content = {"fingerprint": _fingerprint(encoder, paths), "images in a shard": in_shard}
+        if _content_of(folder) != content:
+            if not is_writer():
                 raise UserError(f"{title}: process 0 sees other images, or another {folder}; share the files")
             shutil.rmtree(folder, ignore_errors=True)
-            write_json(folder / ABOUT, about)
+            write_json(folder / CONTENT, content)
     missing = [number for number, shard in enumerate(shards) if not shard.exists()]
-    place = "in memory" if size <= memory_gib * GIB else "read from disk"
     needed, free = size * len(missing) // len(shards), shutil.disk_usage(folder).free
     if processes.agreed(needed > free):
-        say(
-            f"{title}: features of {len(paths)} images, computed each time they are needed: on the disk of {folder} "
-            f"they would take {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free"
-        )
-        return streamed(encoder, encode, paths)
-    say(f"{title}: features of {len(paths)} images{'' if missing else ' found'}, {size / GIB:.2f} GiB, {place}")
+        space = f"on the disk of {folder} they need {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free"
+        say(f"{title}: features of {len(paths)} images are computed each time they are needed: {space}")
+        return streamed_features(encoder, encode, paths)
+    state = "to compute" if missing else "already computed"
+    place = "in memory" if size <= memory_gib * GIB else "read from disk"
+    say(f"{title}: features of {len(paths)} images, {state}, {size / GIB:.2f} GiB, {place}")
 
     own = [number for number in missing if number % jax.process_count() == jax.process_index()]
-    wanted = [path for number in own for path in paths[starts[number] : starts[number] + rows]]
+    wanted = [path for number in own for path in paths[starts[number] : starts[number] + in_shard]]
     with progress(total=len(wanted), desc=title, unit="image") as bar:
         batches = load_batches(wanted, encoder.image_size)
         for number in own:
             parts = []
-            for images in islice(batches, rows // ENCODE_BATCH):  # fewer in the last shard
+            for images in islice(batches, in_shard // ENCODE_BATCH):  # fewer in the last shard
                 parts.append(encode(images))
                 bar.update(len(images))
-            atomic(shards[number], partial(np.save, arr=np.concatenate(parts)))
+            atomic(shards[number], partial(np.save, arr=np.concatenate(parts)), by_any_process=True)
     processes.wait(f"{title}: shards")
 
     if size <= memory_gib * GIB:
         everything = np.empty(shape, np.float16)
         for start, shard in zip(starts, shards):
-            everything[start : start + rows] = np.load(shard)
+            everything[start : start + in_shard] = np.load(shard)
         return everything.__getitem__
     opened = lru_cache(maxsize=OPEN_SHARDS)(partial(np.load, mmap_mode="r"))
 
     def fetch(indices: np.ndarray) -> np.ndarray:
-        found = np.empty((*indices.shape, *shape[1:]), np.float16)
-        for number in np.unique(indices // rows):
-            here = indices // rows == number
-            found[here] = opened(shards[number])[indices[here] % rows]
-        return found
+        features = np.empty((*indices.shape, *shape[1:]), np.float16)
+        for number in np.unique(indices // in_shard):
+            here = indices // in_shard == number
+            features[here] = opened(shards[number])[indices[here] % in_shard]
+        return features
 
     return fetch
 
 
-def _about(cache: Path) -> Any:
-    """What a cache is of; None where that cannot be told, and it is made anew."""
+def _content_of(cache: Path) -> Any:
+    """What a cache says it holds; None if it does not say, and then it is computed again."""
     try:
-        return read_json(cache / ABOUT, "") if (cache / ABOUT).exists() else None
+        return read_json(cache / CONTENT, "") if (cache / CONTENT).exists() else None
     except UserError:
         return None
 

@@ -1,8 +1,8 @@
 """Files appear whole or not at all, and bad input is one helpful line.
 
-The files of a run go through `atomic`: a temporary file beside the target, flushed to the disk, then renamed over it.
-Whoever kills the program finds the old file or the new one, never half of one. (Folders of many files, such as
-checkpoints, the embedded set and --save-maps, are renamed as a whole.)
+`atomic` writes a temporary file beside the target, flushes it to the disk and renames it over the target. A killed
+program leaves the old file or the new one, never half of one. Of several processes (llb.processes) only process 0
+writes: that is decided here, so that no script has to.
 """
 
 import csv
@@ -10,21 +10,30 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
 class UserError(Exception):
-    """Bad input: one line that names the file or flag and the mend. The scripts print it and exit with status 2."""
+    """Bad input: one line that names the file or flag and the fix. The scripts print it and exit with status 2."""
 
 
-def atomic(path: Path | str, write: Callable[[Path], Any]) -> None:
+def is_writer() -> bool:
+    """Whether this process writes files and prints lines: process 0, or the only one."""
+    jax = sys.modules.get("jax")  # not imported: whoever has not started JAX is the only process
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def atomic(path: Path | str, write: Callable[[Path], Any], by_any_process: bool = False) -> None:
     """Let `write(temporary_path)` make a file, then rename it to `path`.
 
-    The temporary name keeps the ending, because image writers choose the format by it; and it is the same each time, so
-    what a killed program has left is written over.
+    The temporary name keeps the ending, because image writers choose the format by it. It is the same each time, so the
+    next call overwrites what a killed program has left. by_any_process: written even if this is not process 0.
     """
+    if not (by_any_process or is_writer()):
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -43,34 +52,31 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write JSON; not-a-number is refused, since JSON has no word for it (an undefined metric is null)."""
+    """Write JSON. Not-a-number is refused, since JSON cannot hold it (an undefined metric is null)."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_csv(path: Path | str, header: list[str], rows: list[list[Any]]) -> None:
     """Write a CSV table, RFC 4180 quoting, \\n line ends. Floats are written by repr: they read back bit for bit."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
     write_text(path, buffer.getvalue())
 
 
-def discard(folder: Path) -> None:
-    """Delete a folder. It is renamed first: whoever is interrupted while deleting leaves none that looks whole."""
-    rest = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(rest, ignore_errors=True)
-    if folder.is_dir():
-        folder.rename(rest)
-        shutil.rmtree(rest, ignore_errors=True)
+def discard(*paths: Path) -> None:
+    """Delete files and folders, if they are there. A folder is renamed first, so half of one never looks whole."""
+    for path in paths if is_writer() else ():
+        remains = path.with_name(f".{path.name}.old")
+        shutil.rmtree(remains, ignore_errors=True)
+        if path.is_dir():
+            path.rename(remains)
+            shutil.rmtree(remains, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def writable(folder: Path, flag: str = "--out") -> list[str]:
-    """Make a folder that can be written, if it is not there; the names in it, sorted.
-
-    Raises:
-        UserError: it cannot be written, or read; `flag` is what it was given by.
-    """
+def check_writable(folder: Path, flag: str = "--out") -> list[str]:
+    """Make a folder if it is not there, and return the sorted names in it. If that fails, a UserError names `flag`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
@@ -81,18 +87,18 @@ def writable(folder: Path, flag: str = "--out") -> list[str]:
         raise UserError(f"{flag} {folder} cannot be written ({error.strerror}): give a folder of your own") from None
 
 
-def writable_file(file: str, flag: str) -> None:
-    """Raise a UserError if `file`, given by `flag`, could not be written at the end."""
-    writable(Path(file).parent, flag)
+def check_writable_file(file: str, flag: str) -> None:
+    """Raise a UserError if `file`, named by `flag`, could not be written at the end."""
+    check_writable(Path(file).parent, flag)
     if Path(file).is_dir():
         raise UserError(f"{flag} {file} is a folder: name a file in it")
 
 
-def read_json(path: Path | str, mend: str) -> Any:
-    """Read JSON that llb wrote; a file that was damaged by hand is a UserError that names it, and the mend."""
+def read_json(path: Path | str, advice: str) -> Any:
+    """Read JSON that llb wrote. A damaged file raises a UserError that ends with `advice`."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {mend}") from None
+        raise UserError(f"{path} is not valid JSON ({error}); {advice}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

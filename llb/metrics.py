@@ -1,17 +1,13 @@
 """How well scores rank defects: AUROC, AP and F1-max of images and of pixels, AUPRO of pixels.
 
-Each distinct score is a threshold; equal scores pass it together. One fact keeps that cheap: the curves bend only at
-scores that a *defective* image or pixel has. Between two of them a falling threshold adds false positives alone: the
-ROC and the per-region-overlap curve run level, precision and F1 fall.
+Each distinct score is a threshold, and equal scores pass it together. The curves bend only at the scores of *defective*
+images or pixels, so only these are computed. Between two of them a falling threshold only adds false positives: the ROC
+and the per-region-overlap curve run level, precision and F1 fall.
 
-Pixels are judged at once or as they come:
-
-    pixel_metrics(masks, maps)                  exact: sorts all pixels, so all are in memory
-
-    counts = PixelCounts()                      a histogram of the scores, equally large however many maps there are
-    counts = accumulate(counts, masks, maps)    … for each batch
-    pixel_metrics_of(counts)                    takes scores that share a bin for equal,
-    pixel_metrics_error(counts)                 which changes the metrics by at most this: on smooth maps by about 1e-6
+There are two ways to judge pixels. `pixel_metrics` is exact, but sorts all pixels, so all must fit into memory. A
+PixelCounts is a histogram of the scores, whose size does not depend on the images: `accumulate` adds a batch of maps,
+`pixel_metrics_of` treats scores in the same bin as equal, and `pixel_metrics_error` bounds the difference to the exact
+value (about 1e-6 on smooth maps).
 
 Sources: AUPRO: Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, and Real-IAD (CVPR 2024). AP and
 F1-max: precision and recall at every threshold, AP without interpolation.
@@ -31,60 +27,46 @@ AUPRO_LIMIT = 0.3  # the false-positive rate up to which the per-region overlap 
 BINS = 2**22  # of a PixelCounts, at most: 100 MB (and at least 2**16, one for each page)
 
 
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """int (N,): 1 for the highest score (the first suspect); of equal scores the earlier image ranks first."""
+    order = np.argsort(-scores, kind="stable")
+    return np.argsort(order) + 1  # argsort inverts a permutation
+
+
 def image_metrics(labels: Sequence[int | None] | np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
-    """Image AUROC, AP and F1-max.
+    """Image AUROC, AP and F1-max, 0..1; None if a label is unknown or a class is missing (`why_undefined`).
 
-    Args:
-        labels: (N,), 0 normal, 1 anomalous, None unknown.
-        scores: float (N,), higher is more anomalous.
-
-    Returns:
-        Fractions in 0..1, or None for all three if a label is unknown or only one class is there (`why_undefined`).
-
-    Raises:
-        UserError: a score is not finite.
+    labels: (N,), 0 normal, 1 defective, None unknown.
+    scores: float (N,), higher is more defective. A UserError is raised if one is not finite.
     """
     scores = np.asarray(scores)
     _check_finite(scores, "image scores")
-    if any(label is None for label in labels):
+    if any(label is None for label in labels) or not 0 < sum(labels) < len(labels):
         return dict.fromkeys(IMAGE_METRICS)
-    anomalous = np.array(labels, bool)
-    positives, negatives = np.sort(scores[anomalous]), np.sort(scores[~anomalous])
-    if not len(positives) or not len(negatives):
-        return dict.fromkeys(IMAGE_METRICS)
+    defective = np.array(labels, bool)
+    positives, negatives = np.sort(scores[defective]), np.sort(scores[~defective])
     return dict(zip(IMAGE_METRICS, _ranking(*_counts(positives, negatives), len(positives), len(negatives))))
 
 
 def pixel_metrics(masks: np.ndarray | None, maps: np.ndarray) -> dict[str, float | None]:
-    """Pixel AUROC, AP, F1-max and AUPRO over all pixels of all images.
+    """Pixel AUROC, AP, F1-max and AUPRO over all pixels of all images, 0..1; None for all four without masks, without a
+    defective or without a normal pixel (`why_undefined`).
 
     AUPRO: the share of a defect region that is found, averaged over all regions (8-connected components of each mask),
     as a function of the false-positive rate over all normal pixels; its mean over rates from 0 to 0.3, with linear
     interpolation between thresholds and at 0.3.
 
-    Args:
-        masks: bool (M, H, W), True where defective, all False for a normal image; None when masks are unknown.
-        maps: float32 (M, H, W), higher is more anomalous.
-
-    Returns:
-        Fractions in 0..1, or None for all four without masks, without a defective or without a normal pixel
-        (`why_undefined`).
-
-    Raises:
-        UserError: a map is not finite.
+    masks: bool (M, H, W), True where defective, all False for a normal image; None when masks are unknown.
+    maps: float32 (M, H, W), higher is more defective. A UserError is raised if one is not finite.
     """
     maps = np.asarray(maps)
     _check_finite(maps, "anomaly maps")
-    if masks is None:
+    if masks is None or not np.any(masks) or np.all(masks):
         return dict.fromkeys(PIXEL_METRICS)
     masks = np.asarray(masks, bool)
-    positives, negatives = maps[masks], maps[~masks]
-    if not len(positives) or not len(negatives):
-        return dict.fromkeys(PIXEL_METRICS)
     weights, regions = _region_weights(masks)
-    negatives.sort()
-    order = np.argsort(positives)
-    positives, weights = positives[order], weights[order]
+    order, negatives = np.argsort(maps[masks]), np.sort(maps[~masks])
+    positives, weights = maps[masks][order], weights[order]
     tp, fp, fp_above = _counts(positives, negatives)
     overlap = np.cumsum(weights[::-1])[tp - 1] / regions
     return _pixel_metrics(tp, fp, fp_above, overlap, len(positives), len(negatives))
@@ -94,34 +76,26 @@ def pixel_metrics(masks: np.ndarray | None, maps: np.ndarray) -> dict[str, float
 class PixelCounts:
     """A histogram of the scores of all pixels seen so far.
 
-    The bits of a float32, read as an integer, are ordered as the numbers are (`_keys`). The integer's upper half is a
-    page: 65,536 neighbouring floats. Only pages that a score has fallen into have bins, all equally many. Up to BINS
-    each of their floats has its own bin; beyond, bins are joined in pairs, on every page alike, until they fit. So bins
-    are narrow wherever the scores lie, and follow from the pages seen alone, whatever the order of the maps and
-    however they are cut into batches.
+    The bits of a float32, read as an integer, have the order of the numbers (`_keys`). The integer's upper half names a
+    page: 65,536 neighbouring floats. A page has bins once a score falls into it, and all pages have equally many. Up to
+    BINS in total, each float has its own bin. Beyond that, bins are joined in pairs, on all pages, until they fit. So
+    bins are narrow where the scores are, and they do not depend on the order of the maps or on the batches.
 
-    pages: int64 (G,), ascending.
-    table: float64 (3, G, bins of a page). Row 0 counts all pixels, row 1 the defective ones, row 2 sums 1 / size of the
-        region that a defective pixel lies in.
-    regions: number of regions.
-    known: False once a batch came without masks.
+    In the table row 0 counts all pixels, row 1 the defective ones, row 2 sums 1 / size of the region that a defective
+    pixel lies in.
     """
 
-    pages: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    table: np.ndarray = field(default_factory=lambda: np.zeros((3, 0, 2**16)))
+    pages: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (G,), ascending
+    table: np.ndarray = field(default_factory=lambda: np.zeros((3, 0, 2**16)))  # float64 (3, G, bins of a page)
     regions: int = 0
-    known: bool = True
+    known: bool = True  # False once a batch came without masks
 
 
 def accumulate(counts: PixelCounts, masks: np.ndarray | None, maps: np.ndarray) -> PixelCounts:
-    """The counts with a batch of maps added.
+    """Add a batch of maps to the counts. A UserError is raised if a map is not finite.
 
-    Args:
-        masks: bool (m, H, W), True where defective; None when unknown, which leaves the metrics of all undefined.
-        maps: float32 (m, H, W), any finite numbers. Sizes may differ between batches.
-
-    Raises:
-        UserError: a map is not finite.
+    masks: bool (m, H, W), True where defective; None when unknown: then the metrics of all are undefined.
+    maps: float32 (m, H, W); sizes may differ between batches.
     """
     maps = np.asarray(maps, np.float32)
     _check_finite(maps, "anomaly maps")
@@ -146,11 +120,7 @@ def accumulate(counts: PixelCounts, masks: np.ndarray | None, maps: np.ndarray) 
 
 
 def pixel_metrics_of(counts: PixelCounts) -> dict[str, float | None]:
-    """`pixel_metrics` of everything accumulated, scores in the same bin taken for equal.
-
-    Returns:
-        As `pixel_metrics`; None for all four, too, if a batch came without masks.
-    """
+    """`pixel_metrics` of everything that was accumulated; None for all four, too, if a batch came without masks."""
     tp, fp, fp_above, overlap, positives, negatives = _curves(counts)
     if not positives or not negatives:
         return dict.fromkeys(PIXEL_METRICS)
@@ -158,13 +128,10 @@ def pixel_metrics_of(counts: PixelCounts) -> dict[str, float | None]:
 
 
 def pixel_metrics_error(counts: PixelCounts) -> dict[str, float]:
-    """How far `pixel_metrics_of` can be from `pixel_metrics` of the same maps, whatever the order within the bins.
+    """An upper bound of the absolute difference between `pixel_metrics_of` and `pixel_metrics`, for each metric.
 
-    The order matters most where all defective pixels of a bin outrank its normal ones, or none does.
-
-    Returns:
-        An upper bound of the absolute difference for each metric; all 0 while each bin is a single float, and where the
-        metrics are undefined.
+    It holds for any order within the bins: the order matters most where all defective pixels of a bin outrank its
+    normal ones, or none does. It is 0 while each bin is a single float, and where the metrics are undefined.
     """
     tp, fp, fp_above, overlap, positives, negatives = _curves(counts)
     if not positives or not negatives or counts.table.shape[2] == 2**16:
@@ -190,23 +157,20 @@ def pixel_metrics_error(counts: PixelCounts) -> dict[str, float]:
 
 
 def purification(labels: Sequence[int | None], scores: np.ndarray, kept: np.ndarray) -> dict[str, int | float | None]:
-    """What purification did to the training set.
+    """How purification changed the training set.
 
-    Args:
-        labels: (N,), 0 normal, 1 anomalous, None unknown.
-        scores: float (N,), stage 1's aggregated scores.
-        kept: bool (N,), what stage 2 trains on.
+    n and kept: numbers of images; contamination_before and contamination_after: shares of defective images among all
+    and among the kept ones; train_auroc: the ranking AUROC. Without labels all but n and kept are None.
 
-    Returns:
-        n and kept, numbers of images; contamination_before and contamination_after, shares of anomalous images among
-        all and among the kept ones; train_auroc, the AUROC of the scores. What labels are needed for is None without.
+    labels: (N,), 0 normal, 1 defective, None unknown; scores: float (N,), stage 1's aggregated scores; kept: bool (N,),
+    the images that stage 2 trains on.
     """
     kept = np.asarray(kept, bool)
     facts = {"n": len(labels), "kept": int(kept.sum()), "contamination_before": None, "contamination_after": None}
     if len(labels) and not any(label is None for label in labels):
-        anomalous = np.array(labels, bool)
-        facts["contamination_before"] = float(anomalous.mean())
-        facts["contamination_after"] = float(anomalous[kept].mean()) if kept.any() else None
+        defective = np.array(labels, bool)
+        facts["contamination_before"] = float(defective.mean())
+        facts["contamination_after"] = float(defective[kept].mean()) if kept.any() else None
     return facts | {"train_auroc": image_metrics(labels, scores)["image_auroc"]}
 
 
@@ -215,24 +179,22 @@ def why_undefined(metric: str, labels: Sequence[int | None]) -> str:
     if not len(labels):
         return "there is no image to judge"
     if any(label is None for label in labels):
-        return "it is not known which images are anomalous"
+        return "it is not known which images are defective"
     if not any(labels):
-        return "no image is anomalous"
+        return "no image is defective"
     if metric.startswith("pixel_"):
-        return "an anomalous image has no mask, or the masks leave no defective or no normal pixel"
+        return "a defective image has no mask, or the masks leave no defective or no normal pixel"
     return "no image is normal"
 
 
-def _check_finite(scores: np.ndarray, what: str) -> None:
+def _check_finite(scores: np.ndarray, name: str) -> None:
     if not np.isfinite(scores).all():
-        raise UserError(f"the {what} are not all finite: train the detector anew with a lower --learning-rate")
+        raise UserError(f"the {name} are not all finite: train the detector again with a lower --learning-rate")
 
 
 def _region_weights(masks: np.ndarray) -> tuple[np.ndarray, int]:
     """1 / size of its region for each of the P defective pixels, float64 (P,) in the order of maps[masks]; and how many
-    regions there are.
-
-    So the sum over the found pixels, divided by the number of regions, is the mean over regions of the found share.
+    regions there are. The sum over the found pixels / the number of regions = the mean over regions of the found share.
     """
     weights, regions = [np.zeros(0)], 0
     for mask in masks:
@@ -274,11 +236,8 @@ def _curves(counts: PixelCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 def _counts(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What passes each threshold, for the U distinct positive scores in ascending order; both arguments are sorted.
-
-    Returns:
-        int (U,) each: true positives (≥ threshold), false positives (≥ threshold), false positives > threshold.
-    """
+    """How many true positives (≥ threshold), false positives (≥ threshold) and false positives > threshold there are
+    for the U distinct positive scores in ascending order: int (U,) each. Both arguments are sorted."""
     first = np.flatnonzero(np.append(True, positives[1:] != positives[:-1]))
     thresholds = positives[first]
     fp = len(negatives) - np.searchsorted(negatives, thresholds, side="left")
@@ -297,9 +256,7 @@ def _pixel_metrics(tp, fp, fp_above, overlap, positives: int, negatives: int) ->
     return dict(zip(PIXEL_METRICS, (*ranking, _aupro(overlap, fp, fp_above, negatives))))
 
 
-def _ranking(
-    tp: np.ndarray, fp: np.ndarray, fp_above: np.ndarray, positives: int, negatives: int
-) -> tuple[float, float, float]:
+def _ranking(tp, fp, fp_above, positives: int, negatives: int) -> tuple[float, float, float]:
     """AUROC, AP and F1-max from `_counts`; F1 = 2PR / (P + R) = 2 TP / (positives + TP + FP)."""
     here = _steps(tp)  # positives that have just this score
     # Mann and Whitney: how many negatives a positive outranks, a tie counting half

@@ -1,12 +1,14 @@
-"""From N × K scores to the purified set. Neither labels nor the noise ratio are known here.
+"""From N × K scores to the purified set. These functions know neither labels nor the noise ratio.
 
-Source: LLBNAD (arXiv 2508.07441): normal images are learned alike by every sub-model, anomalies are not, so the
-aggregated score of an anomaly is high whether or not a sub-model was trained on it.
+Source: LLBNAD (arXiv 2508.07441). Every sub-model learns normal images in the same way, but not defective ones. So the
+aggregated score of a defective image is high, even if one sub-model was trained on it.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from llb.metrics import ranks
 
 AGGREGATES = ("mean", "median", "max", "out-of-fold", "max-var")
 
@@ -20,16 +22,13 @@ def partition(key: jax.Array, images: int, submodels: int) -> np.ndarray:
 
 
 def aggregate(scores: jax.Array, subset: jax.Array, how: str) -> jax.Array:
-    """The K scores of each image become one.
+    """Combine the K scores of each image into one: float32 (N,).
 
     Args:
         scores: float32 (N, K), image scores of the sub-models.
         subset: int32 (N,), the sub-model that was trained on the image.
-        how: "mean" (the paper's); "median"; "max"; "out-of-fold", the mean over the sub-models that never saw the image
-            (K ≥ 2); "max-var", the maximum times the variance (the released code's).
-
-    Returns:
-        float32 (N,).
+        how: "mean" (the paper's); "median"; "max"; "out-of-fold", the mean over the sub-models that were not trained on
+            the image (K ≥ 2); "max-var", the maximum times the variance (the released code's).
     """
     if how == "mean":
         return scores.mean(axis=1)
@@ -45,33 +44,24 @@ def aggregate(scores: jax.Array, subset: jax.Array, how: str) -> jax.Array:
     raise ValueError(f"aggregate is one of {AGGREGATES}, not {how!r}")
 
 
-def ranks(scores: np.ndarray) -> np.ndarray:
-    """int (N,): 1 for the highest score (the first suspect); of equal scores the earlier image ranks first."""
-    order = np.argsort(-scores, kind="stable")
-    rank = np.empty(len(scores), int)
-    rank[order] = np.arange(1, len(scores) + 1)
-    return rank
-
-
 def keep_lowest(scores: np.ndarray, share: float) -> np.ndarray:
     """bool (N,): the round(share · N) lowest scores (at least one); of equal scores the later image is kept."""
-    kept = max(1, round(share * len(scores)))
-    return ranks(scores) > len(scores) - kept
+    return ranks(scores) > len(scores) - max(1, round(share * len(scores)))
 
 
 def keep_auto(scores: np.ndarray, width: float = 2.5) -> np.ndarray:
-    """bool (N,): which images look normal, by the scores alone.
+    """bool (N,): which images look normal, judged by the scores only.
 
-    Normal images are the majority and score low; defects only ever add to the upper side. So the lower side shows what
-    normal scores look like, and the upper side is judged by its mirror image, on the logarithm of the scores, whose
-    noise is closer to symmetric:
+    Normal images are the majority and score low. Defective images score high. So the lower half of the distribution
+    consists of normal images, and its mirror image shows how far normal scores reach upwards. This is done on the
+    logarithm of the scores, whose noise is closer to symmetric:
 
         c = mean of the shortest interval that holds half of log s    (robust while normal images are the majority)
         w = 1.4826 · median(c − log s) over the images with log s ≤ c    (half a median absolute deviation, as a σ)
         keep where log s ≤ c + 2.5 w
 
-    There is no ratio to set: with many defects many are dropped; without any nearly everything is kept, unless normal
-    images' scores have a long upper tail. It takes some dozens of images: of two, the higher is always dropped.
+    No ratio is set: with many defects it drops many images, without any it keeps nearly all, unless the scores of
+    normal images have a long upper tail. It needs some dozens of images: of two, it always drops the higher.
     """
     logs = np.log(np.maximum(scores, np.finfo(np.float32).tiny).astype(np.float64))
     ordered = np.sort(logs)

@@ -1,11 +1,10 @@
-"""Stage 1 as the released code goes about it, in plain JAX, NumPy and SciPy: what `python -m llb.bench` compares with.
+"""Stage 1 as the released code does it, in plain JAX, NumPy and SciPy: `python -m llb.bench` compares with it.
 
-The arithmetic is that of llb.encoder, llb.dinomaly and llb.metrics, written anew; what differs is the organisation
-(LLBNAD, arXiv 2508.07441, and its repository): the frozen encoder runs again for every batch of every sub-model,
-attention forms its (T, T) matrix, sub-models are trained and applied one after the other, maps are upsampled and
-blurred image by image, AUPRO labels the defects anew at every threshold (the released loop; the release can also leave
-that to a CUDA program). Weights are the trees of llb.encoder and
-llb.dinomaly, so both ways can be given the same.
+The arithmetic is that of llb.encoders, llb.detectors.dinomaly and llb.metrics, written a second time. The organisation
+differs (LLBNAD, arXiv 2508.07441, and its repository): the frozen encoder runs again for every batch of every
+sub-model; attention forms its (T, T) matrix; sub-models are trained and applied one after the other; maps are upsampled
+and blurred image by image; AUPRO labels the defects again at every threshold (the released loop; the release also has a
+CUDA program for it). Weights are the same trees as llb's, so both ways can get the same weights.
 
     images   uint8 (B, S, S, 3)      features  float32 (B, 2, T, D)
     decoded  float32 (B, 2, P, D)    distance  float32 (B, 2, P)      map  float32 (S, S)
@@ -20,11 +19,15 @@ import optax
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from llb.dinomaly import ATTENTION_EPS, BLUR_SIGMA, COSINE_EPS, TOP_FRACTION
-from llb.encoder import Spec, interpolate_positions
+from llb.bench.common import Stage, Way, multiply_adds, random_distances
+from llb.detectors.dinomaly import ATTENTION_EPS, BLUR_SIGMA, COSINE_EPS, TOP_FRACTION, Dinomaly
+from llb.detectors.recipes import hard_positions, make_optimizer
+from llb.encoders import Encoder
+from llb.encoders.specs import Spec
+from llb.encoders.vit import interpolate_positions
+from llb.images import load_image, normalise
 from llb.metrics import AUPRO_LIMIT
-from llb.optimizer import make_optimizer
-from llb.stem import normalise
+from llb.train import Training
 
 THRESHOLDS = 100  # of the released AUPRO
 
@@ -94,8 +97,8 @@ def encode(params: dict, images: jax.Array, spec: Spec) -> jax.Array:
     return jnp.stack([sum(outputs[block] for block in group) / len(group) for group in spec.groups], axis=1)
 
 
-def decode(params: dict, features: jax.Array, model, key: jax.Array | None = None) -> jax.Array:
-    """float32 (B, 2, T, D) → (B, 2, P, D). model: llb.dinomaly.Dinomaly, for its sizes; with a key, dropout acts."""
+def decode(params: dict, features: jax.Array, model: Dinomaly, key: jax.Array | None = None) -> jax.Array:
+    """float32 (B, 2, T, D) → (B, 2, P, D). model: for its sizes; key: of the dropout, None for no dropout."""
 
     def drop(x: jax.Array, place: int) -> jax.Array:
         if key is None or model.dropout == 0:
@@ -119,7 +122,9 @@ def distance(a: jax.Array, b: jax.Array) -> jax.Array:
     return 1 - (a * b).sum(-1) / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), COSINE_EPS)
 
 
-def loss(params: dict, features: jax.Array, model, hard: jax.Array, factor: float, key: jax.Array) -> jax.Array:
+def loss(
+    params: dict, features: jax.Array, model: Dinomaly, hard: jax.Array, factor: float, key: jax.Array
+) -> jax.Array:
     """Dinomaly's loss with hard mining; the gradient at easy positions is multiplied by `factor`."""
     decoded, target = decode(params, features, model, key), features[:, :, -model.patches :]
     losses = []
@@ -139,32 +144,40 @@ compiled_encode = jax.jit(encode, static_argnames="spec")
 
 
 @partial(jax.jit, static_argnames=("spec", "training"), donate_argnames="state")
-def train_step(encoder_params, state, images, key, steps_per_pass, hard, spec: Spec, training):
-    """One step of ONE sub-model, the frozen encoder included. state: {"params", "opt"} → state, loss."""
+def train_step(encoder_params, state, images, own, spec: Spec, training: Training):
+    """One step of ONE sub-model, the frozen encoder included.
+
+    state: {"params", "opt"}, donated; own: {"key", "steps_per_pass", "hard"}, scalars → state, loss.
+    """
     features = encode(encoder_params, images, spec)
     value, gradient = jax.value_and_grad(loss)(
-        state["params"], features, training.model, hard, training.recipe.easy_factor, key
+        state["params"], features, training.model, own["hard"], training.recipe.easy_factor, own["key"]
     )
-    updates, opt = optimizer(training, steps_per_pass).update(gradient, state["opt"], state["params"])
+    updates, opt = optimizer(training, own["steps_per_pass"]).update(gradient, state["opt"], state["params"])
     return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, value
 
 
-def optimizer(training, steps_per_pass) -> optax.GradientTransformation:
-    """The product's own: what is compared is not the optimiser."""
+def new_state(training: Training, params: dict, steps_per_pass: int) -> dict:
+    """The state before the first step; `params` are copied, since a step donates its state."""
+    return jax.tree.map(jnp.array, {"params": params, "opt": optimizer(training, steps_per_pass).init(params)})
+
+
+def optimizer(training: Training, steps_per_pass) -> optax.GradientTransformation:
+    """llb's own: the optimiser is not compared."""
     return make_optimizer(training.recipe, training.learning_rate, training.steps, steps_per_pass)
 
 
 @partial(jax.jit, static_argnames=("spec", "model"))
-def distances(encoder_params, params, images, spec: Spec, model) -> jax.Array:
+def distances(encoder_params, params, images, spec: Spec, model: Dinomaly) -> jax.Array:
     """ONE sub-model on a batch of images, the encoder included → float32 (B, 2, P)."""
     features = encode(encoder_params, images, spec)
     return distance(decode(params, features, model), features[:, :, -model.patches :])
 
 
-def score(encoder_params, params, images, spec: Spec, model) -> np.ndarray:
+def score(encoder_params, params, images, spec: Spec, model: Dinomaly) -> np.ndarray:
     """ONE sub-model's image scores, (B,): the maps' highest 1 %."""
-    found = np.asarray(distances(encoder_params, params, images, spec=spec, model=model))
-    return np.array([top_mean(heat_map(one, images.shape[1])) for one in found])
+    batch = np.asarray(distances(encoder_params, params, images, spec=spec, model=model))
+    return np.array([top_mean(heat_map(distance, images.shape[1])) for distance in batch])
 
 
 def top_mean(heat: np.ndarray) -> float:
@@ -176,13 +189,13 @@ def upsample(grid: np.ndarray, size: int) -> np.ndarray:
     position = np.linspace(0, len(grid) - 1, size, dtype=np.float32)
     low = np.minimum(position.astype(int), max(len(grid) - 2, 0))
     high = np.minimum(low + 1, len(grid) - 1)
-    share = position - low.astype(np.float32)  # an integer would make all of it float64, which takes twice as long
-    rows = grid[low] * (1 - share)[:, None] + grid[high] * share[:, None]
-    return rows[:, low] * (1 - share) + rows[:, high] * share
+    weight = position - low.astype(np.float32)  # an integer would make all of it float64, which takes twice as long
+    rows = grid[low] * (1 - weight)[:, None] + grid[high] * weight[:, None]
+    return rows[:, low] * (1 - weight) + rows[:, high] * weight
 
 
 def heat_map(distance: np.ndarray, size: int) -> np.ndarray:
-    """float32 (2, P), one image's → (size, size): each group upsampled, their mean, SciPy's Gaussian at full size."""
+    """One image's distances, float32 (2, P) → (size, size): each group upsampled, their mean, SciPy's Gaussian."""
     side = round(distance.shape[1] ** 0.5)
     mean = np.mean([upsample(group.reshape(side, side), size) for group in distance], axis=0)
     return ndimage.gaussian_filter(mean, BLUR_SIGMA)
@@ -206,20 +219,90 @@ def pixel_metrics(masks: np.ndarray, maps: np.ndarray) -> dict[str, float]:
 def aupro(masks: np.ndarray, maps: np.ndarray, thresholds: int = THRESHOLDS) -> float:
     """Per-region overlap up to a false-positive rate of 0.3, at equally spaced thresholds.
 
-    Follows the released loop (every mask's connected components again at every threshold), but for the released
-    rescaling of the rates, which is not the metric's definition.
+    Follows the released loop (every mask's connected components again at every threshold). Only its rescaling of the
+    rates is left out, since the metric's definition has none.
     """
     rates, overlaps = [1.0], [1.0]
     for threshold in np.linspace(maps.min(), maps.max(), thresholds, endpoint=False)[1:]:
         above = maps > threshold
-        found = []
-        for mask, one in zip(masks, above):
+        parts = []
+        for mask, passed in zip(masks, above):
             labelled, regions = ndimage.label(mask, structure=np.ones((3, 3)))
-            found += [one[labelled == region].mean() for region in range(1, regions + 1)]
+            parts += [passed[labelled == region].mean() for region in range(1, regions + 1)]
         rates.append((above & ~masks).sum() / (~masks).sum())
-        overlaps.append(np.mean(found))
+        overlaps.append(np.mean(parts))
     rates, overlaps = np.array([*rates, 0.0])[::-1], np.array([*overlaps, 0.0])[::-1]
     inside = rates <= AUPRO_LIMIT
     rate = np.append(rates[inside], AUPRO_LIMIT)
     overlap = np.append(overlaps[inside], np.interp(AUPRO_LIMIT, rates, overlaps))
     return np.trapezoid(overlap, rate) / AUPRO_LIMIT
+
+
+# ---- the work to time ----
+
+
+def count_work(encoder: Encoder, training: Training) -> dict[str, int]:
+    """Multiply-adds that stage 1 needs: of the encoder and of one sub-model, for one image each.
+
+    Counted in the programs above, so work that an implementation repeats does not raise its rate.
+    """
+    spec, model, size = encoder.spec, training.model, encoder.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+    features = jax.eval_shape(partial(encode, spec=spec), encoder.params, image)
+    params = jax.eval_shape(model.init, jax.random.key(0), features)["params"]
+    hard = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def gradient(params, features, hard):
+        return jax.value_and_grad(loss)(params, features, model, hard, 0.1, jax.random.key(0))
+
+    return {
+        "encoder": multiply_adds(partial(encode, spec=spec), encoder.params, image),
+        "sub-model": multiply_adds(partial(decode, model=model), params, features),
+        "sub-model and gradient": multiply_adds(gradient, params, features, hard),
+    }
+
+
+def stage1_ways(stage: Stage, rounds: int) -> dict[str, Way]:
+    """Encoder, training and scoring. The rounds divide the steps and the images of every sub-model among them."""
+    encoder, training, spec = stage.encoder, stage.training, stage.encoder.spec
+    size, random = training.batch_size, np.random.default_rng(2)
+    hard = np.int32(hard_positions(training.recipe, 0, size * training.model.patches))
+    steps, batches = -(-training.steps // rounds), -(-len(stage.images) // size // rounds)
+
+    def batch(number: int) -> np.ndarray:
+        return np.take(stage.images, np.arange(number * size, (number + 1) * size), axis=0, mode="wrap")
+
+    def encoding(batches: int = batches) -> None:
+        for number in range(batches):
+            np.asarray(compiled_encode(encoder.params, batch(number), spec=spec))
+
+    def training_steps(steps: int = steps) -> None:
+        for subset, params in zip(stage.subsets, stage.params):
+            passes = np.int32(-(-len(subset) // size))
+            state = new_state(training, params, passes)
+            for step in range(steps):
+                images = stage.images[random.choice(subset, size)]
+                own = {"key": jax.random.fold_in(jax.random.key(0), step), "steps_per_pass": passes, "hard": hard}
+                state, value = train_step(encoder.params, state, images, own, spec=spec, training=training)
+                float(value)  # as the released loop does, for its log
+
+    def scoring(batches: int = batches, submodels: int = len(stage.params)) -> None:
+        for params in stage.params[:submodels]:
+            for number in range(batches):
+                score(encoder.params, params, batch(number), spec, training.model)
+
+    return {
+        "encoder": Way(encoding, batches * size, partial(encoding, 1)),
+        "training step": Way(training_steps, steps, partial(training_steps, 1)),
+        "scoring": Way(scoring, batches * size, partial(scoring, 1, 1)),
+    }
+
+
+def other_ways(stage: Stage, masks: np.ndarray, maps: np.ndarray) -> dict[str, Way]:
+    """Decoding, map post-processing and pixel metrics."""
+    size, batch = stage.encoder.image_size, random_distances(stage)
+    return {
+        "decoding": Way(lambda: np.stack([load_image(path, size) for path in stage.paths]), len(stage.paths)),
+        "maps": Way(lambda: np.stack([heat_map(distance, size) for distance in batch]), len(batch)),
+        "pixel metrics": Way(lambda: pixel_metrics(masks, maps), len(maps), lambda: None),
+    }

@@ -1,11 +1,13 @@
-"""Five drawn materials with planted defects, of kinds that no pre-training image shows: what `tiny` is chosen by.
+"""Draw the held-out materials: five surfaces with planted defects, by which `tiny` is chosen.
 
-    from llb.heldout import write_heldout
+    from llb.tiny.heldout import write_heldout
     write_heldout(Path("heldout"))     # heldout/{bricks,knit,labyrinth,perforated,weave}: an MVTec-style root
 
-llb.textures draws what `tiny` learns from, this file what it is judged by (llb.measure); they share no code. A material
-is a function of a regular lattice, or of a self-organising pattern, and from image to image it is shifted and turned a
-little, its elements vary, and light and noise are new. A defect is done to the finished surface.
+`tiny` learns from the images of llb/tiny/textures.py and is judged on these (llb/tiny/measure.py). The two files have
+no code in common, and pre-training shows none of these materials.
+
+A material is a regular lattice or a self-organising pattern. From image to image, position, angle, elements, light and
+noise vary a little. A defect changes the finished surface.
 """
 
 from collections.abc import Callable
@@ -17,13 +19,13 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from llb.demo import write_set
 
 SIDE = 112  # pixels
-VISIBLE = 8  # grey levels of 255: where the difference, blurred by a pixel, is more, the mask is
+VISIBLE = 8  # grey levels of 255: a pixel belongs to the mask where the blurred difference is larger
 
 
 def write_heldout(folder: Path | str, seed: int = 0) -> None:
-    """Draw the whole set into `folder`, as MVTec AD lays it out, each material a category; a finished one stays.
+    """Draw the set into `folder` in MVTec AD's layout, one category for each material; a finished category stays.
 
-    Each: 60 normal training images; for test 30 normal ones and 8 with each kind of defect, and their masks.
+    A category has 60 normal training images, 30 normal test images, 8 test images with each kind of defect, and masks.
     """
     counts = {"train/good": 60, "test/good": 30} | {f"test/{kind}": 8 for kind in DEFECTS}
     for name in MATERIALS:
@@ -31,9 +33,16 @@ def write_heldout(folder: Path | str, seed: int = 0) -> None:
 
 
 def draw(material: str, seed: int | list[int], kind: str = "good") -> tuple[np.ndarray, np.ndarray]:
-    """One picture: image uint8 (112, 112, 3) and the defect's mask bool (112, 112), empty for "good".
+    """Draw one image.
 
-    The mask is where the image visibly differs from the same one without the defect.
+    Args:
+        material: a key of MATERIALS.
+        seed: all random numbers follow from it.
+        kind: a key of DEFECTS, or "good".
+
+    Returns:
+        the image, uint8 (112, 112, 3); its mask, bool (112, 112): True where the image visibly differs from the same
+        image without the defect.
     """
     random, fault = np.random.default_rng(seed).spawn(2)
     turn, shift = np.deg2rad(random.uniform(-3, 3)), random.uniform(0, 40, 2)
@@ -56,19 +65,20 @@ def draw(material: str, seed: int | list[int], kind: str = "good") -> tuple[np.n
     return damaged, gaussian_filter(change, 1.0) > VISIBLE
 
 
-# ---- materials: (random, u, v) → grey (S, S) in 0..1, and the colours of 0 and of 1 ----
+# ---- materials: (random, u, v) → grey (S, S) in 0..1, the colour of 0, the colour of 1 ----
+# u, v: float (S, S), coordinates on the surface in pixels
 
 Material = tuple[np.ndarray, tuple[float, float, float], tuple[float, float, float]]
 
 
 def _of_cell(random: np.random.Generator, *indices: np.ndarray) -> np.ndarray:
-    """A random number of unit variance for each cell of a lattice, from the cell's integer indices."""
+    """For each pixel the random number (unit variance) of its lattice cell; indices: the cell's integer indices."""
     table = random.normal(size=(64,) * len(indices))
     return table[tuple(index.astype(int) % 64 for index in indices)]
 
 
 def bricks(random: np.random.Generator, u: np.ndarray, v: np.ndarray) -> Material:
-    """Running bond: rows of 10 px, bricks of 24 px, pale mortar; each brick has its own shade and a rough face."""
+    """Brickwork in running bond: bricks of 24 × 10 px with pale mortar, a rough face, each with its own shade."""
     row = np.floor(v / 10)
     across = u + 12 * (row % 2)
     column = np.floor(across / 24)
@@ -88,7 +98,7 @@ def knit(random: np.random.Generator, u: np.ndarray, v: np.ndarray) -> Material:
 
 
 def labyrinth(random: np.random.Generator, u: np.ndarray, v: np.ndarray) -> Material:
-    """Winding ridges about 9 px apart, self-organised: noise, again and again band-passed and saturated."""
+    """Winding ridges about 9 px apart, self-organised: noise that is band-passed and saturated 20 times."""
     frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None])
     band = np.exp(-(((frequency - 1 / 9) / 0.025) ** 2))
     pattern = random.normal(size=(SIDE, SIDE))
@@ -99,10 +109,10 @@ def labyrinth(random: np.random.Generator, u: np.ndarray, v: np.ndarray) -> Mate
 
 
 def perforated(random: np.random.Generator, u: np.ndarray, v: np.ndarray) -> Material:
-    """Sheet metal with holes of 3 px radius, on a triangular lattice of 12 px, and faint rolling marks."""
+    """Sheet metal with faint rolling marks and holes of 3 px radius on a triangular lattice of 12 px."""
     height = 12 * np.sqrt(3) / 2
     distance = np.full(u.shape, np.inf)
-    for shift in (0, 1):  # the triangular lattice is two rectangular ones
+    for shift in (0, 1):  # a triangular lattice is two rectangular ones
         du = (u + 6 * shift + 6) % 12 - 6
         dv = (v + height * shift + height) % (2 * height) - height
         distance = np.minimum(distance, np.hypot(du, dv))
@@ -112,7 +122,7 @@ def perforated(random: np.random.Generator, u: np.ndarray, v: np.ndarray) -> Mat
 
 
 def weave(random: np.random.Generator, u: np.ndarray, v: np.ndarray) -> Material:
-    """A twill: threads of 5 px, each over two and under two, so that the crossings climb by one a thread."""
+    """A twill: threads of 5 px, each over two and under two; the crossings shift by one from thread to thread."""
     warp, weft = np.floor(u / 5), np.floor(v / 5)
     over = (warp + weft) % 4 < 2
     profile_u, profile_v = np.sin(np.pi * ((u / 5) % 1)), np.sin(np.pi * ((v / 5) % 1))
@@ -121,14 +131,14 @@ def weave(random: np.random.Generator, u: np.ndarray, v: np.ndarray) -> Material
     return np.where(over, first, second).clip(0, 1), (0.06, 0.05, 0.08), (0.75, 0.70, 0.55)
 
 
-MATERIALS = {f.__name__: f for f in (bricks, knit, labyrinth, perforated, weave)}
+MATERIALS = {material.__name__: material for material in (bricks, knit, labyrinth, perforated, weave)}
 
 
 # ---- defects: (random, surface (S, S, 3)) → damaged surface ----
 
 
 def _blob(random: np.random.Generator, smallest: float, largest: float, softness: float) -> np.ndarray:
-    """(S, S, 1) in 0..1: an irregular region of that radius (px), with an edge of that softness (px)."""
+    """An irregular region: (S, S, 1) in 0..1. Radius between `smallest` and `largest`, width of the edge, in px."""
     y, x = np.mgrid[:SIDE, :SIDE]
     centre, radius = random.uniform(16, SIDE - 16, 2), random.uniform(smallest, largest)
     rough = gaussian_filter(random.normal(size=(SIDE, SIDE)), 3.0)
@@ -154,18 +164,18 @@ def scratch(random: np.random.Generator, surface: np.ndarray) -> np.ndarray:
 
 
 def smear(random: np.random.Generator, surface: np.ndarray) -> np.ndarray:
-    """A region where the surface is worn: blurred."""
+    """A worn region: the surface is blurred there."""
     blurred = gaussian_filter(surface, (random.uniform(2, 4),) * 2 + (0,))
     region = _blob(random, 8, 14, 4.0)
     return surface + region * (blurred - surface)
 
 
 def shift(random: np.random.Generator, surface: np.ndarray) -> np.ndarray:
-    """A region that is pushed aside by up to 6 px, so that the pattern is distorted."""
-    angle, far = random.uniform(0, 2 * np.pi), random.uniform(3.5, 6)
-    push = gaussian_filter(_blob(random, 9, 14, 2.0)[..., 0], 2.0) * far
-    at = np.mgrid[:SIDE, :SIDE] - np.stack([push * np.sin(angle), push * np.cos(angle)])
-    return np.stack([map_coordinates(surface[..., c], at, order=1, mode="reflect") for c in range(3)], axis=-1)
+    """A region that is pushed aside by up to 6 px, which distorts the pattern."""
+    angle, longest = random.uniform(0, 2 * np.pi), random.uniform(3.5, 6)
+    push = gaussian_filter(_blob(random, 9, 14, 2.0)[..., 0], 2.0) * longest
+    positions = np.mgrid[:SIDE, :SIDE] - np.stack([push * np.sin(angle), push * np.cos(angle)])
+    return np.stack([map_coordinates(surface[..., c], positions, order=1, mode="reflect") for c in range(3)], axis=-1)
 
 
 def turned(random: np.random.Generator, surface: np.ndarray) -> np.ndarray:
@@ -175,10 +185,10 @@ def turned(random: np.random.Generator, surface: np.ndarray) -> np.ndarray:
 
 
 def stain(random: np.random.Generator, surface: np.ndarray) -> np.ndarray:
-    """A region of another tint, of low contrast."""
+    """A region with a slightly different tint."""
     tint = 1 + random.uniform(0.12, 0.3) * random.choice([-1, 1], 3) * random.uniform(0.3, 1, 3)
     return surface * (1 + _blob(random, 7, 13, 2.0) * (tint - 1))
 
 
 Defect = Callable[[np.random.Generator, np.ndarray], np.ndarray]
-DEFECTS: dict[str, Defect] = {f.__name__: f for f in (hole, scratch, smear, shift, turned, stain)}
+DEFECTS: dict[str, Defect] = {defect.__name__: defect for defect in (hole, scratch, smear, shift, turned, stain)}

@@ -4,7 +4,7 @@
     fused      torch.nn.functional.scaled_dot_product_attention in its place
     compiled   the same through torch.compile
 
-Written after the papers, which llb.encoder and llb.dinomaly name. Nothing else in llb needs PyTorch.
+Written after the papers that llb.encoders.vit and llb.detectors.dinomaly name. Nothing else in llb needs PyTorch.
 """
 
 import math
@@ -15,10 +15,13 @@ from scipy import ndimage
 from torch import nn
 from torch.nn import functional
 
-from llb.dinomaly import ATTENTION_EPS, BLUR_SIGMA, TOP_FRACTION
-from llb.encoder import Spec, interpolate_positions
-from llb.optimizer import hard_positions
-from llb.stem import IMAGENET_MEAN, IMAGENET_STD
+from llb.bench import reference
+from llb.bench.common import Stage, Way, difference
+from llb.detectors.dinomaly import ATTENTION_EPS, BLUR_SIGMA, TOP_FRACTION, Dinomaly
+from llb.detectors.recipes import hard_positions
+from llb.encoders.specs import Spec
+from llb.encoders.vit import interpolate_positions
+from llb.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Attention(nn.Module):
@@ -73,7 +76,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """uint8 (B, S, S, 3) → float32 (B, 2, T, D), the means of the two groups of blocks; later blocks are left out."""
+    """uint8 (B, S, S, 3) → float32 (B, 2, T, D), the means of the two groups of blocks; without the later blocks."""
 
     def __init__(self, spec: Spec, size: int, kind: str) -> None:
         super().__init__()
@@ -192,8 +195,8 @@ def make_encoder(params: dict, spec: Spec, size: int, kind: str) -> Encoder:
     return encoder.eval().requires_grad_(False)
 
 
-def make_decoder(params: dict, model, width: int) -> Decoder:
-    """model: llb.dinomaly.Dinomaly, for its sizes."""
+def make_decoder(params: dict, model: Dinomaly, width: int) -> Decoder:
+    """model: for its sizes."""
     decoder = Decoder(width, model.heads, model.depth, model.patches, model.dropout)
     copy_mlp(decoder.bottleneck, params["bottleneck"])
     for index, block in enumerate(decoder.blocks):
@@ -208,7 +211,7 @@ def heat_maps(distance: torch.Tensor, size: int) -> np.ndarray:
     """float32 (B, 2, P) → (B, size, size): upsampled together, blurred by SciPy image by image."""
     side = math.isqrt(distance.shape[-1])
     maps = functional.interpolate(distance.unflatten(2, (side, side)), size, mode="bilinear", align_corners=True)
-    return np.stack([ndimage.gaussian_filter(one, BLUR_SIGMA) for one in maps.mean(dim=1).cpu().numpy()])
+    return np.stack([ndimage.gaussian_filter(heat, BLUR_SIGMA) for heat in maps.mean(dim=1).cpu().numpy()])
 
 
 def scores_of(distance: torch.Tensor, size: int) -> np.ndarray:
@@ -217,12 +220,12 @@ def scores_of(distance: torch.Tensor, size: int) -> np.ndarray:
 
 
 class Stage1:
-    """Steps and scores of ONE sub-model; the K of them cost alike.
+    """Steps and scores of ONE sub-model; each of the K costs the same.
 
-    stage: llb.bench's Stage; kind: eager, fused or compiled.
+    kind: eager, fused or compiled.
     """
 
-    def __init__(self, stage, kind: str, device: str = "cpu") -> None:
+    def __init__(self, stage: Stage, kind: str, device: str = "cpu") -> None:
         spec, self.training, self.size = stage.encoder.spec, stage.training, stage.encoder.image_size
         self.images, self.subset, self.device = stage.images, stage.subsets[0], device
         attention = "explicit" if kind == "eager" else "fused"
@@ -249,7 +252,7 @@ class Stage1:
         return scores_of(self.distances(indices), self.size)
 
     def train(self, steps: int) -> None:
-        """Go on from where the weights are, with a fresh optimiser."""
+        """Continue from the present weights, with a new optimiser."""
         recipe, batch = self.training.recipe, self.training.batch_size
         self.decoder.train()
         optimizer = StableAdamW(self.decoder.parameters(), self.training.learning_rate)
@@ -262,3 +265,23 @@ class Stage1:
             nn.utils.clip_grad_norm_(self.decoder.parameters(), recipe.clip_norm)
             optimizer.step()
             loss.item()  # for the log, as released
+
+
+def stage1_ways(stage: Stage, name: str) -> tuple[dict[str, Way], dict[str, float]]:
+    """The ways of `name`, one of TORCH, timed on one sub-model, and how far its results are from the reference's."""
+    encoder, training, count = stage.encoder, stage.training, len(stage.subsets)
+    stage1 = Stage1(stage, name.split()[1])
+    batch = np.arange(training.batch_size) % len(stage.images)
+    images = stage.images[batch]
+    features = reference.compiled_encode(encoder.params, images, spec=encoder.spec)
+    distances = reference.distances(encoder.params, stage.params[0], images, spec=encoder.spec, model=training.model)
+    differences = {
+        "features": difference(stage1.features(batch), features),
+        "distances": difference(stage1.distances(batch), distances),
+    }
+    ways = {
+        "encoder": Way(lambda: [stage1.features(batch) for _ in range(2)], 2 * len(batch)),
+        "training step": Way(lambda: stage1.train(2), 2 / count, lambda: stage1.train(1)),
+        "scoring": Way(lambda: [stage1.score(batch) for _ in range(2)], 2 * len(batch) / count),
+    }
+    return ways, differences

@@ -1,8 +1,8 @@
 """`tiny`'s patch embedding: a fixed bank of Gabor filters, then one learned linear layer.
 
-A small ViT with learned convolutions, trained for minutes, never becomes precise at low contrast; the energies of a
-filter bank are precise from the start (a scattering front end: Bruna and Mallat, TPAMI 2013), and the ViT learns
-context on top of them.
+A small ViT with a learned convolution, trained for minutes, never becomes precise at low contrast. The energies of a
+filter bank are precise from the start (a scattering front end: Bruna and Mallat, TPAMI 2013). The ViT learns context on
+top of them.
 
     images    float32 (B, H, W, 3), ImageNet-normalised
     grey      (B, H, W), each image brought to mean 0.5 and standard deviation 0.2
@@ -18,24 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llb.images import IMAGENET_MEAN, IMAGENET_STD
+
 SIGMAS = (1.2, 2.4, 4.8)  # pixels
 ORIENTATIONS = 8
 WAVELENGTH = 2.5  # in sigmas: about 0.9 octaves of bandwidth
 BORDER = 16  # pixels of mirrored border, beyond three of the largest sigmas
-FLOOR = 1e-5  # below the energy of sensor noise, so that the logarithm of nothing is not the largest difference
+FLOOR = 1e-5  # below the energy of sensor noise: bounds the logarithm where there is no energy
 ENERGIES = 2 * len(SIGMAS) * ORIENTATIONS + 1 + 4
-IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
-
-
-def normalise(images: jax.Array) -> jax.Array:
-    """ImageNet's normalisation: uint8 (…, 3) → float32, each colour with about mean 0 and standard deviation 1."""
-    return (images.astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
 
 
 def gabor(sigma: float, angle: float) -> np.ndarray:
-    """complex128 (33, 33): a Gaussian times a complex wave, without response to a constant; real and imaginary part are
-    the quadrature pair. Normalised to unit energy."""
+    """A Gabor filter of unit energy without response to a constant: complex128 (33, 33), a quadrature pair.
+
+    sigma: standard deviation of the Gaussian, in pixels; angle: direction of the wave, in radians.
+    """
     y, x = np.mgrid[-BORDER : BORDER + 1, -BORDER : BORDER + 1]
     envelope = np.exp(-(x**2 + y**2) / (2 * sigma**2))
     wave = np.exp(2j * np.pi / (WAVELENGTH * sigma) * (x * np.cos(angle) + y * np.sin(angle)))
@@ -46,13 +43,10 @@ def gabor(sigma: float, angle: float) -> np.ndarray:
 @lru_cache
 def transfer_functions(height: int, width: int) -> np.ndarray:
     """complex64 (24, height, width): the bank's discrete Fourier transforms, centred at pixel (0, 0)."""
-    bank = []
-    for sigma in SIGMAS:
-        for index in range(ORIENTATIONS):
-            padded = np.zeros((height, width), complex)
-            padded[: 2 * BORDER + 1, : 2 * BORDER + 1] = gabor(sigma, np.pi * index / ORIENTATIONS)
-            bank.append(np.fft.fft2(np.roll(padded, (-BORDER, -BORDER), (0, 1))))
-    return np.stack(bank).astype(np.complex64)
+    filters = [gabor(sigma, np.pi * index / ORIENTATIONS) for sigma in SIGMAS for index in range(ORIENTATIONS)]
+    padded = np.zeros((len(filters), height, width), complex)
+    padded[:, : 2 * BORDER + 1, : 2 * BORDER + 1] = filters
+    return np.fft.fft2(np.roll(padded, (-BORDER, -BORDER), (1, 2))).astype(np.complex64)
 
 
 def standardise(images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +57,7 @@ def standardise(images: jax.Array) -> tuple[jax.Array, jax.Array]:
     rgb = images * IMAGENET_STD + IMAGENET_MEAN
     grey = rgb.mean(axis=-1)
     mean = grey.mean(axis=(1, 2), keepdims=True)
-    # a constant image has no texture to amplify
+    # bounded, since a constant image has no texture to amplify
     scale = 0.2 / jnp.maximum(grey.std(axis=(1, 2), keepdims=True), 0.01)
     red, green, blue = jnp.moveaxis(rgb, -1, 0)
     opponents = jnp.stack([red - green, (red + green) / 2 - blue], axis=-1)
@@ -78,7 +72,7 @@ def pool(x: jax.Array, patch: int) -> jax.Array:
 
 
 def energies(images: jax.Array, patch: int = 8) -> jax.Array:
-    """The fixed description of each patch, without any parameter: float32 (B, H, W, 3) → float32 (B, P, ENERGIES)."""
+    """The fixed description of each patch, see above: float32 (B, H, W, 3), ImageNet-normalised → (B, P, ENERGIES)."""
     grey, opponents = standardise(images)
     _, height, width = grey.shape
     padded = jnp.pad(grey, ((0, 0), (BORDER, BORDER), (BORDER, BORDER)), mode="reflect")
@@ -93,16 +87,16 @@ def energies(images: jax.Array, patch: int = 8) -> jax.Array:
 
 
 class FilterBankStem(nn.Module):
-    """energies (B, P, ENERGIES) → (B, P, width): standardised by fixed statistics, then a linear layer.
+    """Energies float32 (B, P, ENERGIES) → patches (B, P, width): standardised by fixed statistics, then a linear layer.
 
-    "mean" and "std" are those of the energies over drawn images; pre-training sets them and never changes them.
+    "mean" and "std" are the statistics of the energies over drawn images. Pre-training sets them once.
     """
 
     width: int
 
     @nn.compact
-    def __call__(self, known: jax.Array) -> jax.Array:
+    def __call__(self, patch_energies: jax.Array) -> jax.Array:
         mean = self.param("mean", nn.initializers.zeros, (ENERGIES,))
         std = self.param("std", nn.initializers.ones, (ENERGIES,))
-        x = (known - jax.lax.stop_gradient(mean)) / jax.lax.stop_gradient(std)
+        x = (patch_energies - jax.lax.stop_gradient(mean)) / jax.lax.stop_gradient(std)
         return nn.Dense(self.width, name="dense")(x)

@@ -15,28 +15,46 @@ import optax
 
 @dataclass(frozen=True)
 class Recipe:
-    """What distinguishes the two ways to train; every number is the original's."""
+    """The numbers of one way to train, as the original has them."""
 
     name: str
     learning_rate: float  # at batch 16
     dropout: float  # rate in the noisy bottleneck
     clip_norm: float  # bound on the global gradient norm
-    linear_init: str  # of linear layers, see llb.dinomaly.Linear
+    linear_init: str  # of linear layers, see llb.detectors.dinomaly.Linear
     easy_fraction: float  # p: share of positions whose gradient is scaled
     easy_factor: float  # by this
     ramp_steps: int  # p grows linearly from 0 over these steps
 
 
 RECIPES = {
-    "llbnad": Recipe("llbnad", 5e-3, 0.2, 5.0, "pytorch", 0.9, 0.0, 0),
-    "dinomaly": Recipe("dinomaly", 2e-3, 0.2, 0.1, "truncated", 0.9, 0.1, 1000),
+    "llbnad": Recipe(
+        name="llbnad",
+        learning_rate=5e-3,
+        dropout=0.2,
+        clip_norm=5.0,
+        linear_init="pytorch",
+        easy_fraction=0.9,
+        easy_factor=0.0,
+        ramp_steps=0,
+    ),
+    "dinomaly": Recipe(
+        name="dinomaly",
+        learning_rate=2e-3,
+        dropout=0.2,
+        clip_norm=0.1,
+        linear_init="truncated",
+        easy_fraction=0.9,
+        easy_factor=0.1,
+        ramp_steps=1000,
+    ),
 }
 
 
 def hard_positions(recipe: Recipe, step: int, positions: int) -> int:
     """How many of a batch's B · P positions keep their gradient at `step` (0-based): ⌊(1 − p) · positions⌋, at least 1.
 
-    Computed on the host in double precision, since in float32 the product can fall on the wrong side of a whole number.
+    Computed on the host in double precision: in float32 the product can fall on the wrong side of a whole number.
     """
     progress = min(1.0, step / recipe.ramp_steps) if recipe.ramp_steps else 1.0
     return max(1, int(np.floor((1.0 - recipe.easy_fraction * progress) * positions + 1e-9)))
@@ -106,7 +124,7 @@ def stable_adamw(
         def step(g: jax.Array, m: jax.Array, v: jax.Array, p: jax.Array) -> jax.Array:
             denominator = jnp.sqrt(v / correction2) + eps
             excess = jnp.maximum(1.0, jnp.sqrt(jnp.mean((g / denominator) ** 2)) / clip_threshold)
-            # decay first, then step, as the reference does: the two only meet in rounding
+            # first the decay, then the step, as the reference does; the order only affects rounding
             return -rate * weight_decay * p - rate / correction1 / excess * m / denominator
 
         updates = jax.tree.map(step, gradients, mean, square_max, params)
@@ -120,12 +138,12 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The recipe's optimiser for one sub-model, gradient clipping included.
 
-    `steps_per_pass` may be a traced scalar: under vmap each sub-model has its own, because subsets differ in size.
-    Clipping is by ‖g‖ itself; PyTorch adds 1e-6 to it, a relative difference of at most 1e-5 at the norms used here.
+    steps_per_pass: may be a traced scalar; under vmap each sub-model has its own, because subsets differ in size.
+    Gradients are clipped by ‖g‖. PyTorch adds 1e-6 to it, a relative difference of at most 1e-5 at the norms used here.
     """
     clip = optax.clip_by_global_norm(recipe.clip_norm)
     if recipe.name == "llbnad":
         return optax.chain(clip, optax.adam(tenth_each_pass(learning_rate, steps_per_pass), b1=0.5, b2=0.999))
-    # 100 warm-up steps belong to 5,000; short runs (the embedded set) warm up for a tenth of theirs
+    # the original warms up for 100 of 5,000 steps; short runs (the demo set) warm up for a tenth of their steps
     warmup = min(100, total_steps // 10)
     return optax.chain(clip, stable_adamw(warmup_cosine(learning_rate, learning_rate / 10, warmup, total_steps)))

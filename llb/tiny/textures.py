@@ -1,8 +1,8 @@
-"""Images that code draws, for pre-training `tiny`: surfaces, shapes and lines of many kinds, none of a real object.
+"""Draw the images that `tiny` is pre-trained on: surfaces, shapes and lines, no photograph and no real object.
 
-Each kind is a function (random, size) → float (size, size, 3) in about 0..1. What is learned from them is how image
-structure goes on from one patch to the next; variety matters more than realism (Baradad et al., "Learning to see by
-looking at noise", NeurIPS 2021).
+Nine kinds of drawing. Each is a function (random, size) → float (size, size, 3) with values of about 0 to 1.
+The encoder learns from them how image structure continues from patch to patch. For this, variety matters more than
+realism (Baradad et al., "Learning to see by looking at noise", NeurIPS 2021).
 """
 
 import numpy as np
@@ -11,19 +11,21 @@ from scipy.spatial import cKDTree
 
 
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column number of every pixel: float32 (size, size) each."""
     rows, columns = np.mgrid[:size, :size].astype(np.float32)
     return rows, columns
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
+    """Scale the values to 0..1."""
     return (x - x.min()) / max(float(np.ptp(x)), 1e-6)
 
 
 def _colourise(random: np.random.Generator, grey: np.ndarray) -> np.ndarray:
-    """A grey picture in 0..1 → a gradient between two to three colours."""
-    stops = random.uniform(0, 1, (int(random.integers(2, 4)), 3))
-    places = np.linspace(0, 1, len(stops))
-    return np.stack([np.interp(grey, places, stops[:, channel]) for channel in range(3)], axis=-1)
+    """Map a grey picture (S, S) in 0..1 to a gradient of two or three random colours: (S, S, 3)."""
+    colours = random.uniform(0, 1, (int(random.integers(2, 4)), 3))
+    levels = np.linspace(0, 1, len(colours))
+    return np.stack([np.interp(grey, levels, colours[:, channel]) for channel in range(3)], axis=-1)
 
 
 def spectrum(random: np.random.Generator, size: int) -> np.ndarray:
@@ -49,13 +51,13 @@ def grating(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def cells(random: np.random.Generator, size: int) -> np.ndarray:
-    """Voronoi cells: flat, with borders, or shaded by the distance."""
-    seeds = random.uniform(0, size, (int(np.exp(random.uniform(np.log(10), np.log(400)))), 2))
+    """Voronoi cells: flat, with borders, or shaded by the distance to the cell's centre."""
+    centres = random.uniform(0, size, (int(np.exp(random.uniform(np.log(10), np.log(400)))), 2))
     points = np.stack(_grid(size), axis=-1).reshape(-1, 2)
-    distance, index = cKDTree(seeds).query(points, k=2)
+    distance, index = cKDTree(centres).query(points, k=2)
     style = random.integers(3)
     if style == 0:
-        return random.uniform(0, 1, (len(seeds), 3))[index[:, 0]].reshape(size, size, 3)
+        return random.uniform(0, 1, (len(centres), 3))[index[:, 0]].reshape(size, size, 3)
     value = distance[:, 1] - distance[:, 0] if style == 1 else distance[:, 0]
     grey = np.clip(value.reshape(size, size) / random.uniform(2, 12), 0, 1)
     return _colourise(random, grey)
@@ -74,7 +76,8 @@ def leaves(random: np.random.Generator, size: int) -> np.ndarray:
         v = ((rows - cy) * np.cos(angle) - (columns - cx) * np.sin(angle)) / aspect
         shape = random.integers(3)
         distance = np.maximum(abs(u), abs(v)) if shape == 1 else np.hypot(u, v)
-        distance = abs(distance - 0.8 * radius) + 0.8 * radius if shape == 2 else distance - 0
+        if shape == 2:
+            distance = abs(distance - 0.8 * radius) + 0.8 * radius
         cover = np.clip(radius + 0.5 - distance, 0, 1)[..., None]
         fill = random.uniform(0, 1, 3) if random.random() < 0.6 else fills[int(random.integers(2))]
         picture += cover * (fill - picture)
@@ -82,7 +85,7 @@ def leaves(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def strokes(random: np.random.Generator, size: int) -> np.ndarray:
-    """Curved lines on a soft ground."""
+    """Curved lines on a blurred background."""
     picture = spectrum(random, size) * 0.3 + random.uniform(0, 0.7, 3)
     rows, columns = _grid(size)
     points = np.stack([rows, columns], axis=-1).reshape(-1, 2)
@@ -107,8 +110,10 @@ def rings(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def relief(random: np.random.Generator, size: int) -> np.ndarray:
-    """A bumpy surface under a lamp: smooth at one scale, or ridged, with a glossy share."""
-    height = gaussian_filter(random.normal(size=(size, size)), sigma := np.exp(random.uniform(0.3, 2.3)))
+    """A smooth or ridged surface under a lamp, with some gloss."""
+    noise = random.normal(size=(size, size))
+    sigma = np.exp(random.uniform(0.3, 2.3))
+    height = gaussian_filter(noise, sigma)
     height /= height.std()
     if random.random() < 0.5:
         height = abs(height)
@@ -121,18 +126,20 @@ def relief(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def scatter(random: np.random.Generator, size: int) -> np.ndarray:
-    """One small motif, strewn about: turned by right angles, lighter or darker, on a soft ground."""
+    """Many copies of one small motif, turned by right angles, lighter or darker, on a blurred background."""
     side = int(random.integers(5, 24))
     shape = gaussian_filter(random.normal(size=(side, side)), side / random.uniform(5, 10))
     rows, columns = _grid(side)
     round_edge = np.clip(side / 2 - np.hypot(rows - side / 2 + 0.5, columns - side / 2 + 0.5), 0, 1)
     cover = np.clip(shape / shape.std() * 2 + 1, 0, 1) * round_edge
-    motif = (
-        spectrum(random, side) if random.random() < 0.5 else np.broadcast_to(random.uniform(0, 1, 3), (side, side, 3))
-    )
+    if random.random() < 0.5:
+        motif = spectrum(random, side)
+    else:
+        motif = np.broadcast_to(random.uniform(0, 1, 3), (side, side, 3))
     picture = spectrum(random, size) * random.uniform(0, 0.5) + random.uniform(0, 0.6, 3)
     for _ in range(int(random.uniform(0.3, 2.5) * (size / side) ** 2)):
-        turns, (top, left) = int(random.integers(4)), random.integers(0, size - side + 1, 2)
+        turns = int(random.integers(4))
+        top, left = random.integers(0, size - side + 1, 2)
         under = picture[top : top + side, left : left + side]
         fill = np.rot90(motif, turns) * random.uniform(0.8, 1.2)
         under += np.rot90(cover, turns)[..., None] * (fill - under)
@@ -140,18 +147,21 @@ def scatter(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def panels(random: np.random.Generator, size: int) -> np.ndarray:
-    """A rectangle cut in two again and again; the parts have colours or textures of their own, some have seams."""
+    """A square that is cut in two repeatedly; each part has its own colour or texture, some have a seam."""
     fills = [KINDS[name](random, size) for name in random.choice(["spectrum", "grating", "relief"], 2)]
     picture, seam = np.empty((size, size, 3)), random.uniform(0, 1, 3)
-    parts, smallest = [(0, 0, size, size)], random.integers(8, 40)
+    parts = [(0, 0, size, size)]  # top, left, bottom, right
+    smallest = random.integers(8, 40)
     while parts:
         top, left, bottom, right = parts.pop()
         tall = bottom - top > right - left
         length = bottom - top if tall else right - left
         if length > 2 * smallest and random.random() < 0.9:
             cut = int(random.integers(smallest, length - smallest + 1))
-            near, far = ((top + cut, right), (top + cut, left)) if tall else ((bottom, left + cut), (top, left + cut))
-            parts += [(top, left, *near), (*far, bottom, right)]
+            if tall:
+                parts += [(top, left, top + cut, right), (top + cut, left, bottom, right)]
+            else:
+                parts += [(top, left, bottom, left + cut), (top, left + cut, bottom, right)]
             continue
         fill = random.uniform(0, 1, 3) if random.random() < 0.5 else fills[int(random.integers(2))]
         part = np.s_[top:bottom, left:right]
@@ -161,8 +171,8 @@ def panels(random: np.random.Generator, size: int) -> np.ndarray:
     return picture
 
 
-KINDS = {f.__name__: f for f in (spectrum, grating, cells, leaves, strokes, rings, relief, scatter, panels)}
-MIXES = {  # to compare: what variety is worth
+KINDS = {kind.__name__: kind for kind in (spectrum, grating, cells, leaves, strokes, rings, relief, scatter, panels)}
+MIXES = {  # sets of kinds, to measure the value of variety
     "noise": ("spectrum", "cells"),
     "six": ("spectrum", "grating", "cells", "leaves", "strokes", "rings"),
     "nine": tuple(KINDS),
@@ -170,22 +180,30 @@ MIXES = {  # to compare: what variety is worth
 
 
 def _warp(random: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """Distort the picture (S, S, 3) by a smooth random displacement."""
     size = len(picture)
     coarse = random.normal(0, random.uniform(1, 8), (2, 5, 5))
     shift = np.stack([zoom(field, size / 5, order=3, grid_mode=True, mode="nearest") for field in coarse])
-    at = np.mgrid[:size, :size] + shift
-    return np.stack([map_coordinates(picture[..., c], at, order=1, mode="reflect") for c in range(3)], axis=-1)
+    positions = np.mgrid[:size, :size] + shift
+    return np.stack([map_coordinates(picture[..., c], positions, order=1, mode="reflect") for c in range(3)], axis=-1)
 
 
 def draw(random: np.random.Generator, size: int = 112, kinds: tuple[str, ...] = tuple(KINDS)) -> np.ndarray:
-    """One image: one kind or two of them, warped, shaded, blurred, scaled down, turned, with noise, half of them grey.
+    """Draw one image: one kind or a blend of two, then random distortion, shading, blur, scale, turn, tone and noise.
+
+    Half of the images are grey.
+
+    Args:
+        random: all choices follow from this generator.
+        size: side in pixels.
+        kinds: keys of KINDS to choose from.
 
     Returns:
         uint8 (size, size, 3).
     """
     canvas = int(random.integers(size, 193)) if size < 193 else size
     picture = KINDS[random.choice(kinds)](random, canvas)
-    if random.random() < 0.5:  # two kinds, one inside a soft region of the other
+    if random.random() < 0.5:  # a second kind inside a region with a soft edge
         other = KINDS[random.choice(kinds)](random, canvas)
         region = gaussian_filter(random.normal(size=(canvas, canvas)), canvas / random.uniform(6, 20))
         region = np.clip(region / region.std() * random.uniform(1, 20) + 0.5, 0, 1)[..., None]
@@ -196,7 +214,8 @@ def draw(random: np.random.Generator, size: int = 112, kinds: tuple[str, ...] = 
         coarse = random.uniform(0.4, 1.0, (3, 3))
         picture = picture * zoom(coarse, canvas / 3, order=1, grid_mode=True, mode="nearest")[..., None]
     if random.random() < 0.4:
-        picture = gaussian_filter(picture, (s := random.uniform(0.3, 2), s, 0))
+        sigma = random.uniform(0.3, 2)
+        picture = gaussian_filter(picture, (sigma, sigma, 0))
     picture = zoom(picture, (size / canvas, size / canvas, 1), order=1, grid_mode=True, mode="nearest")
     picture = np.rot90(picture, int(random.integers(4)))
     if random.random() < 0.5:

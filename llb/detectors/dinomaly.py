@@ -1,14 +1,14 @@
-"""Dinomaly: ONE anomaly detector that reconstructs the features of a frozen encoder. llb.train stacks K of it.
+"""Dinomaly: ONE anomaly detector that reconstructs the features of a frozen encoder. llb.train stacks K of them.
 
 Source: Guo et al., "Dinomaly: The Less Is More Philosophy in Multi-Class Unsupervised Anomaly Detection" (CVPR 2025,
-arXiv 2405.14325), section 3. The idea: a decoder that only ever saw normal images reconstructs normal features well
-and defects badly, so the cosine distance between feature and reconstruction is the anomaly map.
+arXiv 2405.14325), section 3. The idea: a decoder that is trained on normal images reconstructs normal features well and
+defects badly. So the cosine distance between a feature and its reconstruction tells how anomalous the position is.
 
-    features (B, 2, T, D)   two group means of encoder blocks (llb.features); T = class + registers + P patch tokens
-    input    (B, T, D)      their mean = the mean over all the blocks, since both groups are equally large
-    noisy    (B, T, D)      bottleneck: an MLP with dropout, so that copying the input through does not pay
-    blocks   L × (B, T, D)  decoder: transformer blocks with linear attention, too unfocused to generalise
-    decoded  (B, 2, P, D)   "loose" reconstruction: two group means of blocks, in reverse order, patch tokens only
+    features (B, 2, T, D)   means of two groups of encoder blocks (llb.features); T = class + registers + P patch tokens
+    input    (B, T, D)      their mean, which is the mean over all the blocks, since both groups are equally large
+    noisy    (B, T, D)      bottleneck: an MLP with dropout, which prevents the decoder from copying its input
+    blocks   L × (B, T, D)  decoder: transformer blocks with linear attention, which is too unfocused to generalise
+    decoded  (B, 2, P, D)   "loose" reconstruction: means of two groups of blocks in reverse order, patch tokens only
     distance (B, 2, P)      1 − cosine similarity at every position
     map      (B, S, S)      A · distance · Aᵀ: upsampled and blurred
     score    (B,)           mean of the map's highest 1 %
@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
-# The released linear attention divides by q · Σk as it is, and users report NaN; this term in the denominator cures it.
+# The released linear attention divides by q · Σk, and users report NaN. This term in the denominator prevents it.
 ATTENTION_EPS = 1e-6
 COSINE_EPS = 1e-8  # torch.nn.CosineSimilarity's
 TOP_FRACTION = 0.01  # share of a map's pixels whose mean is the image score
 BLUR_SIGMA = 4.0  # pixels, at the map's full size
 
 
-# Checkpointed: their derivatives are computed from their input when they are asked for. To keep what they are made of
-# instead costs a quarter of a step's memory and, where memory is slower than arithmetic, time.
+# Checkpointed: the backward pass computes these again from their input. Keeping their intermediate values would cost a
+# quarter of a step's memory, and time on a machine whose memory is slower than its arithmetic.
 @jax.checkpoint
 def gelu(x: jax.Array) -> jax.Array:
     """x · Φ(x), exactly."""
@@ -52,7 +52,7 @@ class Linear(nn.Module):
 
     features: int
     linear_init: str
-    precision: str  # what the operands of the product, and its result, are rounded to
+    precision: str  # operands and result of the product are rounded to this
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -134,8 +134,8 @@ class Dinomaly(nn.Module):
         patches: P, the number of patch tokens; they are the last P of the T tokens.
         dropout: rate in the bottleneck while training.
         linear_init: "pytorch" or "truncated", see `Linear`.
-        precision: "float32" or "bfloat16", what the operands of matrix products are rounded to; sums, the residual
-            stream, norms, the attention's normaliser and parameters are float32.
+        precision: "float32" or "bfloat16". Matrix products round their operands to it; sums, the residual stream,
+            norms, the attention's normaliser and parameters are float32.
     """
 
     depth: int
@@ -188,15 +188,15 @@ scale_gradient.defvjp(
 def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, factor: float) -> jax.Array:
     """Global cosine loss with hard mining (Dinomaly, eq. 3–4).
 
-    Each image's map is flattened to one vector, so the loss is about the map as a whole; and positions that are
-    already reconstructed well have their gradient multiplied by `factor`, since more practice there only teaches the
-    decoder to generalise to defects.
+    The map of an image is flattened to one vector, so the loss compares whole maps. At positions that are already
+    reconstructed well the gradient is multiplied by `factor`: more training there would teach the decoder to
+    reconstruct defects as well.
 
     Args:
         decoded, target: float32 (B, 2, P, D).
-        hard: int scalar ≥ 1; in each group the `hard` positions of the batch (of B · P) with the largest distance keep
-            their gradient, and so do positions tied with the last of them.
-        factor: multiplies the gradient of the others.
+        hard: int scalar ≥ 1; in each group, of the B · P positions of the batch, the `hard` ones with the largest
+            distance keep their gradient, and so do positions tied with the last of them.
+        factor: multiplies the gradient at the other positions.
 
     Returns:
         scalar: the mean over groups and images of 1 − cosine similarity.

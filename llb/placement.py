@@ -1,0 +1,76 @@
+"""Which device trains which sub-model.
+
+The devices form a mesh with one axis, "model". Each device holds the same number of rows of the stack, and each row is
+one sub-model. The sub-models never exchange anything, so training needs no communication.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from llb.features import Fetch
+from llb.processes import gathered
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the K sub-models are. Any K fits any number of devices: copies fill the last rows."""
+
+    model_of_row: np.ndarray  # int (R,): 0 … K−1, then copies from 0 on
+    mesh: jax.sharding.Mesh
+
+    @property
+    def sharding(self) -> jax.NamedSharding:
+        """Of every array with a leading axis R."""
+        return jax.NamedSharding(self.mesh, jax.P("model"))
+
+    def spread(self, tree):
+        """A host tree with leading axis K → on the devices, with leading axis R."""
+
+        def one(leaf) -> jax.Array:
+            leaf = np.asarray(leaf)[self.model_of_row]
+            return jax.make_array_from_callback(leaf.shape, self.sharding, leaf.__getitem__)
+
+        return jax.tree.map(one, tree)
+
+    def spread_keys(self, keys: jax.Array) -> jax.Array:
+        """(K,) random keys → (R,) on the devices."""
+        return jax.random.wrap_key_data(self.spread(jax.random.key_data(keys)))
+
+    def spread_features(self, fetch: Fetch, indices: np.ndarray, image_shape: tuple[int, ...]) -> jax.Array:
+        """Image indices, int (K, B) → their features (R, B, *image_shape), each sub-model's on its device.
+
+        A process fetches only what its own devices need. image_shape: of one image's features.
+        """
+        indices = indices[self.model_of_row]
+        shape = (*indices.shape, *image_shape)
+        return jax.make_array_from_callback(shape, self.sharding, lambda where: fetch(indices[where[0]]))
+
+    def gather(self, tree, submodels: int):
+        """The reverse of `spread`: a host tree with leading axis K, in all processes."""
+        return jax.tree.map(lambda leaf: leaf[:submodels], gathered(tree))
+
+    def local_values(self, values: jax.Array) -> dict[int, float]:
+        """Numbers (R,), one for each row → those that this process's devices hold, by sub-model."""
+        local = {}
+        for shard in values.addressable_shards:
+            local.update(zip(self.model_of_row[shard.index[0]].tolist(), np.asarray(shard.data).tolist()))
+        return local
+
+
+def place_submodels(submodels: int, devices: Sequence[jax.Device] | None = None) -> Placement:
+    """Distribute K sub-models evenly, on as few devices as that takes.
+
+    Args:
+        devices: all devices of all processes by default. If several processes have them, none is left out, since each
+            process must take part: the devices that are left over train copies.
+    """
+    devices = devices or jax.devices()
+    per_device = -(-submodels // len(devices))
+    needed = -(-submodels // per_device)
+    if len({device.process_index for device in devices}) > 1:
+        needed = len(devices)
+    mesh = jax.make_mesh((needed,), ("model",), (jax.sharding.AxisType.Auto,), devices=devices[:needed])
+    return Placement(np.arange(per_device * needed) % submodels, mesh)

@@ -1,0 +1,219 @@
+"""The tables of a run, for programs and people. No JAX.
+
+RUN/<category>/scores.csv                      what stage 1 found out about each training image
+RUN/<category>/purified.txt                    the paths that stage 1 kept, one a line
+RUN/<category>/predictions-<train-on>.csv      the scores of the test images
+RUN/metrics.json, metrics.csv                  how well each final detector finds defects
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llb.data import Dataset, Record
+from llb.files import UserError, read_json, write_csv, write_text
+from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, ranks
+from llb.pictures import printable
+
+TRAIN_ON = ("purified", "all", "clean")  # the images that a final detector may be trained on, in the order of tables
+METRICS = IMAGE_METRICS + PIXEL_METRICS
+PURIFICATION = ("n", "kept", "contamination_before", "contamination_after", "train_auroc")  # the last: ranking AUROC
+METRICS_FILE = "metrics.json"
+UNDEFINED = "–"
+COLUMN_TYPES = {
+    "path": str,
+    "score": float,
+    "kept": lambda text: text == "1",
+    "label": lambda text: int(text) if text else None,
+}
+
+
+@dataclass(frozen=True)
+class Stage1Result:
+    """What stage 1 decides about the N training images of a category."""
+
+    subset: np.ndarray  # int32 (N,), 0 … K−1
+    scores: np.ndarray  # float32 (N, K)
+    aggregated: np.ndarray  # float32 (N,)
+    kept: np.ndarray  # bool (N,)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The images that a final detector is trained on."""
+
+    indices: np.ndarray  # int (n,), into dataset.train
+    note: str | None = None  # for the user, such as that the list was edited by hand
+
+
+def write_scores(folder: Path, records: Sequence[Record], result: Stage1Result) -> None:
+    """scores.csv, in the order of the data set; rank 1 is the first suspect (the highest score)."""
+    models = [f"model_{k}" for k in range(result.scores.shape[1])]
+    rank = ranks(result.aggregated)
+    rows = [
+        [record.path, int(result.subset[i]), *map(float, result.scores[i]), float(result.aggregated[i]), int(rank[i])]
+        + [int(result.kept[i]), "" if record.label is None else record.label]
+        for i, record in enumerate(records)
+    ]
+    write_csv(folder / "scores.csv", ["path", "subset", *models, "score", "rank", "kept", "label"], rows)
+
+
+def write_purified(folder: Path, records: Sequence[Record], kept: np.ndarray) -> None:
+    """purified.txt. Stage 1 writes it last: if it is there, stage 1 is finished. kept: bool (N,)."""
+    write_text(folder / "purified.txt", "".join(f"{r.path}\n" for r, keep in zip(records, kept) if keep))
+
+
+def stage1_finished(folder: Path) -> bool:
+    return all((folder / name).exists() for name in ("scores.csv", "suspects.png", "purified.txt"))
+
+
+def read_table(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a scores or predictions table, typed; [] without the file. A damaged table raises a UserError."""
+    if not file.exists():
+        return []
+    try:
+        with open(file, newline="", encoding="utf-8") as opened:
+            return [{name: COLUMN_TYPES[name](row[name]) for name in columns} for row in csv.DictReader(opened)]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{file} is damaged ({error}): delete it and run the stage that wrote it again") from None
+
+
+def read_scores(folder: Path, dataset: Dataset) -> dict[str, np.ndarray]:
+    """scores.csv by column: score float (N,), kept bool (N,). A table of other training images raises a UserError."""
+    file = folder / "scores.csv"
+    rows = read_table(file, ("path", "score", "kept"))
+    if [row["path"] for row in rows] != [record.path for record in dataset.train]:
+        raise UserError(f"{file}: the training images have changed since; run stage 1 with --overwrite")
+    return {name: np.array([row[name] for row in rows]) for name in ("score", "kept")}
+
+
+def read_purified(folder: Path, dataset: Dataset) -> Choice:
+    """The images that purified.txt lists, and a note if the list was edited by hand.
+
+    A UserError is raised if the list is missing, empty or no UTF-8 text, or a listed path is not among the training
+    images or not on the disk.
+    """
+    file = folder / "purified.txt"
+    position = {record.path: index for index, record in enumerate(dataset.train)}
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there: run stage 1 again, which writes it") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8 again") from None
+    listed = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    for number, path in listed:
+        if path not in position:
+            raise UserError(f"{file}, line {number}: {path} is not among the training images; fix or delete the line")
+        if not (dataset.root / path).is_file():
+            raise UserError(f"{file}, line {number}: {path} is not in {dataset.root}; fix or delete the line")
+    if not listed:
+        raise UserError(f"{file} lists no image: list at least one, or delete the file and run stage 1 again")
+    chosen = np.unique([position[path] for _, path in listed])
+    kept = np.flatnonzero(read_scores(folder, dataset)["kept"])
+    added, removed = len(np.setdiff1d(chosen, kept)), len(np.setdiff1d(kept, chosen))
+    note = f"purified.txt was edited by hand: {added} added, {removed} removed" if added or removed else None
+    return Choice(chosen, note)
+
+
+def choose_images(train_on: str, folder: Path, dataset: Dataset) -> Choice:
+    """The images for --train-on. "clean" is the only place where labels choose anything: it needs them."""
+    if train_on == "purified":
+        return read_purified(folder, dataset)
+    if train_on == "all":
+        return Choice(np.arange(len(dataset.train)))
+    if any(record.label is None for record in dataset.train):
+        raise UserError("--train-on clean needs labels, and these images have none: use purified or all")
+    return Choice(np.array([i for i, record in enumerate(dataset.train) if record.label == 0]))
+
+
+def write_predictions(folder: Path, train_on: str, records: Sequence[Record], scores: np.ndarray) -> None:
+    """predictions-<train-on>.csv. scores: float32 (N,)."""
+    rows = [[r.path, float(score), "" if r.label is None else r.label] for r, score in zip(records, scores)]
+    write_csv(folder / f"predictions-{train_on}.csv", ["path", "score", "label"], rows)
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """The metrics so far, as metrics.json holds them; {} before the first evaluation."""
+    return read_json(run / METRICS_FILE, "delete it") if (run / METRICS_FILE).exists() else {}
+
+
+def category_names(metrics: dict[str, Any]) -> list[str]:
+    return [name for name in metrics if name != "mean"]
+
+
+def detector_names(entry: dict[str, Any]) -> list[str]:
+    """The --train-on values in an entry of metrics.json, in the order of tables."""
+    return [name for name in TRAIN_ON if name in entry]
+
+
+def mean_metrics(metrics: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """For each --train-on and metric the mean over the categories where it is defined; None if there is none."""
+    means = {}
+    for train_on in TRAIN_ON:
+        entries = [metrics[name][train_on] for name in names if train_on in metrics.get(name, {})]
+        if entries:
+            means[train_on] = mean_defined([{m: entry.get(m) for m in METRICS} for entry in entries])
+    return means
+
+
+def mean_defined(entries: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    """For each name the mean over the entries that define it, None if none does. The first entry has all names."""
+    defined = {name: [entry[name] for entry in entries if entry.get(name) is not None] for name in entries[0]}
+    return {name: float(np.mean(values)) if values else None for name, values in defined.items()}
+
+
+def write_metrics_csv(file: Path, metrics: dict[str, Any]) -> None:
+    """metrics.json as a table, a row for each category and --train-on; undefined values are empty."""
+    rows = []
+    for name, entry in metrics.items():
+        facts = entry.get("purification") or {}
+        for train_on in detector_names(entry):
+            values = [entry[train_on].get(m) for m in METRICS] + [facts.get(fact) for fact in PURIFICATION]
+            rows.append([name, train_on, *("" if value is None else value for value in values)])
+    write_csv(file, ["category", "train_on", *METRICS, *(f"purification_{fact}" for fact in PURIFICATION)], rows)
+
+
+def number(value: float | None) -> str:
+    return UNDEFINED if value is None else f"{value:.3f}"
+
+
+def percent(value: float | None) -> str:
+    return UNDEFINED if value is None else f"{value:.1%}"
+
+
+def shorten(text: str, width: int) -> str:
+    text = printable(text)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def purification_line(facts: dict[str, Any]) -> str:
+    """What stage 1 did, in words; facts: of `llb.metrics.purification`."""
+    line = f"kept {facts['kept']} of {facts['n']} images"
+    if facts["contamination_before"] is not None:
+        line += f", contamination {percent(facts['contamination_before'])} → {percent(facts['contamination_after'])}"
+        line += f", ranking AUROC {number(facts['train_auroc'])}"
+    return line
+
+
+def summary_table(metrics: dict[str, Any]) -> str:
+    """metrics.json as plain text, at most 100 characters wide; with a mean if there are several categories."""
+    names = category_names(metrics)
+    shown = names + (["mean"] if len(names) > 1 else [])
+    width = min(23, max([8, *map(len, shown)]))
+    titles = "".join(f"{title:<7}" for title in ("AUROC", "AP", "F1", "AUROC", "AP", "F1", "AUPRO")).rstrip()
+    lines = [f"{'':<{width + 11}}{'image':<21}pixel", f"{'category':<{width}} {'train on':<10}{titles}"]
+    for name in shown:
+        entry = metrics.get(name) or {}
+        for train_on in detector_names(entry):
+            values = "".join(f"{number(entry[train_on].get(m)):<7}" for m in METRICS)
+            lines.append(f"{shorten(name, width):<{width}} {train_on:<10}{values}".rstrip())
+    purified = {name: metrics[name]["purification"] for name in names if metrics[name].get("purification")}
+    if purified:
+        lines += ["", f"{'category':<{width}} purification"]
+    lines += [f"{shorten(name, width):<{width}} {purification_line(facts)}" for name, facts in purified.items()]
+    return "\n".join(lines)
