@@ -5,15 +5,34 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Whole runs compile the same programs again and again; this process and those that it starts share what is compiled.
-# Always a new folder: no test sees what an earlier suite, or a user's run, has left.
+# This process and its children share compiled programs, in a new folder: no test sees those of an earlier suite.
 COMPILED = tempfile.TemporaryDirectory(prefix="llb-compiled-", ignore_cleanup_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-# and quickly: most of the suite's time is XLA optimising programs that then run for milliseconds
+# Most of the suite's time is XLA compiling programs that then run for milliseconds.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
-import jax  # noqa: E402 (reads the variable)
+import jax  # noqa: E402 (reads the variables)
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 3)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the three scripts, also when only `pytest` is typed
+
+from helpers import TILE, draw_mvtec, succeed  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """An MVTec-style root with one category, "tile"."""
+    return draw_mvtec(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, data) -> Path:
+    """A whole run: stage 1, stage 2 on purified and on all, evaluation with maps. Whoever changes it copies it."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    succeed("stage1_partition", "--data", data, "--out", run, *TILE)
+    for train_on in ("purified", "all"):
+        succeed("stage2_train", "--run", run, "--steps", 3, "--train-on", train_on)
+    succeed("evaluate", "--run", run, "--save-maps")
+    return run

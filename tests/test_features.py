@@ -1,6 +1,6 @@
-"""The cache of features: in memory, on the disk in shards, or computed each time, it gives the same rows."""
+"""Features in memory, in shards on the disk, or computed each time are the same, and belong to the images asked for."""
 
-import shutil
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -10,28 +10,25 @@ from PIL import Image
 
 import llb.features
 from llb import processes
-from llb.encoder import load_encoder
-from llb.features import by_image, cached, make_encode
+from llb.encoders import load_encoder
+from llb.features import cached_features, make_encode, streamed_features
 from llb.files import UserError
+from llb.images import normalise
 
-IMAGES = 7
-ENCODER = SimpleNamespace(
-    spec=SimpleNamespace(name="toy", width=4), tokens_per_image=5, image_size=8, weights_digest="", precision=""
-)
+TOY = SimpleNamespace(spec=SimpleNamespace(width=4), tokens_per_image=5, image_size=8, weights_digest="", precision="")
 SOME = np.array([[6, 0, 3], [3, 5, 2]])
 
 
-class Encode:
-    """An image's features are its brightness; counts what it is asked for, and can be interrupted."""
+class Encode(list):
+    """An image's features are its brightness. It lists what it has encoded; beyond `limit` images it is interrupted."""
 
-    def __init__(self, limit: int = 10**9) -> None:
-        self.seen, self.limit = [], limit
+    limit = 100
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         values = images.mean(axis=(1, 2, 3))
-        if len(self.seen) + len(values) > self.limit:
+        if len(self) + len(values) > self.limit:
             raise KeyboardInterrupt
-        self.seen += values.tolist()
+        self += values.tolist()
         return np.broadcast_to(values.astype(np.float16)[:, None, None, None], (len(values), 2, 5, 4))
 
 
@@ -40,106 +37,87 @@ def paths(tmp_path, monkeypatch):
     """Seven images of brightness 0 to 6; shards of two."""
     monkeypatch.setattr(llb.features, "ENCODE_BATCH", 2)
     monkeypatch.setattr(llb.features, "SHARD_BYTES", 2 * (2 * 5 * 4) * 2)
-    files = [tmp_path / f"{value}.png" for value in range(IMAGES)]
+    files = [tmp_path / f"{value}.png" for value in range(7)]
     for value, file in enumerate(files):
         Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(file)
     return files
 
 
+def cached(paths, encode, memory_gib=1.0, encoder=TOY):
+    return cached_features(encoder, encode, paths, paths[0].parent / "cache", memory_gib, "test")
+
+
 def brightness(fetch) -> list:
-    rows = fetch(SOME)
-    assert rows.shape == (2, 3, 2, 5, 4) and rows.dtype == np.float16
-    return rows[..., 0, 0, 0].tolist()
+    features = fetch(SOME)
+    assert features.shape == (2, 3, 2, 5, 4) and features.dtype == np.float16
+    return features[..., 0, 0, 0].tolist()
 
 
-@pytest.mark.parametrize("memory_gib", (1.0, 0.0))
-def test_rows_are_those_of_the_images_asked_for(paths, tmp_path, memory_gib, capsys):
+@pytest.mark.parametrize(("memory_gib", "place"), [(1.0, "in memory"), (0.0, "read from disk")])
+def test_features_belong_to_the_images_asked_for_and_are_computed_once(paths, memory_gib, place, capsys):
     encode = Encode()
-    fetch = cached(ENCODER, encode, paths, tmp_path / "cache", memory_gib, "test")
-    assert brightness(fetch) == SOME.tolist() and encode.seen == list(range(IMAGES))
-    assert ("in memory" if memory_gib else "read from disk") in capsys.readouterr().out
-    assert sorted(file.name for file in (tmp_path / "cache").glob("*.npy")) == [f"0000{n}.npy" for n in range(4)]
-    assert isinstance(np.load(tmp_path / "cache" / "00000.npy", mmap_mode="r"), np.memmap)
+    for _ in range(2):
+        fetch = cached(paths, encode, memory_gib)
+        assert brightness(fetch) == SOME.tolist() and encode == list(range(7))
+        assert place in capsys.readouterr().out
+    assert brightness(streamed_features(TOY, encode, paths)) == SOME.tolist()
 
 
-def test_an_interrupted_computation_goes_on_with_the_next_shard(paths, tmp_path):
+def test_an_interrupted_computation_continues_with_the_next_shard(paths):
+    encode = Encode()
+    encode.limit = 5
     with pytest.raises(KeyboardInterrupt):
-        cached(ENCODER, Encode(limit=5), paths, tmp_path / "cache", 1.0, "test")
-    encode = Encode()
-    assert brightness(cached(ENCODER, encode, paths, tmp_path / "cache", 1.0, "test")) == SOME.tolist()
-    assert encode.seen == [4, 5, 6]
-    again = Encode()
-    cached(ENCODER, again, paths, tmp_path / "cache", 1.0, "test")
-    assert not again.seen
+        cached(paths, encode)
+    encode.limit = 100
+    assert brightness(cached(paths, encode)) == SOME.tolist() and encode == list(range(7))
 
 
-def test_features_of_another_encoder_or_of_changed_images_are_not_used(paths, tmp_path):
-    cached(ENCODER, Encode(), paths, tmp_path / "cache", 1.0, "test")
+def test_features_of_another_encoder_or_of_changed_images_are_not_used(paths):
+    cached(paths, Encode())
     other, changed = Encode(), Encode()
-    cached(SimpleNamespace(**vars(ENCODER) | {"weights_digest": "x"}), other, paths, tmp_path / "cache", 1.0, "test")
-    assert other.seen == list(range(IMAGES))
+    cached(paths, other, encoder=SimpleNamespace(**vars(TOY) | {"weights_digest": "x"}))
+    assert other == list(range(7))
     Image.fromarray(np.full((8, 9, 3), 50, np.uint8)).save(paths[3])
-    fetch = cached(ENCODER, changed, paths, tmp_path / "cache", 1.0, "test")
-    assert changed.seen == [0, 1, 2, 50, 4, 5, 6] and fetch(np.array([3]))[0, 0, 0, 0] == 50
+    fetch = cached(paths, changed)
+    assert changed == [0, 1, 2, 50, 4, 5, 6] and fetch(np.array([3]))[0, 0, 0, 0] == 50
 
 
-def test_without_room_on_the_disk_they_are_computed_each_time(paths, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=300))  # they need 560 bytes
+def test_features_that_no_disk_can_hold_are_computed_each_time(paths, capsys):
     encode = Encode()
-    fetch = cached(ENCODER, encode, paths, tmp_path / "cache", 1.0, "test")
-    assert "computed each time" in capsys.readouterr().out and not encode.seen
-    assert brightness(fetch) == brightness(fetch) == SOME.tolist()
-    assert len(encode.seen) == 12 and not list((tmp_path / "cache").glob("*.npy"))
+    cached(paths, encode, encoder=SimpleNamespace(**vars(TOY) | {"tokens_per_image": 10**15}))
+    assert "computed each time" in capsys.readouterr().out and not encode
 
 
-def test_several_processes_compute_every_shard_once(paths, tmp_path, monkeypatch):
-    """Also when one begins after another has finished its part: shards are dealt by number."""
+def test_several_processes_compute_every_shard_once_and_one_with_other_images_deletes_none(paths, monkeypatch):
+    """Shards are dealt by number, so it does not matter that process 1 begins when process 0 has done its part."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(processes, "wait", lambda name: None)
     monkeypatch.setattr(processes, "agreed", bool)
-    seen = []
-    for number in (0, 1):
-        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
-        if number == 0:
-            with pytest.raises(FileNotFoundError):  # it does not wait here, and process 1 has not begun
-                cached(ENCODER, first := Encode(), paths, tmp_path / "cache", 1.0, "test")
-            seen += first.seen
-        else:
-            fetch = cached(ENCODER, second := Encode(), paths, tmp_path / "cache", 1.0, "test")
-            seen += second.seen
-    assert seen == [0, 1, 4, 5, 2, 3, 6] and brightness(fetch) == SOME.tolist()
-
-
-def test_a_process_that_sees_other_images_deletes_nothing(paths, tmp_path, monkeypatch):
-    cached(ENCODER, Encode(), paths, tmp_path / "cache", 1.0, "test")
-    before = {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
-    monkeypatch.setattr(processes, "first", lambda: False)
+    first, second = Encode(), Encode()
+    with pytest.raises(FileNotFoundError):  # nothing waits here for the shards of process 1
+        cached(paths, first)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    fetch = cached(paths, second)
+    assert (first, second) == ([0, 1, 4, 5], [2, 3, 6]) and brightness(fetch) == SOME.tolist()
+    monkeypatch.setattr(llb.features, "is_writer", lambda: False)
     with pytest.raises(UserError, match="other images"):
-        cached(ENCODER, Encode(), paths[:-1], tmp_path / "cache", 1.0, "test")
-    assert before == {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
+        cached(paths[:-1], Encode())
+    assert len(list((paths[0].parent / "cache").glob("*.npy"))) == 4
 
 
-def test_image_by_image_is_the_batch_at_once(monkeypatch):
-    images = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32)
-
-    def function(batch):
-        return {"sum": batch.sum(axis=1), "largest": batch.max(axis=(1, 2))}
-
-    assert by_image(function) is not function, "these tests run on a CPU"
-    found = jax.jit(by_image(function))(images)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, function(images))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert by_image(function) is function
-
-
-def test_a_batch_is_shared_out_to_the_devices(monkeypatch):
-    """Sixteen images are filled up to eighteen on three devices: the features are those of one device alone."""
-    encoder = load_encoder("tiny", image_size=32)
+def test_encoding_equals_the_encoder_on_one_cpu_device_even_if_there_are_three():
+    """On several, XLA's FFT can wait for ever."""
+    encoder, before = load_encoder("tiny", image_size=32), {id(array) for array in jax.live_arrays()}
+    encode = make_encode(encoder)
+    placed = [array for array in jax.live_arrays() if id(array) not in before]
+    assert len(jax.local_devices()) == 3 and {len(array.sharding.device_set) for array in placed} == {1}
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
-    seen = []
-    together = make_encode(encoder)
-    monkeypatch.setattr(jax, "device_put", lambda *args, put=jax.device_put: seen.append(put(*args)) or seen[-1])
-    shared = together(images)
-    assert len(seen[-1].sharding.device_set) == len(jax.local_devices()) == 3
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    np.testing.assert_array_equal(shared, make_encode(encoder)(images))
+    expected = jax.jit(encoder.features)(encoder.params, normalise(images))
+    np.testing.assert_allclose(encode(images).astype(np.float32), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_features_that_are_not_finite_are_refused():
+    encoder = load_encoder("tiny", image_size=32)
+    wrong = dataclasses.replace(encoder, params=jax.tree.map(lambda leaf: leaf * np.nan, encoder.params))
+    with pytest.raises(UserError, match="--weights"):
+        make_encode(wrong)(np.zeros((1, 32, 32, 3), np.uint8))

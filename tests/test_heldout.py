@@ -1,18 +1,18 @@
-"""The held-out materials: the layout they claim, masks that fit, nothing in common with what `tiny` learned from."""
+"""The held-out materials: their layout, their masks, and that their code is independent of the pre-training images."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import llb.heldout
-import llb.textures
-from llb.data import categories, load_category, load_mask
-from llb.heldout import DEFECTS, MATERIALS, SIDE, VISIBLE, draw, write_heldout
+from llb.data import categories, load_category
+from llb.images import load_mask
+from llb.tiny import heldout, textures
+from llb.tiny.heldout import DEFECTS, MATERIALS, SIDE, VISIBLE, draw, write_heldout
 
 
 def test_each_material_is_a_category_of_an_mvtec_root(tmp_path, monkeypatch):
-    monkeypatch.setattr(llb.heldout, "MATERIALS", {name: MATERIALS[name] for name in ("bricks", "weave")})
+    monkeypatch.setattr(heldout, "MATERIALS", {name: MATERIALS[name] for name in ("bricks", "weave")})
     write_heldout(tmp_path)
     assert categories(tmp_path) == ["bricks", "weave"]
     dataset = load_category(tmp_path, "weave", 0.2)
@@ -24,27 +24,27 @@ def test_each_material_is_a_category_of_an_mvtec_root(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("material", MATERIALS)
-def test_normal_images_follow_from_their_seed_and_are_all_different(material):
+def test_normal_images_are_determined_by_their_seed_and_differ(material):
     images = [draw(material, seed)[0] for seed in (0, 0, 1, 2)]
     assert (images[0] == images[1]).all()
     assert all(np.abs(images[i].astype(int) - images[j]).mean() > 3 for i, j in ((1, 2), (2, 3)))
 
 
 @pytest.mark.parametrize("kind", DEFECTS)
-def test_a_mask_holds_what_the_defect_changed(kind):
+def test_the_mask_covers_the_pixels_that_the_defect_changes(kind):
     sizes = []
     for material in MATERIALS:
         normal, empty = draw(material, [5, 1])
         image, mask = draw(material, [5, 1], kind)
         change = np.abs(image.astype(int) - normal).max(axis=2)
         assert not empty.any()
-        assert change[~mask].max(initial=0) < 8 * VISIBLE  # a lone pixel at the edge of a mask
+        assert change[~mask].max(initial=0) < 8 * VISIBLE  # single pixels at the edge of a mask
         assert (change[~mask] > VISIBLE).sum() <= 0.3 * mask.sum()
         sizes.append(mask.sum())
     assert np.median(sizes) > 20
 
 
-def test_no_code_is_shared_with_what_tiny_learned_from():
-    imports = [line for line in Path(llb.heldout.__file__).read_text(encoding="utf-8").splitlines() if "import" in line]
-    assert not any("textures" in line for line in imports)
-    assert not set(MATERIALS) & set(llb.textures.KINDS)
+def test_the_code_shares_nothing_with_the_pre_training_images():
+    source = Path(heldout.__file__).read_text(encoding="utf-8")
+    assert not any("textures" in line for line in source.splitlines() if "import" in line)
+    assert not set(MATERIALS) & set(textures.KINDS)

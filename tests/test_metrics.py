@@ -1,27 +1,15 @@
-"""Metrics against scikit-learn, against an independent AUPRO, and against values worked out by hand."""
+"""Metrics equal scikit-learn's, an independent AUPRO, and values worked out by hand; streamed ones keep their bound."""
 
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-import llb.metrics
-from llb.dinomaly import map_matrix
+from llb import metrics
+from llb.detectors.dinomaly import map_matrix
 from llb.files import UserError
-from llb.metrics import (
-    PixelCounts,
-    accumulate,
-    image_metrics,
-    pixel_metrics,
-    pixel_metrics_error,
-    pixel_metrics_of,
-    purification,
-    why_undefined,
-)
-
-REFERENCE = Path(__file__).parent / "reference" / "metrics.npz"
+from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, PixelCounts, accumulate, image_metrics, pixel_metrics
 
 
 def scikit_learn(labels, scores):
@@ -32,7 +20,7 @@ def scikit_learn(labels, scores):
 
 
 def random_labels_and_scores(seed):
-    """Few or many ties, rare or frequent anomalies; at least one of each class."""
+    """Few or many ties, rare or frequent defects; at least one of each class."""
     rng = np.random.default_rng(seed)
     count = int(rng.integers(2, 200))
     labels = (rng.random(count) < rng.uniform(0.02, 0.9)).astype(int)
@@ -43,7 +31,7 @@ def random_labels_and_scores(seed):
 
 def stored_cases():
     """Twenty cases of masks bool (3, 20, 20), maps float32 (3, 20, 20) and the independent AUPRO."""
-    with np.load(REFERENCE) as stored:
+    with np.load(Path(__file__).parent / "reference" / "metrics.npz") as stored:
         shape = tuple(stored["shape"])
         masks = np.unpackbits(stored["masks"], count=int(np.prod(shape))).reshape(shape).astype(bool)
         return list(zip(masks, stored["maps"].astype(np.float32), stored["aupro"]))
@@ -58,10 +46,17 @@ def counted(masks, maps, batch=2):
 
 
 def streamed(masks, maps):
-    return pixel_metrics_of(counted(masks, maps))
+    return metrics.pixel_metrics_of(counted(masks, maps))
 
 
-BOTH = pytest.mark.parametrize("metrics", (pixel_metrics, streamed))
+def differences(counts, masks, maps):
+    """For each metric the difference between streamed and exact, and its bound."""
+    exact, close = pixel_metrics(masks, maps), metrics.pixel_metrics_of(counts)
+    bounds = metrics.pixel_metrics_error(counts)
+    return {name: (abs(close[name] - exact[name]), bounds[name]) for name in bounds}
+
+
+BOTH = pytest.mark.parametrize("judge", (pixel_metrics, streamed))
 
 
 def smooth_maps(count, size=168, grid=28):
@@ -74,81 +69,53 @@ def smooth_maps(count, size=168, grid=28):
     return patches.repeat(size // grid, 1).repeat(size // grid, 2), maps
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_image_metrics_equal_scikit_learn(seed):
-    labels, scores = random_labels_and_scores(seed)
-    found = image_metrics(labels.tolist(), scores)
-    assert list(found) == ["image_auroc", "image_ap", "image_f1_max"]
-    np.testing.assert_allclose(list(found.values()), scikit_learn(labels, scores), rtol=0, atol=1e-12)
-
-
-@BOTH
-def test_pixel_metrics_equal_scikit_learn(metrics):
-    for masks, maps, _ in stored_cases():
-        found = metrics(masks, maps)
-        expected = scikit_learn(masks.ravel(), maps.ravel())
-        np.testing.assert_allclose(
-            [found["pixel_auroc"], found["pixel_ap"], found["pixel_f1_max"]], expected, rtol=0, atol=1e-12
-        )
-
-
-@BOTH
-def test_aupro_equals_the_independent_implementation_on_twenty_random_cases(metrics):
-    cases = stored_cases()
-    found = [metrics(masks, maps)["pixel_aupro"] for masks, maps, _ in cases]
-    assert len(found) == 20
-    np.testing.assert_allclose(found, [aupro for _, _, aupro in cases], rtol=0, atol=1e-12)
-
-
-@BOTH
-def test_aupro_of_a_curve_drawn_by_hand(metrics):
-    # Two regions, of one and of three pixels, in ten normal pixels.
+def hand_made_cases():
+    """For each a name, masks, maps, and metrics worked out by hand."""
+    # Two regions, of one and of three pixels, in ten normal pixels. Falling threshold: 9 covers region one (overlap 1/2
+    # at rate 0), 8 is a false alarm (rate .1), 7 covers a third of region two (2/3), 6 is a false alarm (rate .2),
+    # 5 covers another third (5/6); the eight ones take the rate to 1.
     masks = np.array([[1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]], bool)[None]
     maps = np.array([[9, 8, 1, 1, 1, 1, 1], [1, 1, 1, 6, 7, 5, 0]], np.float32)[None]
-    # Falling threshold: 9 finds region one (overlap 1/2 at rate 0), 8 is a false alarm (rate .1), 7 finds a third of
-    # region two (2/3), 6 is a false alarm (rate .2), 5 finds another third (5/6); the eight ones take the rate to 1.
-    expected = (0.1 * 1 / 2 + 0.1 * 2 / 3 + 0.1 * 5 / 6) / 0.3
-    assert metrics(masks, maps)["pixel_aupro"] == pytest.approx(expected, abs=1e-12)
-
-
-@BOTH
-def test_aupro_weighs_regions_equally_and_counts_corner_neighbours_as_one_region(metrics):
+    yield "curve", masks, maps, {"pixel_aupro": (0.1 * 1 / 2 + 0.1 * 2 / 3 + 0.1 * 5 / 6) / 0.3}
     masks = np.zeros((1, 12, 12), bool)
     masks[0, 0, 0] = masks[0, 1, 1] = True  # one region of two pixels, joined at a corner
     masks[0, 5:10, 5:10] = True  # one of 25
     maps = np.where(masks, 0.0, 1.0).astype(np.float32)
     maps[0, 0, 0] = maps[0, 1, 1] = 2.0
-    # the small region is found whole before any false alarm, the large one after all of them
-    assert metrics(masks, maps)["pixel_aupro"] == pytest.approx(0.5, abs=1e-12)
-
-
-@BOTH
-def test_a_map_without_information_scores_chance(metrics):
+    # the small region is covered before any false alarm, the large one after all of them
+    yield "regions count equally", masks, maps, {"pixel_aupro": 0.5}
     masks = np.zeros((2, 6, 6), bool)
     masks[0, :2, :3] = True
-    found = metrics(masks, np.zeros((2, 6, 6), np.float32))
-    share = 6 / 72
-    # one threshold, so overlap = rate: a triangle of 0.3 · 0.3 / 2
-    expected = {"pixel_auroc": 0.5, "pixel_ap": share, "pixel_f1_max": 2 * share / (1 + share), "pixel_aupro": 0.15}
-    assert found == pytest.approx(expected, abs=1e-12)
+    chance = (0.5, 1 / 12, 2 / 13, 0.15)  # one threshold, so overlap = rate: a triangle of 0.3 · 0.3 / 2
+    yield "no information", masks, np.zeros(masks.shape, np.float32), dict(zip(PIXEL_METRICS, chance))
+    yield "perfect", masks, masks.astype(np.float32), dict.fromkeys(PIXEL_METRICS, 1.0)
+    yield "worst", masks, 1 - masks.astype(np.float32), {"pixel_auroc": 0, "pixel_aupro": 0}
+    signs = np.tile(np.array([0.0, -0.0], np.float32), (2, 1, 1))  # zeros of either sign are one score
+    yield "zeros", np.array([[[1, 0]], [[1, 0]]], bool), signs, {"pixel_auroc": 0.5}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_image_metrics_equal_scikit_learn(seed):
+    labels, scores = random_labels_and_scores(seed)
+    values = image_metrics(labels.tolist(), scores)
+    assert tuple(values) == IMAGE_METRICS
+    np.testing.assert_allclose(list(values.values()), scikit_learn(labels, scores), rtol=0, atol=1e-12)
 
 
 @BOTH
-def test_a_perfect_ranking_scores_one(metrics):
-    masks = np.zeros((2, 8, 8), bool)
-    masks[0, 2:4, 3:6] = masks[0, 7, 7] = True
-    assert metrics(masks, masks.astype(np.float32)) == pytest.approx(
-        dict.fromkeys(["pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro"], 1.0), abs=1e-12
-    )
-    assert set(image_metrics([0, 1, 0], [0.1, 0.2, 0.0]).values()) == {1.0}
+def test_pixel_metrics_equal_scikit_learn_and_an_independent_aupro(judge):
+    for masks, maps, aupro in stored_cases():
+        values = judge(masks, maps)
+        assert tuple(values) == PIXEL_METRICS
+        expected = [*scikit_learn(masks.ravel(), maps.ravel()), aupro]
+        np.testing.assert_allclose(list(values.values()), expected, rtol=0, atol=1e-12)
 
 
 @BOTH
-def test_the_worst_ranking_has_no_overlap_within_the_limit(metrics):
-    masks = np.zeros((1, 8, 8), bool)
-    masks[0, 2:4, 3:6] = True
-    found = metrics(masks, 1 - masks.astype(np.float32))
-    assert found["pixel_auroc"] == 0 and found["pixel_aupro"] == 0
+@pytest.mark.parametrize(("name", "masks", "maps", "expected"), [*hand_made_cases()])
+def test_pixel_metrics_equal_values_worked_out_by_hand(judge, name, masks, maps, expected):
+    values = judge(masks, maps)
+    assert {metric: values[metric] for metric in expected} == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("scale", (1, 1e-30, -1e-3))
@@ -156,35 +123,27 @@ def test_streaming_is_exact_where_scores_lie_close_together_whatever_outliers_th
     """Neighbouring floats, ties, a constant map, and single scores that are far away."""
     rng = np.random.default_rng(2)
     masks = rng.random((6, 20, 20)) < 0.1
-    ranks = rng.integers(0, 300, masks.shape) + 100 * masks
-    maps = (np.float32(scale) * (1 + ranks * 2.0**-23)).astype(np.float32)
+    levels = rng.integers(0, 300, masks.shape) + 100 * masks
+    maps = (np.float32(scale) * (1 + levels * 2.0**-23)).astype(np.float32)
     maps[4] = maps[0, 0, 0]
     for place, outlier in enumerate((0.0, -0.0, 1e-40, -1e38, 3e38, 2.0)):
         maps[0, 0, place] = outlier
     counts = counted(masks, maps)
-    assert pixel_metrics_of(counts) == pytest.approx(pixel_metrics(masks, maps), abs=1e-12)
-    assert set(pixel_metrics_error(counts).values()) == {0.0}
-
-
-def test_zeros_of_either_sign_are_one_score():
-    masks = np.array([[[1, 0]], [[1, 0]]], bool)
-    maps = np.array([[[0.0, -0.0]], [[0.0, -0.0]]], np.float32)
-    assert streamed(masks, maps)["pixel_auroc"] == 0.5
+    assert metrics.pixel_metrics_of(counts) == pytest.approx(pixel_metrics(masks, maps), abs=1e-12)
+    assert set(metrics.pixel_metrics_error(counts).values()) == {0.0}
 
 
 def test_streaming_differs_on_smooth_maps_by_less_than_its_bound_of_1e_5():
     masks, maps = smooth_maps(48)
     counts = counted(masks, maps, 16)
-    exact, found, error = pixel_metrics(masks, maps), pixel_metrics_of(counts), pixel_metrics_error(counts)
     assert counts.table.shape[2] < 2**16  # scores share bins
-    for name in exact:
-        assert abs(found[name] - exact[name]) <= error[name] + 1e-12
-        assert 0 <= error[name] < 1e-5 and abs(found[name] - exact[name]) < 1e-6
+    for difference, bound in differences(counts, masks, maps).values():
+        assert difference <= bound + 1e-12 and 0 <= bound < 1e-5 and difference < 1e-6
 
 
 def test_the_bound_holds_in_coarse_bins_and_is_no_looser_than_need_be(monkeypatch):
-    monkeypatch.setattr(llb.metrics, "BINS", 16)
-    reached = dict.fromkeys(["pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro"], 0.0)
+    monkeypatch.setattr(metrics, "BINS", 16)
+    reached = dict.fromkeys(PIXEL_METRICS, 0.0)
     for seed in range(200):
         rng = np.random.default_rng(seed)
         masks = rng.random((2, 12, 12)) < rng.choice([0.02, 0.1, 0.5, 0.95])
@@ -197,116 +156,69 @@ def test_the_bound_holds_in_coarse_bins_and_is_no_looser_than_need_be(monkeypatc
             maps = scores + (np.where(masks, *shift) + rng.choice([0, 0.3]) * rng.random(masks.shape)) / 512
         maps = maps.astype(np.float32)
         counts = counted(masks, maps)
-        exact, found, error = pixel_metrics(masks, maps), pixel_metrics_of(counts), pixel_metrics_error(counts)
-        for name in exact:
-            difference = abs(found[name] - exact[name])
-            assert difference <= error[name] + 1e-12, (seed, name)
-            reached[name] = max(reached[name], difference / max(error[name], 1e-12))
+        assert counts.table[0].size <= 16
+        for name, (difference, bound) in differences(counts, masks, maps).items():
+            assert difference <= bound + 1e-12, (seed, name)
+            reached[name] = max(reached[name], difference / max(bound, 1e-12))
     assert min(reached.values()) > 0.9, reached
 
 
 def test_any_cut_into_batches_and_any_order_gives_the_same_counts(monkeypatch):
-    monkeypatch.setattr(llb.metrics, "BINS", 2**12)  # joined several times on the way
+    monkeypatch.setattr(metrics, "BINS", 2**12)  # joined several times on the way
     masks, maps = smooth_maps(12, size=56)
     maps *= np.geomspace(1e-3, 1, 12, dtype=np.float32)[:, None, None]  # each batch brings new pages
     whole = accumulate(PixelCounts(), masks, maps)
-    shuffled = np.random.default_rng(0).permutation(12)
-    for order, batch in ((np.arange(12), 1), (np.arange(12), 5), (np.arange(12)[::-1], 4), (shuffled, 3)):
+    for order, batch in ((np.arange(12), 1), (np.arange(12)[::-1], 5), (np.random.default_rng(0).permutation(12), 4)):
         counts = counted(masks[order], maps[order], batch)
         np.testing.assert_array_equal(counts.pages, whole.pages)
         np.testing.assert_array_equal(counts.table[:2], whole.table[:2])
         np.testing.assert_allclose(counts.table[2], whole.table[2], rtol=1e-12)
-        assert pixel_metrics_of(counts) == pytest.approx(pixel_metrics_of(whole), abs=1e-12)
+        assert metrics.pixel_metrics_of(counts) == pytest.approx(metrics.pixel_metrics_of(whole), abs=1e-12)
+    accumulate(whole, masks, maps)  # leaves its argument as it is
     assert whole.table[0].sum() == maps.size and whole.table[1].sum() == masks.sum()
-    accumulate(whole, masks, maps)  # leaves its argument as it was
-    assert whole.table[0].sum() == maps.size and whole.table[1].sum() == masks.sum()
-
-
-def test_ten_times_the_maps_take_no_more_memory():
-    masks, maps = smooth_maps(50, size=112)
-    maps = 1 + maps / 64  # few pages: the counts are small beside the maps
-
-    def peak(batches: int) -> int:
-        tracemalloc.start()
-        counts = PixelCounts()
-        for number in range(batches):
-            counts = accumulate(counts, masks, maps + np.float32(number % 7 / 512))
-        pixel_metrics_of(counts), pixel_metrics_error(counts)
-        memory = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return memory
-
-    assert peak(40) < 1.2 * peak(4)
-
-
-def test_metrics_do_not_depend_on_the_order_of_images_or_on_a_monotone_change_of_scale():
-    rng = np.random.default_rng(1)
-    masks, maps, _ = stored_cases()[7]
-    expected = pixel_metrics(masks, maps)
-    order = rng.permutation(len(maps))
-    assert pixel_metrics(masks[order], maps[order]) == pytest.approx(expected, abs=1e-12)
-    assert pixel_metrics(masks[:, ::-1, ::-1], maps[:, ::-1, ::-1]) == pytest.approx(expected, abs=1e-12)
-    assert pixel_metrics(masks, np.exp(maps / 100) - 3) == pytest.approx(expected, abs=1e-12)
-    labels, scores = random_labels_and_scores(3)
-    order = rng.permutation(len(labels))
-    assert image_metrics(labels[order], scores[order] * 7 - 2) == pytest.approx(image_metrics(labels, scores))
-
-
-def test_small_differences_of_image_scores_count():
-    # float32 would tie them
-    assert image_metrics([0, 1], np.array([1.0, 1.0 + 1e-12]))["image_auroc"] == 1.0
 
 
 def test_one_class_or_no_image_or_unknown_labels_leave_image_metrics_undefined_and_say_why():
-    reasons = {(0, 0): "no image is anomalous", (1, 1): "no image is normal", (): "there is no image to judge"}
-    reasons[(1, None)] = "it is not known which images are anomalous"
+    reasons = {(0, 0): "no image is defective", (1, 1): "no image is normal", (): "there is no image to judge"}
+    reasons[(1, None)] = "it is not known which images are defective"
     for labels, reason in reasons.items():
-        found = image_metrics(list(labels), np.ones(len(labels)))
-        assert found == {"image_auroc": None, "image_ap": None, "image_f1_max": None}
-        assert why_undefined("image_auroc", list(labels)) == reason
+        assert image_metrics(labels, np.ones(len(labels))) == dict.fromkeys(IMAGE_METRICS)
+        assert metrics.why_undefined("image_auroc", labels) == reason
 
 
 def test_missing_masks_or_one_class_of_pixels_leave_pixel_metrics_undefined_and_say_why():
-    maps = np.random.default_rng(0).random((2, 4, 4), np.float32)
-    none = dict.fromkeys(["pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro"])
+    maps, none = np.random.default_rng(0).random((2, 4, 4), np.float32), dict.fromkeys(PIXEL_METRICS)
     assert pixel_metrics(None, maps) == none
-    assert pixel_metrics(np.zeros((2, 4, 4), bool), maps) == none
-    assert pixel_metrics(np.ones((2, 4, 4), bool), maps) == none
-    assert pixel_metrics(np.zeros((0, 4, 4), bool), maps[:0]) == none
+    for masks in (np.zeros((2, 4, 4), bool), np.ones((2, 4, 4), bool), np.zeros((0, 4, 4), bool)):
+        assert pixel_metrics(masks, maps[: len(masks)]) == streamed(masks, maps[: len(masks)]) == none
     masks = np.array([[1, 0, 0, 0]] * 4, bool)[None].repeat(2, 0)
-    known = accumulate(PixelCounts(), masks, maps)
-    assert None not in pixel_metrics_of(known).values()
-    unknown = accumulate(known, None, maps)
+    unknown = accumulate(accumulate(PixelCounts(), masks, maps), None, maps)
     for counts in (PixelCounts(), unknown, accumulate(unknown, masks, maps)):
-        assert pixel_metrics_of(counts) == none and set(pixel_metrics_error(counts).values()) == {0.0}
-    assert streamed(np.zeros((2, 4, 4), bool), maps) == streamed(np.ones((2, 4, 4), bool), maps) == none
-    assert "no mask" in why_undefined("pixel_aupro", [0, 1])
-    assert why_undefined("pixel_aupro", [0, 0]) == "no image is anomalous"
+        assert metrics.pixel_metrics_of(counts) == none and set(metrics.pixel_metrics_error(counts).values()) == {0.0}
+    assert "no mask" in metrics.why_undefined("pixel_aupro", [0, 1])
+    assert metrics.why_undefined("pixel_aupro", [0, 0]) == "no image is defective"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_scores_that_are_not_finite_are_refused(value):
-    with pytest.raises(UserError, match="not all finite"):
-        image_metrics([0, 1], np.array([0.0, value]))
-    maps = np.zeros((1, 4, 4), np.float32)
-    maps[0, 0, 0] = value
-    with pytest.raises(UserError, match="not all finite"):
-        pixel_metrics(None, maps)
-    for masks in (None, maps > 0):
+    maps = np.full((1, 4, 4), value, np.float32)
+    for refusing in (
+        lambda: image_metrics([0, 1], np.array([0.0, value])),
+        lambda: pixel_metrics(None, maps),
+        lambda: accumulate(PixelCounts(), maps > 0, maps),
+    ):
         with pytest.raises(UserError, match="not all finite"):
-            accumulate(PixelCounts(), masks, maps)
+            refusing()
 
 
-def test_purification_counts_the_anomalies_before_and_after():
-    facts = purification([0, 1, 0, 1, 0], np.array([0.1, 0.9, 0.2, 0.3, 0.4]), np.array([1, 0, 1, 1, 0], bool))
-    assert facts == {
-        "n": 5,
-        "kept": 3,
-        "contamination_before": 0.4,
-        "contamination_after": pytest.approx(1 / 3),
-        "train_auroc": pytest.approx(5 / 6),
-    }
-    unknown = purification([None, None], np.array([0.1, 0.9]), np.array([True, False]))
-    assert unknown == {
-        "n": 2, "kept": 1, "contamination_before": None, "contamination_after": None, "train_auroc": None
-    }  # fmt: skip
+def test_ranks_count_from_the_first_suspect_and_ties_go_by_order_and_tiny_differences_count():
+    assert image_metrics([0, 1], np.array([1.0, 1.0 + 1e-12]))["image_auroc"] == 1.0  # float32 would tie them
+    assert metrics.ranks(np.array([0.2, 0.9, 0.2, 0.5])).tolist() == [3, 1, 4, 2]
+
+
+def test_purification_counts_the_defective_images_before_and_after():
+    names = "n", "kept", "contamination_before", "contamination_after", "train_auroc"
+    facts = metrics.purification([0, 1, 0, 1, 0], np.array([0.1, 0.9, 0.2, 0.3, 0.4]), np.array([1, 0, 1, 1, 0], bool))
+    assert facts == pytest.approx(dict(zip(names, (5, 3, 0.4, 1 / 3, 5 / 6))))
+    unknown = metrics.purification([None, None], np.array([0.1, 0.9]), np.array([True, False]))
+    assert unknown == dict(zip(names, (2, 1, None, None, None)))

@@ -1,123 +1,83 @@
-"""Several processes that work as one end as one alone would."""
+"""Several processes that work as one give the results of one."""
 
-import os
+import json
 import socket
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-import jax
-import numpy as np
 import pytest
-from test_commands import SMALL, draw_mvtec, rows_of
+from helpers import ROOT, TILE, child, contents, refuse, rows_of, succeed
 
 from llb import processes
-from llb.checkpoint import open_checkpoints, restore_params
-from llb.files import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+# each of two processes runs this; arguments: a folder, and the flags of several processes
+TALK = """
+import json, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from llb.console import say
+from llb.files import atomic, discard, is_writer, write_text
+from llb.processes import agreed, join, joined, part_of, process_0_first
+folder, number = Path(sys.argv[1]), int(sys.argv[7])
+join(SimpleNamespace(coordinator=sys.argv[3], processes=2, process_id=number))
+with process_0_first("block"):
+    time.sleep(1 - number)
+    seen = (folder / "text 0").exists()
+    write_text(folder / f"text {number}", "")
+(folder / f"kept {number}").touch()
+discard(folder / f"kept {number}")
+say(f"line of {number}")
+together = {count: joined(10 * part_of(count), count).tolist() for count in (1, 4, 5)}
+facts = json.dumps([seen, is_writer(), agreed(number == 0), together])
+atomic(folder / f"facts {number}", lambda file: file.write_text(facts), by_any_process=True)
+"""
 
 
-def free_port() -> int:
+def in_two_processes(*line, status: int = 0):
+    """Run Python twice at once, with the flags of several processes; each process has two CPU devices."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        line += ("--coordinator", f"127.0.0.1:{probe.getsockname()[1]}", "--processes", 2, "--process-id")
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(partial(child, *line, JAX_NUM_CPU_DEVICES=2), range(2))
+    assert first.returncode == status and (second.returncode == 0) == (status == 0), first.stderr + second.stderr
+    return first, second
 
 
-def together(count: int, script: str, *arguments, devices: int = 2) -> list[subprocess.CompletedProcess]:
-    """`count` processes, each with some CPU devices; with one, no flags of several are given."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    coordinator = f"127.0.0.1:{free_port()}"
-    lines = [[sys.executable, ROOT / f"{script}.py", *map(str, arguments)] for _ in range(count)]
-    if count > 1:
-        for number, line in enumerate(lines):
-            line += ["--coordinator", coordinator, "--processes", str(count), "--process-id", str(number)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(line, env=environment, **pipes) for line in lines]
-    try:
-        outputs = [one.communicate(timeout=300) for one in started]
-        return [subprocess.CompletedProcess(one.args, one.returncode, *output) for one, output in zip(started, outputs)]
-    finally:
-        for one in started:
-            one.kill()
-
-
-@pytest.mark.slow  # starts five processes
-def test_two_processes_with_two_devices_each_score_as_one_does(tmp_path):
-    """K = 3 on four devices, then stage 2, whose single sub-model's batch is shared out to all four."""
-    data = draw_mvtec(tmp_path / "data", good=17)
-    arguments = ("--data", data, "--noise-ratio", 0.25, "--steps", 4, *SMALL[:-1], 4)
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    (one,) = together(1, "stage1_partition", *arguments, "--out", alone, devices=1)
-    first, second = together(2, "stage1_partition", *arguments, "--out", both)
-    assert (one.returncode, first.returncode, second.returncode) == (0, 0, 0), first.stderr + second.stderr
-    assert "seen as 4 devices, in 2 processes" in first.stdout
-    # Gloo, the library that CPUs talk by, speaks for itself
-    assert "device" not in second.stdout and "tile" not in second.stdout
-    assert "Traceback" not in first.stderr + second.stderr
-    expected, found = (rows_of(run / "tile" / "scores.csv") for run in (alone, both))
-    assert [row["path"] for row in found] == [row["path"] for row in expected]
-    for name in ("model_0", "model_1", "model_2", "score"):
-        a, b = ([float(row[name]) for row in rows] for rows in (found, expected))
-        np.testing.assert_allclose(a, b, rtol=1e-5)
-    assert (both / "tile" / "purified.txt").read_text() == (alone / "tile" / "purified.txt").read_text()
-
-    first, second = together(2, "stage2_train", "--run", both, "--steps", 2)
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    (one,) = together(1, "stage2_train", "--run", alone, "--steps", 2, devices=1)
-    assert one.returncode == 0, one.stderr
-
-    def trained(run: Path) -> np.ndarray:
-        with open_checkpoints(run / "tile" / "stage2-purified") as checkpoints:
-            return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(restore_params(checkpoints))])
-
-    # Gradients were summed over both processes. Where one is zero but for rounding, its sign decides a whole update.
-    found, expected = (
-        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(trained(run))]) for run in (both, alone)
-    )
-    assert (np.abs(found - expected) > 1e-6 + 1e-4 * np.abs(expected)).mean() < 1e-3
+def test_process_0_writes_and_prints_and_both_join_their_parts(tmp_path):
+    first, second = in_two_processes("-c", TALK, tmp_path)
+    assert "line of 0" in first.stdout and "line of" not in second.stdout  # but JAX's Gloo prints lines of its own
+    assert {file.name for file in tmp_path.iterdir()} == {"text 0", "kept 1", "facts 0", "facts 1"}
+    together = {str(count): [10 * i for i in range(count)] for count in (1, 4, 5)}
+    for number in range(2):
+        assert json.loads((tmp_path / f"facts {number}").read_text()) == [number == 1, number == 0, True, together]
 
 
 @pytest.mark.slow
-def test_what_is_wrong_ends_all_processes_with_one_line(tmp_path):
-    found = together(2, "stage1_partition", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
-    assert found[0].returncode == 2 and "nowhere" in found[0].stderr and len(found[0].stderr.splitlines()) == 1
-    assert found[1].returncode != 0
+def test_two_processes_with_two_devices_each_give_the_results_of_one(finished, data, tmp_path):
+    """K = 3 on four devices, then K = 1 in stage 2: the other devices train copies."""
+    first, second = in_two_processes(ROOT / "stage1_partition.py", "--data", data, "--out", tmp_path, *TILE)
+    assert "seen as 4 devices, in 2 processes" in first.stdout
+    assert "device" not in second.stdout and "tile" not in second.stdout and "Traceback" not in second.stderr
+    assert contents(tmp_path).items() <= contents(finished).items()
+    in_two_processes(ROOT / "stage2_train.py", "--run", tmp_path, "--steps", 3)
+    succeed("evaluate", "--run", tmp_path)
+    tables = [rows_of(run / "tile" / "predictions-purified.csv") for run in (tmp_path, finished)]
+    for both, one in zip(*tables):
+        assert both["path"] == one["path"] and float(both["score"]) == pytest.approx(float(one["score"]), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("host:1", 2, None), "belong together"),
-        (("host:1", 2, 2), "--process-id 2"),
-        (("host", 2, 0), "--coordinator host"),
-        ((":1", 2, 0), "--coordinator :1"),
-    ],
-)
-def test_flags_that_do_not_fit_are_refused(given, message):
-    settings = SimpleNamespace(**dict(zip(("coordinator", "processes", "process_id"), given)))
-    with pytest.raises(UserError, match=message):
-        processes.join(settings)
+def test_bad_input_ends_all_processes_with_one_line(tmp_path):
+    flags = ("--data", tmp_path / "nowhere", "--out", tmp_path / "run")
+    first, _ = in_two_processes(ROOT / "stage1_partition.py", *flags, status=2)
+    assert "nowhere" in first.stderr and len(first.stderr.splitlines()) == 1
 
 
-def test_a_launchers_word_is_taken_only_when_it_has_started_several(monkeypatch):
-    for name in [*processes.LAUNCHERS, *processes.LAUNCHERS.values()]:
-        monkeypatch.delenv(name, raising=False)
-    assert processes.launched() == (1, 0)
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # one task of a job array
-    assert processes.launched() == (1, 0)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    assert processes.launched() == (4, 3)
-
-
-@pytest.mark.parametrize("count", (1, 5, 6, 7))
-def test_shares_are_all_rows_once_in_order(monkeypatch, count):
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    shares = []
-    for number in range(3):
-        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
-        shares.append(processes.share(count))
-    assert np.concatenate(shares).tolist() == list(range(count))
+def test_of_several_launched_processes_only_process_0_evaluates(monkeypatch, tmp_path):
+    for tasks, number in ((1, 0), (2, 0), (2, 1)):  # one task: of a job array
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
+        monkeypatch.setenv("SLURM_PROCID", str(number))
+        assert processes.launched() == (tasks, number)
+        if number == 0:
+            assert "there is no run" in refuse("evaluate", "--run", tmp_path / "nothing")
+    assert succeed("evaluate", "--run", tmp_path / "nothing") == ""

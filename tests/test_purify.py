@@ -1,11 +1,11 @@
-"""Aggregation, ranking and selection; and every score stays with the image it belongs to."""
+"""Aggregation and selection; and every score stays with the image it belongs to."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llb.purify import aggregate, keep_auto, keep_lowest, partition, ranks
+from llb.purify import aggregate, keep_auto, keep_lowest, partition
 
 SCORES = np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0], [9.0, 1.0, 2.0], [0.5, 0.0, 1.0]], np.float32)
 SUBSET = np.array([0, 1, 2, 1])
@@ -26,19 +26,11 @@ def test_aggregates_by_hand(how, expected):
 
 
 @pytest.mark.parametrize(("images", "submodels"), [(10, 3), (3, 3), (7, 1), (100, 8)])
-def test_the_partition_is_disjoint_complete_and_even(images, submodels):
-    subset = partition(jax.random.key(0), images, submodels)
+def test_the_partition_is_disjoint_complete_even_and_follows_its_key(images, submodels):
+    subset, again, other = (partition(jax.random.key(seed), images, submodels) for seed in (0, 0, 1))
     sizes = np.bincount(subset, minlength=submodels)
     assert sizes.sum() == images and sizes.max() - sizes.min() <= 1
-
-
-def test_the_partition_follows_its_key():
-    one, again, other = (partition(jax.random.key(seed), 50, 3) for seed in (0, 0, 1))
-    assert (one == again).all() and (one != other).any()
-
-
-def test_ranks_count_from_the_first_suspect_and_ties_go_by_order():
-    assert ranks(np.array([0.2, 0.9, 0.2, 0.5])).tolist() == [3, 1, 4, 2]
+    assert (subset == again).all() and ((subset != other).any() or images < 100)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +40,9 @@ def test_a_share_keeps_exactly_the_lowest_even_with_ties(share, kept):
     assert keep_lowest(np.array([0.3, 0.9, 0.1, 0.3]), share).tolist() == kept
 
 
-def skewed(random: np.random.Generator, normal: int, defective: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log-normal scores, the defective ones six spreads higher."""
+def skewed(seed: int, normal: int, defective: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-normal scores, the defective ones six spreads higher; and bool, True for those."""
+    random = np.random.default_rng(seed)
     logs = np.concatenate([random.normal(-3, 0.2, normal), random.normal(-1.8, 0.3, defective)])
     return np.exp(logs).astype(np.float32), np.arange(normal + defective) >= normal
 
@@ -57,15 +50,13 @@ def skewed(random: np.random.Generator, normal: int, defective: int) -> tuple[np
 @pytest.mark.parametrize("defective", (0, 30, 60, 120, 240))
 def test_auto_keeps_normal_images_and_drops_separable_defects_whatever_the_ratio(defective):
     for seed in range(5):
-        scores, bad = skewed(np.random.default_rng(seed), 600 - defective, defective)
+        scores, bad = skewed(seed, 600 - defective, defective)
         kept = keep_auto(scores)
-        assert kept[~bad].mean() > 0.9
-        if defective:
-            assert kept[bad].mean() < 0.1
+        assert kept[~bad].mean() > 0.9 and (not defective or kept[bad].mean() < 0.1)
 
 
 def test_auto_is_indifferent_to_the_scale_and_the_order_of_the_scores():
-    scores, _ = skewed(np.random.default_rng(0), 100, 20)
+    scores, _ = skewed(0, 100, 20)
     kept, order = keep_auto(scores), np.random.default_rng(1).permutation(120)
     np.testing.assert_array_equal(keep_auto(scores * 8), kept)
     np.testing.assert_array_equal(keep_auto(scores[order]), kept[order])
@@ -79,9 +70,8 @@ def test_auto_keeps_something_of_the_strangest_scores(scores):
 
 @pytest.mark.parametrize("images", (2, 24, 38, 45, 160))
 def test_auto_keeps_all_of_equal_scores_and_of_mostly_equal_ones_the_equal(images):
-    """The mean of equal numbers may round to below them: what is below the mean must not be empty."""
-    random = np.random.default_rng(images)
-    for score in random.lognormal(-3, 1, 50).astype(np.float32):
+    """The mean of equal numbers may round to below them, and then no score is below the mean."""
+    for score in np.random.default_rng(images).lognormal(-3, 1, 50).astype(np.float32):
         scores = np.full(images, score)
         assert keep_auto(scores).all()
         scores[: images // 10] *= 1.5

@@ -1,6 +1,6 @@
-"""Small encoders whose weights and images follow from their names, so that only what comes out has to be stored.
+"""Small encoders whose weights and images follow from their names, so that only their outputs are stored.
 
-make_encoder.py (PyTorch, transformers) and tests/test_encoder.py (JAX) both draw from here.
+make_encoder.py (PyTorch, transformers) and tests/test_encoders.py (JAX) both draw from here.
 """
 
 import json
@@ -32,7 +32,7 @@ EVERY = 5  # patch token is stored: prime to every grid's side, so that all colu
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Normal float32 numbers, the same everywhere for the same name: RandomState's stream is frozen (NEP 19).
 
-    The scale depends on what the name means in transformers. Matrices keep the size of what they multiply. Norms and
+    The scale depends on the name's meaning in transformers. Matrices keep the size of what they multiply. Norms and
     LayerScale vary around 1. Embeddings have standard deviation 0.01, so that the first norm's epsilon is visible.
     """
     normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
@@ -55,12 +55,12 @@ def images(size: int) -> np.ndarray:
 
 
 def kept(tokens: np.ndarray, registers: int) -> np.ndarray:
-    """What is stored of tokens (B, T, D): class, registers and every fifth patch."""
+    """The stored part of tokens (B, T, D): class, registers and every fifth patch."""
     return np.concatenate([tokens[:, : 1 + registers], tokens[:, 1 + registers :: EVERY]], axis=1)
 
 
 def names(family: str) -> dict[str, list]:
-    """What make_encoder.py found in transformers: name in model.safetensors → shape, name in state_dict()."""
+    """make_encoder.py's list of transformers' tensors: name in model.safetensors → shape, name in state_dict()."""
     return json.loads(Path(__file__).with_name("encoder.json").read_text())[family]
 
 

@@ -1,4 +1,4 @@
-"""Reference values for tests/test_dinomaly.py and tests/test_optimizer.py, from an independent PyTorch implementation.
+"""Reference values for tests/test_dinomaly.py and tests/test_recipes.py, from an independent PyTorch implementation.
 
     pip install torch==2.13.0 numpy scipy && python tests/reference/make_dinomaly.py
 

@@ -1,4 +1,4 @@
-"""Reference values for tests/test_encoder.py and tests/test_weights_io.py, from PyTorch and transformers.
+"""Reference values for tests/test_encoders.py, test_pickles.py and test_weights.py, from PyTorch and transformers.
 
     pip install torch==2.13.0 transformers==5.24.0 numpy && python tests/reference/make_encoder.py
 
@@ -96,31 +96,12 @@ def make_tokens(stored):
 
 
 def make_interpolations(stored):
-    """Grids of random numbers and of waves, interpolated as transformers does it and as the original releases do."""
+    """Grids of random numbers, interpolated as transformers does it."""
     for native, rows, columns in ((37, 28, 28), (37, 16, 28), (37, 41, 41), (14, 24, 24), (14, 10, 10)):
         grid = torch.tensor(draw(f"images {native}", (1, 1, native, native)).astype(np.float64))
         for antialias in (False, True):
             value = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False, antialias=antialias)
             stored[f"interpolated/{native}/{rows}/{columns}/{antialias}"] = value[0, 0].numpy().astype(np.float32)
-
-    for native, side in ((37, 28), (14, 20)):  # 392 pixels for patch 14, 320 for patch 16
-        x = (np.arange(native) + 0.5) / native
-        grids = {
-            "random": draw(f"images {native}", (native, native)),
-            "waves": np.sin(4 * np.pi * x)[:, None] + np.cos(4 * np.pi * x),  # two periods a side
-        }
-        for kind, grid in grids.items():
-            scale = (side + 0.1) / native
-            grid = torch.tensor(grid.astype(np.float32).astype(np.float64))[None, None]
-            offset = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
-            assert offset.shape[2:] == (side, side)
-            plain = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-            difference = offset - plain
-            rms = (difference.square().mean() / plain.square().mean()).sqrt().item()
-            largest = (difference.abs().max() / plain.abs().max()).item()
-            print(f"offset {native} → {side}, {kind}: RMS {100 * rms:.2f} %, maximum {100 * largest:.2f} %")
-            stored[f"offset/{native}/{side}/{kind}/grid"] = grid[0, 0].numpy().astype(np.float32)
-            stored[f"offset/{native}/{side}/{kind}"] = offset[0, 0].numpy().astype(np.float32)
 
 
 def make_tensors():

@@ -1,0 +1,192 @@
+"""A run that continues: after an interruption, after an edit by hand, or with other settings, weights or sources."""
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import LATER, ROOT, SMALL, TILE, child, contents, dates, refuse, succeed
+
+import llb.encoders
+import llb.run
+from llb.encoders.weights import write_tree
+from llb.files import discard
+
+# stage 1 with a checkpoint after each step; arguments: a signal that ends it, after which call of what function, flags
+ENDED = """
+import importlib, itertools, os, signal, sys
+import llb.console, llb.train, stage1_partition
+ending, call, module, name = sys.argv[1:5]
+sys.argv[:5] = ["stage1_partition.py"]
+module, calls = importlib.import_module(module), itertools.count(1)
+function = getattr(module, name)
+
+def ended(*arguments, **options):
+    result = function(*arguments, **options)
+    if next(calls) == int(call):
+        if module.__name__ == "numpy": os.truncate(arguments[0], 100)  # as if in the middle of it
+        os.kill(os.getpid(), signal.Signals["SIG" + ending])
+    return result
+setattr(module, name, ended)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+llb.train.SAVE_SECONDS, llb.train.SAVE_FRACTION = 0.0, 1e9
+llb.console.run_script(stage1_partition.main)
+"""
+# while features are written; while a checkpoint is written, twice; when only purified.txt is missing
+PLACES = "KILL 1 numpy save, KILL 2 llb.train save, INT 1 llb.train save, KILL 1 stage1_partition write_scores"
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_a_killed_and_interrupted_run_ends_with_the_files_of_an_undisturbed_one(data, tmp_path):
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    flags = ("--data", data, "--out", run, *TILE)
+    for place in PLACES.split(", "):
+        ended = child("-c", ENDED, *place.split(), *flags)
+        if place.startswith("INT"):
+            assert ended.returncode == 130 and "continues from step" in ended.stdout
+            assert ended.stderr.strip() == "interrupted: the same command continues from here"
+        else:
+            assert ended.returncode == -signal.SIGKILL, ended.stderr
+    for out in (run, undisturbed):
+        last = child(ROOT / "stage1_partition.py", *flags, "--out", out)
+        assert last.returncode == 0 and not list(out.rglob(".*")), last.stderr
+    assert contents(run) == contents(undisturbed)
+
+
+def test_a_folder_that_is_half_deleted_does_not_look_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "stage2-all"
+    folder.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # interrupted before it deletes a file
+    discard(folder)
+    assert not folder.exists() and list(tmp_path.iterdir())
+    monkeypatch.undo()
+    discard(folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_remains_of_a_killed_start_and_a_damaged_config_are_in_nobodys_way(data, tmp_path):
+    flags = ("--data", data, "--out", tmp_path, *SMALL)
+    for name in (".config.tmp.json", ".probe"):
+        (tmp_path / name).write_text("{")
+    refuse("stage1_partition", *flags, "--submodels", 99)
+    succeed("stage1_partition", *flags)
+    assert not list(tmp_path.rglob(".*"))
+    (tmp_path / "config.json").write_text("{")
+    assert "--overwrite" in refuse("stage1_partition", *flags)
+    succeed("stage1_partition", *flags, "--overwrite")
+    line = ["python", "stage1_partition.py", *map(str, flags)]  # which continues the run, and so deletes nothing
+    assert json.loads((tmp_path / "config.json").read_text())["command"] == shlex.join(line)
+
+
+def test_finished_stages_are_not_repeated(finished, data):
+    before = dates(finished / "tile")
+    assert "stage 1 is finished" in succeed("stage1_partition", "--data", data, "--out", finished, *TILE)
+    assert "stage 2 on purified is finished" in succeed("stage2_train", "--run", finished, "--steps", 3)
+    assert "purified is evaluated" in succeed("evaluate", "--run", finished)
+    assert dates(finished / "tile") == before
+
+
+def test_other_settings_or_weights_are_refused_with_the_difference(finished, data, tmp_path, monkeypatch):
+    stage1, stage2 = ("stage1_partition", "--data", data, "--out", finished, *TILE), ("stage2_train", "--run", finished)
+    assert "(steps: 4, now 5): give another --out, or --overwrite" in refuse(*stage1, "--steps", 5)
+    assert "steps: 3, now 7" in refuse(*stage2, "--steps", 7)
+    params = llb.encoders.load_encoder("tiny").params
+    write_tree(params | {"cls_token": 2 * params["cls_token"]}, tmp_path / "new.safetensors", {})
+    monkeypatch.setattr(llb.encoders, "TINY_WEIGHTS", tmp_path / "new.safetensors")
+    for line in (stage1, stage2, ("evaluate", "--run", finished)):
+        assert "other weights of tiny" in refuse(*line)
+
+
+def test_later_stages_take_encoder_and_images_from_the_run_or_name_them(copy):
+    config = json.loads((copy / "config.json").read_text())
+    encoder = llb.run.run_encoder(copy, config | {"precision": "bfloat16"})
+    assert (encoder.spec.name, encoder.image_size, encoder.precision) == ("tiny", 32, "bfloat16")
+    for name, mention in (("data", "its images, gone, are not"), ("weights", "encoder's weights, gone, are not")):
+        (copy / "config.json").write_text(json.dumps(config | {name: "gone"}))
+        for script in LATER:
+            assert mention in refuse(script, "--run", copy)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the sources, in the place of the project."""
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "llb", project / "llb", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    for script in llb.run.SCRIPTS:
+        shutil.copy(ROOT / script, project)
+    monkeypatch.setattr(llb.run, "PROJECT", project)
+    return project
+
+
+def test_the_digest_covers_the_scripts_and_the_core_only(project):
+    for name in ("evaluate.py", "llb/score.py", "llb/detectors/dinomaly.py", "llb/new.py", "llb/tiny/probe.py", "x.py"):
+        before = llb.run.sources_digest()
+        with open(project / name, "a") as file:
+            file.write("# changed\n")
+        assert (llb.run.sources_digest() == before) == (name in ("llb/tiny/probe.py", "x.py")), name
+    shutil.rmtree(project / "llb" / "bench")
+    assert llb.run.sources_digest() == before
+
+
+def test_a_run_that_continues_with_other_sources_says_so_and_records_them(copy, project):
+    note, began = "note: the sources of llb have changed", llb.run.sources_digest()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"sources": [began]}))
+    assert note not in succeed("evaluate", "--run", copy)
+    (project / "llb" / "score.py").write_text("")
+    for flags in (("stage2_train", "--steps", 3), ("evaluate",)):
+        assert succeed(*flags, "--run", copy).count(note) == 1
+        assert json.loads((copy / "config.json").read_text())["sources"] == [began, llb.run.sources_digest()]
+
+
+def test_a_run_records_the_commit_and_whether_files_differ_from_it(project):
+    before = llb.run.environment("device: CPU")
+    for line in ("init", "add .", "-c user.name=a -c user.email=a@b commit -m all"):
+        subprocess.run(["git", "-C", project, *line.split()], check=True, capture_output=True)
+    committed = llb.run.environment("device: CPU")
+    (project / "evaluate.py").write_text("")
+    edited = llb.run.environment("device: CPU")
+    assert [facts["git_dirty"] for facts in (before, committed, edited)] == [None, False, True]
+    assert before["git_commit"] is None and len(committed["git_commit"]) == 40
+
+
+def test_stage_2_trains_on_an_edited_list_and_the_report_says_so(copy):
+    purified, stage2 = copy / "tile" / "purified.txt", ("stage2_train", "--run", copy, "--steps", 3)
+    lines = purified.read_text().splitlines()
+    purified.write_bytes("\r\n".join(lines).encode("utf-8-sig"))  # as some editors save it
+    assert "stage 2 on purified is finished" in succeed(*stage2)
+    purified.write_text("\n".join(lines[1:]))
+    for line in (stage2, ("evaluate", "--run", copy)):
+        assert "has changed since this was trained; train again with --overwrite" in refuse(*line)
+    succeed("evaluate", "--run", copy, "--train-on", "all")
+    out = succeed(*stage2, "--overwrite")
+    assert "edited by hand: 0 added, 1 removed" in out and f"training on {len(lines) - 1} of 12" in out
+    succeed("evaluate", "--run", copy)
+    assert "edited by hand" in (copy / "report.html").read_text()
+
+
+def test_a_damaged_file_is_named(copy):
+    table = (copy / "tile" / "scores.csv").read_bytes()
+    for name, damaged, mention in (
+        ("tile/scores.csv", table.replace(b",", b";"), "scores.csv"),
+        ("tile/scores.csv", table.replace(b"0.", b"0,"), "scores.csv"),
+        ("tile/scores.csv", b"path,score\n", "scores.csv"),
+        ("tile/purified.txt", "no.png".encode("utf-16"), "purified.txt is not UTF-8"),
+        ("tile/purified.txt", b"no.png\n", "line 1: no.png is not among"),
+        ("tile/purified.txt", None, "stage 1"),
+        ("config.json", b"{", "config.json is not valid JSON"),
+    ):
+        whole = (copy / name).read_bytes()
+        (copy / name).unlink() if damaged is None else (copy / name).write_bytes(damaged)
+        for script in LATER:
+            assert mention in refuse(script, "--run", copy)
+        (copy / name).write_bytes(whole)

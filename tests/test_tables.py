@@ -1,0 +1,62 @@
+"""Tables read back as they were written, and undefined values stay undefined."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from llb import tables
+from llb.data import Dataset, Record
+from llb.files import UserError
+
+FACTS = {"n": 57840, "kept": 57840, "contamination_before": 1 / 3, "contamination_after": 0.25, "train_auroc": 0.875}
+
+
+def values(value):
+    return dict.fromkeys(tables.METRICS, value)
+
+
+def test_scores_and_the_purified_list_read_back_exactly(tmp_path):
+    records = tuple(Record(f'{i}, "ä".png', None, None, "") for i in range(4))
+    dataset = Dataset(tmp_path, "folder", "bolt", records, ())
+    for record in records:
+        (tmp_path / record.path).touch()
+    scores, kept = np.random.default_rng(0).random((4, 2), np.float32), np.array([True, False, True, True])
+    tables.write_scores(tmp_path, records, tables.Stage1Result(np.zeros(4, int), scores, scores[:, 0], kept))
+    tables.write_purified(tmp_path, records, kept)
+    table, purified = tables.read_scores(tmp_path, dataset), tables.choose_images("purified", tmp_path, dataset)
+    assert (table["score"] == scores[:, 0]).all() and (table["kept"] == kept).all()
+    assert purified.indices.tolist() == [0, 2, 3] and purified.note is None
+    with pytest.raises(UserError, match="clean needs labels"):
+        tables.choose_images("clean", tmp_path, dataset)
+
+
+def test_means_over_categories_leave_undefined_values_out():
+    some = {"purified": values(0.2) | {"pixel_aupro": None}}
+    others = {"purified": values(0.4) | {"pixel_ap": None, "pixel_aupro": None}, "all": values(0.9)}
+    means = tables.mean_metrics({"a": some, "b": others}, ["a", "b"])
+    expected = values(0.3) | {"pixel_ap": 0.2, "pixel_aupro": None}
+    assert list(means) == ["purified", "all"] and means["all"] == values(0.9)
+    assert means["purified"] == {name: value and pytest.approx(value) for name, value in expected.items()}
+
+
+def test_the_summary_fits_100_columns_and_shows_undefined_values():
+    long = {"purified": values(1.0), "clean": values(None), "purification": FACTS}
+    table = tables.summary_table({"a" * 90: long, "b": {"all": values(0.1234)}, "mean": {"purified": values(1.0)}})
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 100 and "1.000" in table and "\nmean " in table
+    assert "kept 57840 of 57840 images, contamination 33.3% → 25.0%, ranking AUROC 0.875" in table
+    columns = {line.index(text) for line in lines for text in ("–", "0.123") if text in line}
+    assert len(columns) == 1
+    assert "mean" not in tables.summary_table({"only": {"all": values(0.5)}, "mean": {"all": values(0.5)}})
+
+
+def test_metrics_csv_has_a_row_for_each_category_and_detector_and_reads_back_exactly(tmp_path):
+    entry = {"purified": values(1 / 3) | {"pixel_ap": None}, "all": values(0.25), "purification": FACTS}
+    tables.write_metrics_csv(tmp_path / "metrics.csv", {"a,b": entry, "mean": {"purified": values(0.5)}})
+    with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as file:
+        first, second, third = csv.DictReader(file)
+    names = [f"{row['category']} {row['train_on']}" for row in (first, second, third)]
+    assert names == ["a,b purified", "a,b all", "mean purified"]
+    assert float(first["image_auroc"]) == 1 / 3 and first["pixel_ap"] == third["purification_kept"] == ""
+    assert first["purification_kept"] == "57840"
