@@ -3,8 +3,8 @@
     python evaluate.py                              continues runs/demo
     python evaluate.py --run runs/NAME --save-maps
 
-Evaluates every detector that stage 2 has trained (--train-on picks one) and compares them in one table. A plain folder
-has no test set: all its images are scored, the dropped ones too.
+Evaluates every detector that stage 2 has finished for all categories (--train-on picks one) and compares them in one
+table. A plain folder has no test set: all its images are scored, the dropped ones too.
 """
 
 import dataclasses

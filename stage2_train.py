@@ -3,8 +3,8 @@
     python stage2_train.py                                      continues runs/demo
     python stage2_train.py --run runs/NAME --train-on all       for comparison: without purification
 
-The training is stage 1's with K = 1. `--train-on clean` uses the labels, an upper bound. You may edit
-RUN/<category>/purified.txt by hand before: stage 2 trains on the images that it lists.
+The training is stage 1's with K = 1. `--train-on clean` uses the labels, an upper bound. Before this script you may
+edit RUN/<category>/purified.txt by hand: stage 2 trains on the images that it lists.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:
         say(f"{name}: {choice.note}")
 
     fetch = fetch_features(stage, dataset, "train")
-    # a branch of the seed that stage 1 does not use: "from scratch" means new weights and a new order as well
+    # "from scratch" means new weights and a new order as well: 2, since stage 1's split uses branches 0 and 1
     key = jax.random.fold_in(jax.random.key(seed), 2)
     submodel = Submodels([choice.indices], submodel_keys(key, 1))
     train(stage.training, fetch, submodel, at, f"{name}, {train_on}")

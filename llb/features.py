@@ -5,8 +5,8 @@
     features  float16 (N, 2, T, D): the means of the two groups of blocks that Dinomaly reconstructs (Encoder.features)
 
 Training and scoring get a function `fetch(indices) → features`. `cached_features` looks them up, `streamed_features`
-computes them each time. Both round to float16, so both give the same scores. (It halves disk and traffic; its step of
-2⁻¹¹ changes a cosine distance by about 1e-7.)
+computes them each time. Both round to float16, so both give the same scores. (float16 halves disk and traffic; its
+step of 2⁻¹¹ changes a cosine distance by about 1e-7.)
 """
 
 import hashlib
@@ -28,7 +28,7 @@ import numpy as np
 from llb import processes
 from llb.console import progress, say
 from llb.encoders import Encoder
-from llb.files import UserError, atomic, is_writer, read_json, write_json
+from llb.files import UserError, atomic, digest_of_files, is_writer, read_json, write_json
 from llb.images import load_image, normalise
 
 ENCODE_BATCH = 16  # images per call of the encoder: one fixed shape, compiled once
@@ -44,7 +44,7 @@ Fetch = Callable[[np.ndarray], np.ndarray]  # image indices int (…) → float1
 def make_encode(encoder: Encoder) -> Encode:
     """The compiled map from images to features: uint8 (b, S, S, 3), b ≤ ENCODE_BATCH → float16 (b, 2, T, D).
 
-    XLA leaves out the blocks beyond the last group, since nothing reads them.
+    Blocks after the last group are not computed, since nothing reads them.
 
     A UserError is raised if a feature is not finite in float16.
 
@@ -210,8 +210,10 @@ def _content_of(cache: Path) -> Any:
 
 
 def _fingerprint(encoder: Encoder, paths: Sequence[Path]) -> str:
-    """A digest of what the features depend on: the encoder, its weights, and every image's path, size and date."""
-    about = f"{encoder.spec} {encoder.image_size} {encoder.weights_digest} {encoder.precision}"
+    """A digest of what the features depend on: the encoder, its weights and code, and each image's path, size, date."""
+    here = Path(__file__).parent
+    code = digest_of_files([Path(__file__), here / "images.py", *sorted((here / "encoders").glob("*.py"))], here)
+    about = f"{encoder.spec} {encoder.image_size} {encoder.weights_digest} {encoder.precision} {code}"
     digest = hashlib.sha256(about.encode())
     for path in paths:
         try:

@@ -6,12 +6,13 @@ writes: that is decided here, so that no script has to.
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def discard(*paths: Path) -> None:
             shutil.rmtree(remains, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def digest_of_files(files: Iterable[Path], top: Path) -> str:
+    """SHA-256 over the contents of files, and over their names relative to the folder `top`."""
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.relative_to(top).as_posix()}\0".encode())
+        total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 def check_writable(folder: Path, flag: str = "--out") -> list[str]:

@@ -16,9 +16,10 @@ from llb.processes import gathered
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the K sub-models are. Any K fits any number of devices: copies fill the last rows."""
+    """Where the K sub-models are. Any K fits any number of devices: the stack has R ≥ K rows, the same on each device,
+    and the rows after the first K repeat sub-models 0, 1, …; their results are dropped."""
 
-    model_of_row: np.ndarray  # int (R,): 0 … K−1, then copies from 0 on
+    model_of_row: np.ndarray  # int (R,): the sub-model in each row
     mesh: jax.sharding.Mesh
 
     @property
@@ -39,13 +40,13 @@ class Placement:
         """(K,) random keys → (R,) on the devices."""
         return jax.random.wrap_key_data(self.spread(jax.random.key_data(keys)))
 
-    def spread_features(self, fetch: Fetch, indices: np.ndarray, image_shape: tuple[int, ...]) -> jax.Array:
-        """Image indices, int (K, B) → their features (R, B, *image_shape), each sub-model's on its device.
+    def spread_features(self, fetch: Fetch, indices: np.ndarray, feature_shape: tuple[int, ...]) -> jax.Array:
+        """Image indices, int (K, B) → their features (R, B, *feature_shape), each sub-model's on its device.
 
-        A process fetches only what its own devices need. image_shape: of one image's features.
+        A process fetches only what its own devices need. feature_shape: (2, T, D).
         """
         indices = indices[self.model_of_row]
-        shape = (*indices.shape, *image_shape)
+        shape = (*indices.shape, *feature_shape)
         return jax.make_array_from_callback(shape, self.sharding, lambda where: fetch(indices[where[0]]))
 
     def gather(self, tree, submodels: int):
@@ -64,8 +65,8 @@ def place_submodels(submodels: int, devices: Sequence[jax.Device] | None = None)
     """Distribute K sub-models evenly, on as few devices as that takes.
 
     Args:
-        devices: all devices of all processes by default. If several processes have them, none is left out, since each
-            process must take part: the devices that are left over train copies.
+        devices: all devices of all processes by default. With several processes every device must take part, so spare
+            devices train copies.
     """
     devices = devices or jax.devices()
     per_device = -(-submodels // len(devices))

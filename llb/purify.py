@@ -1,7 +1,7 @@
 """From N × K scores to the purified set. These functions know neither labels nor the noise ratio.
 
-Source: LLBNAD (arXiv 2508.07441). Every sub-model learns normal images in the same way, but not defective ones. So the
-aggregated score of a defective image is high, even if one sub-model was trained on it.
+Source: LLBNAD (arXiv 2508.07441). Every sub-model scores a normal image low. A defective image scores high with every
+sub-model that was not trained on it, and often with the one that was; so its aggregated score is high.
 """
 
 import jax
@@ -63,6 +63,8 @@ def keep_auto(scores: np.ndarray, width: float = 2.5) -> np.ndarray:
     No ratio is set: with many defects it drops many images, without any it keeps nearly all, unless the scores of
     normal images have a long upper tail. It needs some dozens of images: of two, it always drops the higher.
     """
+    if scores.min() < 0:
+        raise ValueError("keep_auto takes the logarithm of the scores, so no aggregated score may be negative")
     logs = np.log(np.maximum(scores, np.finfo(np.float32).tiny).astype(np.float64))
     ordered = np.sort(logs)
     half = (len(ordered) + 1) // 2

@@ -5,7 +5,6 @@ RUN/<category>/…         tables (llb.tables), pictures and checkpoints
 RUN/cache/               features, and the demo set; may be deleted
 """
 
-import hashlib
 import platform
 import shlex
 import subprocess
@@ -22,7 +21,7 @@ from llb.demo import write_demo
 from llb.detectors.recipes import RECIPES
 from llb.encoders import Encoder, load_encoder
 from llb.features import Encode, Fetch, cached_features, streamed_features
-from llb.files import UserError, check_writable, discard, is_writer, read_json, write_json
+from llb.files import UserError, check_writable, digest_of_files, discard, is_writer, read_json, write_json
 from llb.processes import process_0_first
 from llb.tables import METRICS_FILE, read_metrics
 from llb.train import Training, make_training
@@ -44,7 +43,7 @@ class Stage:
 
 
 def stage_training(encoder: Encoder, settings: dict[str, Any]) -> Training:
-    """The training of a stage. settings, by name: stage 1's, for a final detector updated by stage 2's."""
+    """The training of a stage. settings, by name: those of stage 1; for a final detector stage 2's replace some."""
     names = ("learning_rate", "dropout", "steps", "batch_size")
     return make_training(encoder, RECIPES[settings["recipe"]], **{name: settings[name] for name in names})
 
@@ -153,8 +152,8 @@ def read_config(run: Path, where: str, advice: str) -> dict[str, Any]:
 def note_sources(run: Path, config: dict[str, Any]) -> None:
     """Say if a run continues with other sources than it began with, and add their digest to config.json."""
     now = sources_digest()
-    if now != config["sources"][0]:
-        say(f"note: the sources of llb have changed since {run} began; its results mix old and new code")
+    if {now} != set(config["sources"]):
+        say(f"note: the sources of llb have changed since {run} began; its results may mix old and new code")
     if now not in config["sources"]:
         config["sources"].append(now)
         write_json(run / "config.json", config)
@@ -177,7 +176,7 @@ def load_dataset(run: Path, config: dict[str, Any], category: str) -> Dataset:
 
 
 def check_there(run: Path, name: str, path: str | None) -> None:
-    """Raise a UserError if what `name` names in messages is no longer at the path that stage 1 was given."""
+    """Raise a UserError if a path that stage 1 was given no longer exists. name: what lies there, for the message."""
     if path and not Path(path).exists():
         advice = "put them back, or give this command in the folder where stage 1's was given"
         raise UserError(f"--run {run}: {name}, {path}, are not there; {advice}")
@@ -221,6 +220,8 @@ def finished_detectors(run: Path, config: dict[str, Any], wanted: str | None) ->
         folders = [run / name / f"stage2-{train_on}" / str(settings["steps"]) for name in config["categories"]]
         if wanted in (None, train_on) and all(folder.is_dir() for folder in folders):
             finished.append(train_on)
+        elif wanted is None:
+            say(f"{train_on} is not finished and left out: python stage2_train.py --run {run} --train-on {train_on}")
     if not finished:
         choice = f" --train-on {wanted}" if wanted else ""
         raise UserError(f"--run {run}: no finished detector; first: python stage2_train.py --run {run}{choice}")
@@ -253,14 +254,9 @@ def git(*arguments: str) -> str | None:
 
 def sources_digest() -> str:
     """SHA-256 over the sources that results depend on: the three scripts, and llb/ without tiny/ and bench/."""
-    files = [PROJECT / script for script in SCRIPTS] + sorted((PROJECT / "llb").rglob("*.py"))
-    total = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(PROJECT).as_posix()
-        if not name.startswith(("llb/tiny/", "llb/bench/")):
-            total.update(f"{name}\0".encode())
-            total.update(file.read_bytes())
-    return total.hexdigest()
+    workshops = (PROJECT / "llb" / "tiny", PROJECT / "llb" / "bench")
+    core = [file for file in sorted((PROJECT / "llb").rglob("*.py")) if not set(workshops) & set(file.parents)]
+    return digest_of_files([*(PROJECT / script for script in SCRIPTS), *core], PROJECT)
 
 
 def command_line() -> str:

@@ -59,11 +59,11 @@ def score(
     mesh = image_mesh(jax.local_devices())
     size = -(-SCORE_BATCH // mesh.size) * mesh.size
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-    images = jax.NamedSharding(mesh, jax.P("images"))
+    shared_out = jax.NamedSharding(mesh, jax.P("images"))
     batches = [np.arange(start, min(start + size, len(indices))) for start in range(0, len(indices), size)]
 
     def features_of(positions: np.ndarray) -> jax.Array:
-        return jax.device_put(fetch(indices[np.resize(positions, size)]), images)
+        return jax.device_put(fetch(indices[np.resize(positions, size)]), shared_out)  # filled up by repetition
 
     for positions, features in progress(prefetch(features_of, batches), total=len(batches), desc=title, unit="batch"):
         maps, scores = score_step(params, features, training=training, mesh=mesh)

@@ -121,7 +121,7 @@ def read_purified(folder: Path, dataset: Dataset) -> Choice:
 
 
 def choose_images(train_on: str, folder: Path, dataset: Dataset) -> Choice:
-    """The images for --train-on. "clean" is the only place where labels choose anything: it needs them."""
+    """The images for --train-on. "clean" needs labels: they decide nothing else once the set is put together."""
     if train_on == "purified":
         return read_purified(folder, dataset)
     if train_on == "all":

@@ -40,9 +40,9 @@ from llb.files import UserError
 from llb.placement import Placement, place_submodels
 from llb.processes import agreed
 
-SAVE_SECONDS = 10.0  # at least so long between two checkpoints,
-SAVE_FRACTION = 0.05  # and at most this fraction of the time goes into saving
-PREPARING = 2  # batches, each in its own thread; on an H200, one needs 57 ms for ViT-B/14 and a step 55 ms
+SAVE_SECONDS = 10.0  # minimum time between two checkpoints
+SAVE_FRACTION = 0.05  # maximum fraction of the time that is spent on saving
+PREPARING = 2  # batches that threads prepare meanwhile; for ViT-B/14 a thread needs 57 ms, an H200's step 55 ms
 UNREAD_LOSSES = 2  # reading a loss waits for the device, so the newest steps' stay unread while the device works
 State = dict[str, Params]  # {"params": …, "opt": …}
 

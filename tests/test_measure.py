@@ -12,6 +12,8 @@ from llb.tiny import heldout, measure
 from llb.tiny.measure import Measure, Set, list_sets, run_stage, verdicts
 from llb.tiny.probe import compute_features, detector_metrics, load_images, nearest_neighbours
 
+pytestmark = pytest.mark.slow  # the workshop of `tiny`: compiles many training steps
+
 SCORES = {"image_auroc": 0.9, "pixel_auroc": 0.8, "pixel_aupro": None}
 
 

@@ -10,6 +10,8 @@ from llb.encoders.stem import ENERGIES
 from llb.tiny import objectives
 from llb.tiny.objectives import OBJECTIVES, PATCHES, MaskedAutoencoder, Predictor, hide_patches, init_params
 
+pytestmark = pytest.mark.slow  # the workshop of `tiny`: compiles many training steps
+
 IMAGES = np.random.default_rng(0).normal(3, 2, (4, PATCHES, ENERGIES)).astype(np.float32)  # energies
 KEY = jax.random.key(5)
 

@@ -19,6 +19,8 @@ from llb.tiny import pretrain, textures
 from llb.tiny.objectives import PATCHES, init_params
 from llb.tiny.pretrain import Pretrain, batch_indices, draw_energies, draw_image
 
+pytestmark = pytest.mark.slow  # the workshop of `tiny`: compiles many training steps
+
 IMAGES = np.random.default_rng(0).normal(3, 2, (12, PATCHES, ENERGIES)).astype(np.float16)  # energies
 SETTINGS = Pretrain(images=12, steps=4, batch_size=2)
 flat = partial(flatten_dict, sep="/")

@@ -7,8 +7,8 @@ defects badly. So the cosine distance between a feature and its reconstruction t
     features (B, 2, T, D)   means of two groups of encoder blocks (llb.features); T = class + registers + P patch tokens
     input    (B, T, D)      their mean, which is the mean over all the blocks, since both groups are equally large
     noisy    (B, T, D)      bottleneck: an MLP with dropout, which prevents the decoder from copying its input
-    blocks   L × (B, T, D)  decoder: transformer blocks with linear attention, which is too unfocused to generalise
-    decoded  (B, 2, P, D)   "loose" reconstruction: means of two groups of blocks in reverse order, patch tokens only
+    blocks   L × (B, T, D)  decoder: transformer blocks with linear attention, which cannot focus on single positions
+    decoded  (B, 2, P, D)   "loose" reconstruction: only means of two groups of blocks are compared; patch tokens
     distance (B, 2, P)      1 − cosine similarity at every position
     map      (B, S, S)      A · distance · Aᵀ: upsampled and blurred
     score    (B,)           mean of the map's highest 1 %
@@ -188,7 +188,8 @@ scale_gradient.defvjp(
 def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, factor: float) -> jax.Array:
     """Global cosine loss with hard mining (Dinomaly, eq. 3–4).
 
-    The map of an image is flattened to one vector, so the loss compares whole maps. At positions that are already
+    In each group, all P · D feature values of an image form one vector, and the loss is 1 − cosine between the decoded
+    and the encoder's vector. At positions that are already
     reconstructed well the gradient is multiplied by `factor`: more training there would teach the decoder to
     reconstruct defects as well.
 

@@ -22,8 +22,8 @@ class Recipe:
     dropout: float  # rate in the noisy bottleneck
     clip_norm: float  # bound on the global gradient norm
     linear_init: str  # of linear layers, see llb.detectors.dinomaly.Linear
-    easy_fraction: float  # p: share of positions whose gradient is scaled
-    easy_factor: float  # by this
+    easy_fraction: float  # p: fraction of the positions that count as easy
+    easy_factor: float  # multiplies the gradient at easy positions; 1.0 switches hard mining off
     ramp_steps: int  # p grows linearly from 0 over these steps
 
 
@@ -144,6 +144,8 @@ def make_optimizer(
     clip = optax.clip_by_global_norm(recipe.clip_norm)
     if recipe.name == "llbnad":
         return optax.chain(clip, optax.adam(tenth_each_pass(learning_rate, steps_per_pass), b1=0.5, b2=0.999))
+    if recipe.name != "dinomaly":
+        raise ValueError(f"no optimiser for recipe {recipe.name!r}: add it to make_optimizer")
     # the original warms up for 100 of 5,000 steps; short runs (the demo set) warm up for a tenth of their steps
     warmup = min(100, total_steps // 10)
     return optax.chain(clip, stable_adamw(warmup_cosine(learning_rate, learning_rate / 10, warmup, total_steps)))

@@ -65,7 +65,7 @@ class Encoder:
         return groups
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
-        """Compiled `apply` with this encoder's weights, and without TF32, which JAX on a GPU takes for "float32"."""
+        """Compiled `apply` with this encoder's weights, in full float32: by default JAX on a GPU uses TF32 instead."""
         with jax.default_matmul_precision("highest"):
             return _compiled_apply(self.params, jnp.asarray(images), self.spec, self.precision)
 
@@ -82,7 +82,8 @@ _compiled_apply = jax.jit(_apply, static_argnames=("spec", "precision"))
 def load_encoder(
     name: str, weights: Path | str | None = None, image_size: int | None = None, precision: str = "float32"
 ) -> Encoder:
-    """A frozen encoder by name: float32 (B, H, W, 3), ImageNet-normalised → a list, one (B, T, D) for each block.
+    """A frozen encoder by name. Calling it maps images to tokens: float32 (B, H, W, 3), ImageNet-normalised → a list
+    with one array (B, T, D) for each block.
 
     Args:
         name: a key of SPECS.
