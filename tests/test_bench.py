@@ -34,7 +34,7 @@ def training_of(encoder):
 @pytest.mark.slow  # compiles encoder, step and scoring both ways
 def test_both_ways_agree_on_features_maps_and_scores(monkeypatch):
     monkeypatch.setitem(RECIPES, "dinomaly", STILL)
-    results = cpu.measure(SIZES, "device: CPU", rounds=2)
+    results = cpu.measure(SIZES, "device: CPU", rounds=1)
     json.dumps(results, allow_nan=False)  # --json can write it
     differences = results["agreement"]["reference"]
     assert differences["features"] < 1e-3  # llb's are float16
@@ -65,11 +65,11 @@ def test_sub_models_trained_one_after_the_other_score_as_those_trained_together(
     assert np.abs(untrained / expected - 1).max() > 0.01, "training changed the scores"
 
 
-@pytest.mark.slow  # compiles the steps of one, two and three sub-models
+@pytest.mark.slow  # compiles the steps of one and two sub-models
 def test_an_accelerators_figures_come_part_by_part():
     reports = []
-    gpu.measure(SIZES, "device: CPU", keep=lambda results: reports.append(list(results["measured"])), largest=3)
-    names = ["bf16", "encoder", "step, K = 2", "stage 1", "stage 1, reference", "profile", "step, K = 3"]
+    gpu.measure(SIZES, "device: CPU", keep=lambda results: reports.append(list(results["measured"])), largest=1)
+    names = ["bf16", "encoder", "step, K = 2", "stage 1", "stage 1, reference", "profile", "step, K = 1"]
     assert reports == [names[: number + 1] for number in range(len(names))]
 
 

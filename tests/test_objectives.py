@@ -16,7 +16,7 @@ IMAGES = np.random.default_rng(0).normal(3, 2, (4, PATCHES, ENERGIES)).astype(np
 KEY = jax.random.key(5)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ("mae", "teacher", "replaced"))  # the last two contain "energies"
 def test_the_gradient_reaches_every_weight_except_fixed_statistics_and_the_teacher(objective):
     params, teacher = (init_params(objective, jax.random.key(seed)) for seed in (0, 1))
     gradient = jax.jit(jax.grad(OBJECTIVES[objective], argnums=(0, 1)))

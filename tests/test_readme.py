@@ -16,25 +16,22 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_the_first_command_finds_the_planted_defects(tmp_path):
-    """The three scripts at their defaults, as a user runs them: one CPU device, XLA at its usual level."""
+def test_stage_1_at_its_defaults_finds_the_planted_defects(tmp_path):
+    """As a user runs it: one CPU device, XLA at its usual level. (.ci/run runs all of the README's first command.)"""
+    assert re.search(
+        r"requirements\.txt && python stage1_partition\.py && python stage2_train\.py && python evaluate\.py\n", README
+    )
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))} | {"JAX_PLATFORMS": "cpu"}
-    scripts = re.search(r"requirements\.txt((?: && python \w+\.py){3})\n", README).group(1).split(" && python ")[1:]
-    assert scripts == ["stage1_partition.py", "stage2_train.py", "evaluate.py"]
-    for script in scripts:
-        done = subprocess.run(
-            [sys.executable, ROOT / script], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=900
-        )
-        assert done.returncode == 0, done.stderr
+    line = [sys.executable, ROOT / "stage1_partition.py"]
+    done = subprocess.run(line, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
     with open(tmp_path / "runs/demo/part/scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
-    assert image_metrics(labels, scores)["image_auroc"] > 0.94  # 0.977 at seed 0, 0.975 to 0.985 over seeds
+    assert image_metrics(labels, scores)["image_auroc"] > 0.94  # over seeds 0.975 to 0.985
     dropped = [row["label"] == "1" for row in rows if row["kept"] == "0"]
     assert sum(dropped) >= 25 and sum(dropped) / len(dropped) > 0.8  # of 40 planted defects, and few normal images
-    with open(tmp_path / "runs/demo/metrics.csv", newline="") as file:
-        assert float(next(csv.DictReader(file))["image_auroc"]) > 0.95
-    assert done.stdout.rstrip().endswith("report.html")
+    assert done.stdout.rstrip().endswith("next: python stage2_train.py --run runs/demo")
 
 
 def test_paths_and_functions_that_the_readme_names_are_there():
