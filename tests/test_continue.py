@@ -73,6 +73,7 @@ def test_a_folder_that_is_half_deleted_does_not_look_whole(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_remains_of_a_killed_start_and_a_damaged_config_are_in_nobodys_way(data, tmp_path):
     flags = ("--data", data, "--out", tmp_path, *TILE)  # as the fixture `finished`: nothing is compiled again
     for name in (".config.tmp.json", ".probe"):
