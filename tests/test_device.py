@@ -27,6 +27,7 @@ with ThreadPoolExecutor(4) as pool:
 """
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_and_read_back_silently_where_a_folder_can_be_written(tmp_path):
     kept = []
     (tmp_path / "a file").touch()

@@ -88,6 +88,7 @@ def test_a_plain_folder_is_scored_whole_without_metrics(tmp_path):
     assert [row["label"] for row in rows_of(run / "parts" / "predictions-purified.csv")] == [""] * 6
 
 
+@pytest.mark.slow
 def test_without_the_cache_the_results_are_the_same(finished, data, tmp_path):
     succeed("stage1_partition", "--data", data, "--out", tmp_path, "--no-cache", *TILE)
     assert not (tmp_path / "cache").exists() and (tmp_path / "tile" / "purified.txt").exists()
