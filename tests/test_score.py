@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from llb.detectors.dinomaly import Dinomaly
 from llb.detectors.recipes import RECIPES
@@ -22,6 +23,7 @@ def scores_of(params) -> np.ndarray:
     return score_all(params, TRAINING, FEATURES.__getitem__, IMAGES, "test")
 
 
+@pytest.mark.slow
 def test_scores_of_a_stack_on_three_devices_are_those_of_its_members_on_one(monkeypatch):
     params = params_of(5)
     assert len(jax.local_devices()) == 3

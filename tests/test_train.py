@@ -53,7 +53,9 @@ def each_alone(request, tmp_path_factory):
     return training, [trained(folder / str(k), training, single, devices=1) for k, single in enumerate(singles)]
 
 
-@pytest.mark.parametrize("devices", (1, pytest.param(2, marks=pytest.mark.slow), 3))
+@pytest.mark.parametrize(
+    "devices", (pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3)
+)
 def test_three_together_equal_each_alone_after_twenty_steps(tmp_path, each_alone, devices):
     training, alone = each_alone
     together = trained(tmp_path, training, devices=devices)
