@@ -34,7 +34,8 @@ def test_stage_1_at_its_defaults_finds_the_planted_defects(tmp_path):
     assert done.stdout.rstrip().endswith("next: python stage2_train.py --run runs/demo")
 
 
-def test_paths_and_functions_that_the_readme_names_are_there():
+def test_the_readme_is_short_and_the_paths_and_functions_that_it_names_are_there():
+    assert len(README.splitlines()) <= 180
     for link in re.findall(r"\]\((?!http)([^)]+)\)|(?:src|srcset)=\"([^\"]+)\"", README):
         assert (ROOT / (link[0] or link[1])).exists(), link
     sources = {}
@@ -55,10 +56,6 @@ def test_paths_and_functions_that_the_readme_names_are_there():
             path = word.removeprefix("llb/")
             candidates = [ROOT / word, ROOT / "llb" / path, ROOT / "llb" / f"{path}.py", ROOT / room / f"{word}.py"]
             assert any(candidate.exists() for candidate in candidates), word
-
-
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 180
 
 
 def test_the_picture_of_the_method_is_drawn_by_the_projects_code():
