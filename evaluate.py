@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from llb import tables
-from llb.checkpoint import CheckpointFolder, Params, check_finished, open_checkpoints, paths_digest, restore_params
+from llb.checkpoint import Params, check_finished, open_checkpoints, restore_params
 from llb.config import Evaluate, parse_flags
 from llb.console import run_script, say
 from llb.data import Dataset, Record
@@ -28,7 +28,16 @@ from llb.images import load_image, load_masks
 from llb.metrics import PixelCounts, accumulate, image_metrics, pixel_metrics_error, pixel_metrics_of, purification
 from llb.pictures import contact_sheet
 from llb.report import write_report
-from llb.run import Stage, fetch_features, finished_detectors, load_dataset, read_run, run_encoder, stage_training
+from llb.run import (
+    Stage,
+    fetch_features,
+    final_checkpoints,
+    finished_detectors,
+    load_dataset,
+    read_run,
+    run_encoder,
+    stage_training,
+)
 from llb.score import heat_maps, score
 
 EXAMPLES = 24  # images on the sheet of test examples
@@ -53,7 +62,9 @@ def main() -> None:
     for name, dataset in datasets.items():
         purified = tables.read_purified(run / name, dataset)
         if "purified" in detectors:
-            check_trained_on(dataset, purified, run / name / "stage2-purified", stages["purified"].training.steps)
+            # a purified.txt that was edited after the detector was trained ends the script
+            at = final_checkpoints(run, dataset, "purified", purified.indices)
+            check_finished(at, stages["purified"].training.steps)
         facts[name] = purification_facts(dataset, purified, run / name)
         notes[name] = [purified.note] if purified.note else []
 
@@ -146,12 +157,6 @@ def evaluated(folder: Path, train_on: str, settings: Evaluate) -> bool:
     """Whether nothing is left to do for this detector."""
     done = (folder / f"predictions-{train_on}.csv").exists()
     return done and not settings.overwrite and (not settings.save_maps or (folder / f"maps-{train_on}").exists())
-
-
-def check_trained_on(dataset: Dataset, purified: tables.Choice, folder: Path, steps: int) -> None:
-    """Raise a UserError if purified.txt was edited after the detector in `folder` was trained."""
-    digest = paths_digest([dataset.train[index].path for index in purified.indices])
-    check_finished(CheckpointFolder(folder, digest), steps)
 
 
 def purification_facts(dataset: Dataset, purified: tables.Choice, folder: Path) -> dict[str, Any]:

@@ -11,14 +11,23 @@ import dataclasses
 
 import jax
 
-from llb.checkpoint import CheckpointFolder, check_finished, paths_digest
+from llb.checkpoint import check_finished
 from llb.config import DEMO_FINAL_STEPS, FINAL_STEPS, Stage2, parse_flags
 from llb.console import run_script, say
 from llb.data import Dataset
 from llb.device import start_jax
 from llb.features import make_encode
 from llb.files import UserError
-from llb.run import Stage, begin_stage2, fetch_features, load_dataset, read_run, run_encoder, stage_training
+from llb.run import (
+    Stage,
+    begin_stage2,
+    fetch_features,
+    final_checkpoints,
+    load_dataset,
+    read_run,
+    run_encoder,
+    stage_training,
+)
 from llb.tables import Choice, choose_images, stage1_finished
 from llb.train import Submodels, submodel_keys, train
 
@@ -57,8 +66,7 @@ def main() -> None:
 def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:
     """Train one final detector on the chosen images of one category."""
     name, train_on = dataset.category, stage.settings.train_on
-    digest = paths_digest([dataset.train[index].path for index in choice.indices])
-    at = CheckpointFolder(stage.run / name / f"stage2-{train_on}", digest)
+    at = final_checkpoints(stage.run, dataset, train_on, choice.indices)
     if check_finished(at, stage.training.steps):
         say(f"{name}: stage 2 on {train_on} is finished ({at.folder}); --overwrite trains again")
         return

@@ -14,6 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from llb.checkpoint import CheckpointFolder, paths_digest
 from llb.config import Evaluate, Stage1, Stage2, influential
 from llb.console import say
 from llb.data import Dataset, load_category
@@ -201,6 +204,12 @@ def begin_stage2(run: Path, settings: Stage2, categories: list[str]) -> None:
     if old != new:
         recorded[settings.train_on] = new
         write_json(run / "config.json", config)
+
+
+def final_checkpoints(run: Path, dataset: Dataset, train_on: str, indices: np.ndarray) -> CheckpointFolder:
+    """Where a final detector is saved, with the digest of its training images. indices: int (n,), into dataset.train"""
+    digest = paths_digest([dataset.train[index].path for index in indices])
+    return CheckpointFolder(run / dataset.category / f"stage2-{train_on}", digest)
 
 
 def clear_stage2(run: Path, category: str, train_on: str) -> None:
