@@ -104,6 +104,13 @@ def test_an_unknown_encoder_names_the_known_ones():
         load_encoder("dinov3")
 
 
+@pytest.mark.parametrize("name", ("tiny", "dinov2_vits14"))
+def test_weights_of_an_empty_name_are_refused(name):
+    """An unset variable of the shell; without weights the named ones are taken."""
+    with pytest.raises(UserError, match='^--weights "": is empty'):
+        load_encoder(name, weights="")
+
+
 def test_in_bfloat16_the_tokens_stay_float32_and_near():
     pictures = np.random.default_rng(0).normal(0, 1, (2, 56, 56, 3)).astype(np.float32)
     exact, rounded = (load_encoder("tiny", None, 56, precision)(pictures) for precision in ("float32", "bfloat16"))

@@ -1,5 +1,6 @@
 """Weight files: the names of all weights, and a refusal in one line of every file that does not fit."""
 
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -38,6 +39,10 @@ def refusal(read, *arguments) -> str:
 def test_a_path_that_is_no_weight_file_is_refused(tmp_path):
     assert "is a folder; give the file in it" in refusal(read_tensors, tmp_path)
     assert "cannot be read (No such file or directory)" in refusal(read_tensors, tmp_path / "absent.pth")
+    assert "cannot be read (embedded null byte)" in refusal(read_tensors, "\0")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+        assert "is a pipe or a device; give a file" in refusal(read_tensors, tmp_path / "pipe")
     for content in (b"", b"PK", b"version https://git-lfs.github.com/spec/v1", b"<!DOCTYPE html>"):
         (tmp_path / "model").write_bytes(content)
         line = refusal(read_tensors, tmp_path / "model")
@@ -52,6 +57,28 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
         for length in (*range(0, len(content), 211), len(content) - 1):
             (tmp_path / "cut").write_bytes(content[:length])
             refusal(read_tensors, tmp_path / "cut")
+
+
+A = b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+HEADERS = {
+    "a length of 2**63": (A, 2**63, "has a header of 9223372036854775808 bytes"),
+    "a long header": (A + b" " * 2**20, 0, "has a header of 1048"),
+    "deep JSON": (b'"a": ' + b"[" * 100_000, 0, "is damaged"),
+    "one name twice": (A + b", " + A, 0, "has a name twice"),
+    "one place twice": (A + b", " + A.replace(b"a", b"b", 1), 0, "is damaged"),
+    "a far place": (A.replace(b"8", str(2**62).encode()), 0, "is damaged"),
+    "a list": (b'"a": []', 0, "is damaged"),
+    "float8": (A.replace(b"F32", b"F8_E4M3"), 0, "is saved in float8; convert to float16, bfloat16 or float32"),
+    "a long name": (A.replace(b"a", b"a" * 201, 1), 0, "has names that no weight has"),
+}
+
+
+@pytest.mark.parametrize("header, length, reason", HEADERS.values(), ids=HEADERS)
+def test_a_header_of_safetensors_that_lies_is_refused(tmp_path, header, length, reason):
+    header = b"{" + header + b"}"
+    (tmp_path / "a").write_bytes((length or len(header)).to_bytes(8, "little") + header + bytes(8))
+    line = refusal(read_tensors, tmp_path / "a")
+    assert reason in line and len(line) < 600
 
 
 @pytest.fixture(params=("original", "transformers"))
@@ -117,6 +144,25 @@ def test_prefixes_of_transformers_classes_and_the_pooler_make_no_difference(pref
     tensors = {f"{prefix}.{name}": value for name, value in saved(family).items()}
     tensors |= {f"{prefix}.pooler.dense.{name}": np.zeros(2) for name in ("weight", "bias")}
     jax.tree.map(np.testing.assert_array_equal, to_params(tensors, spec_of(family), "f"), expected)
+
+
+@pytest.mark.parametrize("prefix", ("module.", "backbone.", "teacher.", "module.backbone.", "teacher.backbone."))
+def test_prefixes_of_training_and_the_heads_beside_make_no_difference(tmp_path, tensors, prefix):
+    prefixed = {prefix + name: value for name, value in tensors.items()} | {f"{prefix}head.mlp.0.weight": np.zeros(2)}
+    prefixed |= {f"student.{name}": value + 1 for name, value in tensors.items() if "teacher" in prefix}
+    safetensors.numpy.save_file(prefixed, tmp_path / "a")
+    read, expected = to_params(read_tensors(tmp_path / "a"), SPEC, "f"), to_params(tensors, SPEC, "f")
+    assert weights_digest(read) == weights_digest(expected)
+
+
+@pytest.mark.parametrize(
+    "value, problem", (("int8", "saved in int8; convert"), (np.nan, "not finite"), (1e39, "not fin"))
+)
+def test_weights_that_are_whole_numbers_or_not_finite_are_named(tmp_path, tensors, value, problem):
+    wrong = tensors["cls_token" if "cls_token" in tensors else "embeddings.cls_token"].astype(np.float64)
+    wrong = wrong.astype(value) if isinstance(value, str) else np.full_like(wrong, value)
+    changed = {name: wrong if "cls_token" in name else tensor for name, tensor in tensors.items()}
+    assert f"cls_token is {problem}" in refusal(to_params, changed, SPEC, "f")
 
 
 TINY = parameter_shapes(SPECS["tiny"])

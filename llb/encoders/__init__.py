@@ -96,6 +96,8 @@ def load_encoder(
     """
     if name not in SPECS:
         raise UserError(f"--encoder {name}: unknown encoder; give one of {', '.join(SPECS)}")
+    if weights is not None and not str(weights):
+        raise UserError('--weights "": is empty (a variable that is not set?); give a file, or leave the flag out')
     spec = SPECS[name]
     size = spec.image_size if image_size is None else image_size
     if size < spec.patch or size % spec.patch:

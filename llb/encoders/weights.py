@@ -5,44 +5,96 @@ are known: the original releases' and transformers'.
 """
 
 import hashlib
+import json
 import re
+import stat
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llb.encoders.pickles import PICKLE_START, ZIP_START, read_pickle
+from llb.encoders.pickles import MOST_BYTES, PICKLE_START, ZIP_START, read_pickle
 from llb.encoders.specs import Spec
 from llb.files import UserError, atomic
 
 Tensors = dict[str, np.ndarray]
+FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
+# Before the names of a backbone's weights in training checkpoints and wrapped models, and the heads beside them.
+PREFIXES = re.compile(r"((state_dict|model|module|_orig_mod|teacher|backbone)\.)*")
+HEAD = re.compile(r"(dino_|ibot_)?head\.(?!(weight|bias)$)")  # a classifier's head is no head of DINO
+LONGEST_NAME = 200
 
 
 def read_tensors(file: Path | str) -> Tensors:
-    """All tensors of a weight file by the file's own names. The content decides about the format, not the ending.
+    """All tensors of a weight file by the file's own names, without prefixes. Of a training checkpoint, the backbone's.
 
-    A UserError is raised if the file is missing or no weight file, or a pickle that asks for more than tensors.
+    The content decides about the format, not the ending. A UserError is raised if the file is missing or no weight
+    file, or a pickle that asks for more than tensors.
     """
     file = Path(file)
     try:
         if file.is_dir():
             raise UserError(f"--weights {file}: is a folder; give the file in it (model.safetensors or the .pth)")
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for its writer
+            raise UserError(f"--weights {file}: is a pipe or a device; give a file")
         with open(file, "rb") as stream:
             head = stream.read(16)
-    except OSError as error:
-        raise UserError(f"--weights {file}: cannot be read ({error.strerror}); give an existing file") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--weights {file}: cannot be read ({reason}); give an existing file") from None
     try:
         if head[8:9] == b"{":  # eight bytes of length, then JSON
-            return safetensors.numpy.load_file(file)
+            return _without_prefixes(_read_safetensors(file))
         if head.startswith((ZIP_START, PICKLE_START)):
-            return read_pickle(file)
+            return _without_prefixes(read_pickle(file))
     except UserError as error:
-        raise UserError(f"--weights {file}: {error}") from None
+        raise UserError(f"--weights {file}: {_reason(error)}") from None
     except Exception as error:  # a damaged file can raise anything in a parser
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--weights {file}: is damaged ({reason}); download it again") from None
+        raise UserError(f"--weights {file}: is damaged ({_reason(error)}); download it again") from None
     raise UserError(f"--weights {file}: is not a weight file; give model.safetensors or the original release's .pth")
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in a line that can be read: the file has words in it."""
+    text = (str(error) or type(error).__name__).partition("\n")[0]
+    return text if len(text) <= 2 * LONGEST_NAME else f"{text[:LONGEST_NAME]} … {text[-LONGEST_NAME:]}"
+
+
+def _read_safetensors(file: Path) -> Tensors:
+    """safetensors checks offsets and sizes. It does not see a name that stands twice, and cannot read float8."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            raise UserError("has a name twice; download it again")
+        return dict(pairs)
+
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MOST_BYTES:
+            raise UserError(f"has a header of {length} bytes, more than an encoder needs; download it again")
+        header = json.loads(stream.read(length), object_pairs_hook=unique)
+    if any(entry.get("dtype", "").startswith("F8_") for entry in header.values()):
+        raise UserError("is saved in float8; convert to float16, bfloat16 or float32")
+    return safetensors.numpy.load_file(file)
+
+
+def _without_prefixes(tensors: Tensors) -> Tensors:
+    """The backbone's tensors by their plain names: of a teacher and a student the teacher's, without heads."""
+    if not all(len(name) <= LONGEST_NAME and name.isprintable() for name in tensors):
+        raise UserError("has names that no weight has; give model.safetensors or the original release's .pth")
+    prefixes = {name: PREFIXES.match(name)[0] for name in tensors}
+    for part in ("teacher.", "backbone."):
+        prefixes = {name: prefix for name, prefix in prefixes.items() if part in prefix} or prefixes
+    plain = {}
+    for name, prefix in prefixes.items():
+        short = name.removeprefix(prefix)
+        if short in plain:
+            raise UserError(f"has {short} more than once, with different prefixes; give the backbone alone")
+        if not (prefix and HEAD.match(short)):
+            plain[short] = tensors[name]
+    return plain
 
 
 # The names of a ViT's parts in the original releases, in transformers' Dinov2(WithRegisters) and in its ViT.
@@ -84,6 +136,16 @@ def _on_the_hub(name: str, naming: str) -> str:
     return name
 
 
+def _float32(value: np.ndarray, name: str, file: Path | str) -> np.ndarray:
+    if value.dtype not in FLOATS:  # whole numbers are of a quantised model, whose scales stand elsewhere
+        raise UserError(f"--weights {file}: {name} is saved in {value.dtype}; convert to float16, bfloat16 or float32")
+    with np.errstate(over="ignore"):
+        value = value.astype(np.float32)
+    if not np.isfinite(value).all():
+        raise UserError(f"--weights {file}: {name} is not finite in float32, so these weights are damaged")
+    return value
+
+
 class _Source:
     """The tensors of a file: each is taken once, checked against the shape that the encoder has."""
 
@@ -96,7 +158,7 @@ class _Source:
         value = self.left.pop(name)
         if value.shape != shape:
             raise UserError(f"--weights {self.file}: {name} has shape {value.shape}, but {self.encoder} has {shape}")
-        return value.astype(np.float32)
+        return _float32(value, name, self.file)
 
     def linear(self, name: str, outputs: int, inputs: int) -> dict:
         kernel = self.take(f"{name}.weight", (outputs, inputs)).T  # in Flax (inputs, outputs)
@@ -212,7 +274,7 @@ def read_tree(file: Path | str, shapes: dict) -> dict:
     for name, value in tensors.items():
         if value.shape != expected[name].shape:
             raise UserError(f"--weights {file}: {name} has shape {value.shape}, not {expected[name].shape}")
-    return unflatten_dict({name: value.astype(np.float32) for name, value in tensors.items()}, sep="/")
+    return unflatten_dict({name: _float32(value, name, file) for name, value in tensors.items()}, sep="/")
 
 
 def weights_digest(params: dict) -> str:
