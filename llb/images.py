@@ -1,109 +1,218 @@
-"""Reading pictures and masks, and the encoders' normalisation.
+"""Reading pictures and masks. No JAX.
 
 image   uint8 (S, S, 3)     any picture file → RGB, resized to a square
 mask    bool (S, S)         True where defective
+
+Before Pillow decodes a file, its kind, format, size and number of pages are checked. Whatever Pillow raises becomes a
+UserError that names the file. Which value of deep images is white is decided for a whole category (`find_white`): a
+dark image of a set stays dark, and the 12 bits of a camera in a file of 16 do not come out black.
 """
 
-from collections.abc import Sequence
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llb.data import Record
 from llb.files import UserError
+from llb.layouts import Record
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
-# Pillow takes an image of 90 megapixels for an attack and warns; line-scan cameras deliver more. Our limit is an error.
+# Pillow takes an image of 90 megapixels for an attack and warns; line-scan cameras deliver more. Our limits are errors.
 Image.MAX_IMAGE_PIXELS = None
-MAX_PIXELS = 10**9
+MEGAPIXELS, DEEP_MEGAPIXELS = 1000, 250  # 4 GB each: colours take 4 bytes a pixel, a deep image up to 16
+SMALL_MEGAPIXELS = 100  # the size of a larger file must be credible
+# Pillow knows more formats, but some start other programs (EPS starts Ghostscript), and none is for photographs.
+Image.init()
+FORMATS = [name for name in "PNG JPEG BMP TIFF WEBP JPEG2000 GIF PPM AVIF TGA".split() if name in Image.OPEN]
+LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
+PREVIEWS = 16  # smaller pages behind the first of a TIFF, at most
+HEADER = 2**16  # bytes of a file in which its header lies
+TEXT_BYTES, TEXT_COMMENTS = 2**24, 100  # of a PNM whose pixels are text, at most
+BITS, PHOTOMETRIC, SAMPLES, PLANES = 258, 262, 277, 284  # tags of a TIFF
+WHITE = {"integer": [2**bits - 1 for bits in (8, 10, 12, 14, 16)], "float": [1, 255, 65535]}
+FAINT = 32  # smallest value of a mask that is no trace of a compression
+WORKERS = min(8, os.cpu_count() or 1)
 
 
-def normalise(images: jax.Array) -> jax.Array:
-    """ImageNet's normalisation: uint8 (…, 3) → float32, each colour with about mean 0 and standard deviation 1."""
-    return (images.astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images of one category, and the values that `load_image` shows as white (of `find_white`)."""
+
+    paths: tuple[Path, ...]
+    white: Mapping[str, int] = field(default_factory=dict)
 
 
-def load_image(path: Path | str, size: int) -> np.ndarray:
+def load_image(path: Path | str, size: int, white: Mapping[str, int] | None = None) -> np.ndarray:
     """Read any image as RGB and resize it: uint8 (size, size, 3), Pillow's bilinear filter (averaging as it shrinks).
 
-    EXIF rotation is applied. Greyscale is repeated in the three channels. 16-bit values are divided by 257, and so are
-    32-bit integers, which must not be larger. Floating-point values have the range 0…1, 0…255 or 0…65535: the smallest
-    that holds them, with one per cent of tolerance for resampling. Transparent images lie on white. A UserError is
-    raised if the file is missing, truncated or no image, or its values or its size are out of range.
+    EXIF rotation is applied. Greyscale is repeated in the three channels. Transparent pixels lie on white, but an alpha
+    channel that is zero everywhere, or nowhere, cuts nothing out: the colours stay. The first image of an MPO is read
+    (the others are previews), and the first page of a TIFF if the others are smaller. Other files with several images
+    are refused.
+
+    Deep values are shown from 0, black, to white; larger ones are white, too. White is what the file declares (12 bits
+    of a TIFF, the maxval of a PGM, sBIT of a PNG), else what `white` says for "integer" or "float" pixels, else the
+    smallest that holds the file's values: of 8, 10, 12, 14 or 16 bits, or 1.0, 255.0 or 65535.0.
+
+    A UserError is raised if the file is missing, truncated or no image, is of none of FORMATS, has several images, or
+    its values or its size are out of range.
     """
-    image = _open(path)
-    if _is_deep(image):
-        image = Image.fromarray(_to_8_bits(np.asarray(image), path))
-    return np.asarray(_to_rgb(image, "white").resize((size, size), Image.Resampling.BILINEAR))  # (S, S, 3)
+    with _opened(path) as image:
+        image = _to_rgb(_with_8_bits(image, path, white or {}, np.rint), "white")
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR).convert("RGB"))  # (S, S, 3)
+
+
+def find_white(dataset: Any) -> Any:
+    """A llb.data.Dataset with `white` for `load_image`: of the images of train and test that declare none, the largest;
+    {} if there is no such image. Others are not decoded, but each header is read, and a bad one raises a UserError."""
+
+    def white_of(record: Record) -> dict[str, int]:
+        path = dataset.root / record.path
+        with _opened(path) as image:
+            if not (_is_deep(image) or _is_wide(image)) or _declared_white(image, path):
+                return {}
+            kind, own = _kind_and_white(image, path)
+            return {kind: own}
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = list(pool.map(white_of, (*dataset.train, *dataset.test)))
+    kinds = [kind for kind in WHITE if any(kind in white for white in found)]
+    return replace(dataset, white={kind: max(white.get(kind, 0) for white in found) for kind in kinds})
+
+
+def white_line(dataset: Any) -> str | None:
+    """One line about the white of a category; None if it has no deep images, or integers that use all 16 bits."""
+    bits = dataset.white.get("integer", 0).bit_length()
+    names = {"float": "floating-point images", "integer": f"images of {bits} bits"}
+    whites = dataset.white.items() - {("integer", 65535)}
+    parts = [f"{names[kind]} (largest value {white} is white)" for kind, white in sorted(whites)]
+    return f"{dataset.category}: {', '.join(parts)}" if parts else None
 
 
 def load_mask(path: Path | str, size: int) -> np.ndarray:
     """Read a defect mask: bool (size, size), True where at least half of the pixel's surroundings are defective.
 
-    In the file, a pixel that is neither black nor transparent is defective; in a JPEG, whose compression leaves traces
-    around edges, a pixel from 128 on. EXIF rotation is applied. The size may differ from the image's. The bilinear
-    filter gives the defective share of a pixel's surroundings. If no pixel reaches one half, those with the largest
-    share stay, so that every defective image keeps a mask. A small defect beside a larger one may vanish. A UserError
-    is raised if the file is missing, truncated or no image.
+    Which pixels of the file are defective: `_defective`. EXIF rotation is applied. The size may differ from the
+    image's. The bilinear filter gives the defective share of a pixel's surroundings. If no pixel reaches one half,
+    those with the largest share stay, so that every defective image keeps a mask. A small defect beside a larger one
+    may vanish. A UserError is raised as by `load_image`, and for a mask that cannot be told from its background.
     """
-    image = _open(path)
-    floor = 127 if image.format == "JPEG" else 0  # traces of the compression are no defect
-    if not _is_deep(image):
-        image = _to_rgb(image, "black")
-    pixels = np.asarray(image)
-    defect = (pixels if pixels.ndim == 2 else pixels.max(axis=2)) > floor  # (H, W)
+    defect = _defective(path)
     share = Image.fromarray(defect.astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)
     share = np.asarray(share)  # (S, S), 0…1
     return share >= min(0.5, share.max()) if defect.any() else np.zeros((size, size), bool)
 
 
-def load_masks(root: Path, records: Sequence[Record], size: int) -> np.ndarray | None:
-    """Masks of normal and defective images: bool (b, size, size), all False for a normal one.
+def load_masks(root: Path, records: Sequence[Record], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The masks of images, and which images have pixels to judge.
 
-    None when pixels cannot be judged: a label is unknown or a defective image has no mask.
+    masks: bool (b, size, size), all False for a normal image. Several masks of an image are united.
+    judged: bool (b,), False if the label is unknown, or the image is defective and has no mask or only black ones.
     """
-    if any(record.label is None or (record.label == 1 and record.mask is None) for record in records):
-        return None
 
     def load(record: Record) -> np.ndarray:
-        return load_mask(root / record.mask, size) if record.label == 1 else np.zeros((size, size), bool)
+        masks = [load_mask(root / path, size) for path in record.masks] if record.label == 1 else []
+        return np.any(masks, axis=0) if masks else np.zeros((size, size), bool)
 
-    with ThreadPoolExecutor() as pool:
-        return np.stack(list(pool.map(load, records)))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        masks = np.stack(list(pool.map(load, records)))
+    return masks, np.array([r.label == 0 or (r.label == 1 and mask.any()) for r, mask in zip(records, masks)], bool)
 
 
-def _open(path: Path | str) -> Image.Image:
-    """An image, decoded and turned upright."""
+def is_black(path: Path | str) -> bool:
+    """Whether a mask marks nothing as defective."""
+    return not _defective(path).any()
+
+
+# ---- files ----
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[Image.Image]:
+    """An image, not decoded yet, whose header is checked. Any error, also of the caller's work, becomes a UserError."""
     try:
-        with Image.open(path) as image:
-            pixels = image.width * image.height
-            if pixels <= MAX_PIXELS:
-                image.load()
-                if image.mode == "LAB":
-                    raise ValueError("colour space LAB, not RGB")
-                ImageOps.exif_transpose(image, in_place=True)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for ever
+            raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+        _check_text(path, status.st_size)
+        with Image.open(path, formats=FORMATS) as image:
+            megapixels = image.width * image.height / 1e6
+            limit = DEEP_MEGAPIXELS if _is_deep(image) or _is_wide(image) else MEGAPIXELS
+            if megapixels > limit:
+                raise UserError(f"{path} has {megapixels:.0f} megapixels, more than {limit}: scale it down")
+            if megapixels > max(SMALL_MEGAPIXELS, status.st_size / 100):  # deflate packs up to 8256 pixels in a byte
+                raise ValueError(f"{status.st_size} bytes do not hold {megapixels:.0f} megapixels")
+            if _has_pages(image):
+                raise UserError(f"{path} has several frames or pages: save one image a file")
+            if image.format == "PPM" and (tile := image.tile[0]).codec_name == "ppm" and tile.args[1] > 255:
+                # Pillow would scale the values one by one in Python, a second for a megapixel
+                image.info["maxval"] = tile.args[1]
+                image.tile = [tile._replace(codec_name="raw", args="I;16B" if image.mode == "I" else "RGB;16B")]
+            yield image
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} is not there: put it back, or take it off the list") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} cannot be read (no image format that Pillow knows): remove or replace it") from None
+        raise UserError(f"{path} cannot be read (no image format that llb knows): remove or replace it") from None
     except Exception as error:  # for damaged files Pillow raises OSError, SyntaxError, struct.error, zlib.error, …
-        reason = "truncated" if "truncated" in str(error).lower() else " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason or type(error).__name__}): remove or replace it") from None
-    if pixels > MAX_PIXELS:
-        raise UserError(f"{path} has {pixels / 1e6:.0f} megapixels, more than 1000: scale it down")
+        text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        reason = "truncated" if "truncated" in text.lower() else text
+        raise UserError(f"{path} cannot be read ({reason}): remove or replace it") from None
+
+
+def _check_text(path: Path | str, size: int) -> None:
+    """Raise a ValueError for a PNM with too much text in it: Pillow reads it byte by byte."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER)
+        if size <= HEADER or not re.match(rb"P[0-6fy]", head):
+            return
+        numbers = 2 if head[:2] in (b"P1", b"P4") else 3  # width, height, largest value
+        if not re.match(rb"\w+" + rb"\s+[-+.\w]+" * numbers + rb"\s", re.sub(rb"#[^\r\n]*", b"", head)):
+            raise ValueError("the comments in its header are too long")
+        if head[1:2] in b"123" and (size > TEXT_BYTES or (head + file.read()).count(b"#") > TEXT_COMMENTS):
+            raise ValueError("its pixels are text, and too much of it")
+
+
+def _has_pages(image: Image.Image) -> bool:
+    """Whether a file holds several images: more than previews, in an MPO or, smaller, behind a TIFF's first page."""
+    if image.format != "TIFF":
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    pixels = image.width * image.height
+    for page in range(1, PREVIEWS + 2):
+        try:
+            image.seek(page)
+        except EOFError:
+            image.seek(0)
+            return False
+        if image.width * image.height >= pixels:
+            break
+    return True
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """The same image, decoded and turned upright."""
+    if image.mode == "LAB":
+        raise ValueError("colour space LAB, not RGB")
+    if image.format == "TIFF" and image.tag_v2.get(PLANES) == 2 and image.tile[0].codec_name == "raw":
+        if image.tag_v2.get(SAMPLES, 1) > 1 and max(image.tag_v2[BITS]) > 8:  # Pillow would take each byte for a pixel
+            raise ValueError("colours of 16 bits in separate planes, not compressed")
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
-def _to_rgb(image: Image.Image, ground: str) -> Image.Image:
-    """The image in RGB, a transparent one on a ground of that colour."""
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
-    return image.convert("RGB")
+# ---- depth ----
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -111,11 +220,129 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def _to_8_bits(pixels: np.ndarray, path: Path | str) -> np.ndarray:
-    """uint16, int32 or float32 (H, W) → uint8 (H, W). Fixed scales: dark images of a set stay dark."""
-    low, high = float(pixels.min()), float(pixels.max())
-    scales, over = ((1, 255, 65535), 0.01) if pixels.dtype.kind == "f" else ((65535,), 0.0)
-    scale = next((scale for scale in scales if high <= (1 + over) * scale), None)
-    if scale is None or not low >= -over * scale:
+def _is_wide(image: Image.Image) -> bool:
+    """Whether a file that is not decoded has colours of 16 bits a channel. Pillow holds their high bytes."""
+    modes = str([tile.args for tile in image.tile[:1]])  # none of a file that is decoded
+    return not _is_deep(image) and image.format in ("PNG", "TIFF", "PPM") and ";16" in modes
+
+
+def _declared_white(image: Image.Image, path: Path | str) -> int | None:
+    """The value of white that a deep file, not decoded yet, declares."""
+    if image.format == "TIFF" and (bits := image.tag_v2.get(BITS, (16,))[0]) % 16:
+        return 2**bits - 1
+    if image.format == "PPM":
+        if image.tile[0].codec_name == "ppm_plain":
+            return 65535  # Pillow scales the values to it
+        return image.info.get("maxval", 65535) % 65535 or None
+    with open(path, "rb") as file:
+        header = file.read(HEADER).partition(b"IDAT")[0]
+    return 65535 if image.format == "PNG" and b"sBIT" in header else None  # values of sBIT bits are scaled to 16
+
+
+def _kind_and_white(image: Image.Image, path: Path | str) -> tuple[str, int]:
+    """Decode a deep or wide image: "integer" or "float", and the smallest white that holds its values."""
+    if _is_wide(image):
+        _decode(image)
+        levels = [high for band, (_, high) in zip(image.getbands(), image.getextrema()) if band != "A"]
+        kind, low, high = "integer", 0.0, 256.0 * max(levels) + 255
+    else:
+        pixels = np.asarray(_decode(image))
+        kind, low, high = "float" if pixels.dtype.kind == "f" else "integer", float(pixels.min()), float(pixels.max())
+    tolerance = 0.01 if kind == "float" else 0.0  # resampling exceeds the range of an image a little
+    white = next((white for white in WHITE[kind] if high <= (1 + tolerance) * white), None)
+    if white is None or not low >= -tolerance * white:
         raise UserError(f"{path} has values from {low:g} to {high:g}: save it with 8 or 16 bits a channel")
-    return np.rint((pixels * np.float32(255 / scale)).clip(0, 255)).astype(np.uint8)
+    return kind, white
+
+
+def _with_8_bits(image: Image.Image, path: Path | str, white: Mapping[str, int], to_integer: Callable) -> Image.Image:
+    """Decode an image; a deep or wide one is scaled to 8 bits, and `to_integer` rounds its pixels."""
+    wide = _is_wide(image)
+    if not wide and not _is_deep(image):
+        return _decode(image)
+    declared = _declared_white(image, path)
+    kind, own = _kind_and_white(image, path)
+    scale = declared or white.get(kind, own)
+    clear = image.info.get("transparency")  # the colour of transparent pixels
+    if not wide:
+        pixels = np.asarray(image)  # uint16, int32 or float32 (H, W)
+        # Pillow inverts a TIFF in which 0 is white, unless it is deep
+        inverted = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0
+        shown = Image.fromarray(_scaled(pixels, scale, to_integer, inverted))
+        if clear is not None:
+            shown.putalpha(Image.fromarray(pixels != clear))
+        return shown
+    if clear is not None or (scale != 65535 and image.mode == "RGBA"):
+        raise ValueError(f"transparency, and values up to {scale} in 16 bits a channel")
+    if scale == 65535:
+        return image
+    pixels = 256 * np.asarray(image).astype(np.uint16) + _low_bytes(path)  # (H, W, 3), or 4 of CMYK
+    return Image.frombytes(image.mode, image.size, _scaled(pixels, scale, to_integer).tobytes())
+
+
+def _low_bytes(path: Path | str) -> np.ndarray:
+    """The low bytes of colours of 16 bits, uint8 (H, W, C): Pillow takes them for the high ones in the wrong order."""
+    opposite = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+    with _opened(path) as image:
+        for index, tile in enumerate(image.tile):
+            mode, *rest = [tile.args] if isinstance(tile.args, str) else tile.args
+            image.tile[index] = tile._replace(args=(mode[:-1] + opposite[mode[-1]], *rest))
+        return np.asarray(_decode(image))
+
+
+def _scaled(pixels: np.ndarray, white: int, to_integer: Callable, inverted: bool = False) -> np.ndarray:
+    """Values of any type from 0 to white, uint8 (…) from 0 to 255."""
+    levels = pixels * np.float32(255 / white)
+    np.clip(levels, 0, 255, out=levels)
+    return to_integer(255 - levels if inverted else levels).astype(np.uint8)
+
+
+def _to_rgb(image: Image.Image, ground: str) -> Image.Image:
+    """The image in RGB or L, the transparent pixels of one that is not transparent as a whole on a ground."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        lowest, highest = image.getextrema()[3]
+        if lowest == 0 < highest:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
+
+
+# ---- masks ----
+
+
+def _defective(path: Path | str) -> np.ndarray:
+    """The pixels that a mask file marks: bool (H, W). Black and transparent pixels are normal; others are defective.
+
+    If compression has left traces (`_has_traces`), a pixel is defective above half of the largest value. If no colour
+    of a palette is black, its first colour is the background. A UserError is raised for a compressed mask whose largest
+    value is below FAINT, a JPEG 2000 of which more is grey than marked, and an inverted mask: one that marks the whole
+    border and more than half of the image, but not all.
+    """
+    with _opened(path) as image:
+        with open(path, "rb") as file:
+            lossy = image.format in LOSSY and not (image.format == "WEBP" and b"VP8L" in file.read(HEADER))
+        indices = np.asarray(_decode(image)) if image.mode == "P" else None  # (H, W)
+        pixels = np.asarray(_to_rgb(_with_8_bits(image, path, {}, np.ceil), "black"))
+    levels = pixels if pixels.ndim == 2 else pixels.max(axis=2)  # (H, W)
+    largest = int(levels.max())
+    if lossy and 0 < largest < FAINT:
+        raise UserError(f"{path}: its largest value of {largest} may be a trace of the compression; save it as PNG")
+    defect = levels > (largest // 2 if lossy or _has_traces(levels, largest) else 0)
+    grey = np.count_nonzero((levels > largest // 4) & (levels <= 3 * largest // 4))
+    if image.format == "JPEG2000" and grey > np.count_nonzero(defect):
+        raise UserError(f"{path} is compressed too much to tell the defects; save it as PNG")
+    if indices is not None and defect.all() and indices.any():
+        defect = indices > 0
+    border = [defect[0], defect[-1], defect[:, 0], defect[:, -1]]
+    if all(side.all() for side in border) and 0.5 < defect.mean() < 1:
+        raise UserError(f"{path} marks the whole border of the image; invert it (defects are bright) or delete it")
+    return defect
+
+
+def _has_traces(levels: np.ndarray, largest: int) -> bool:
+    """Whether a mask was probably saved as JPEG before: of the pixels between 0 and the largest value, most lie within
+    an eighth of it from either end, some at each, and they have four grey levels or more."""
+    between = Image.fromarray(levels).histogram()[1:largest]
+    dark, bright = between[: largest // 8], between[len(between) - largest // 8 :]
+    near = any(dark) and any(bright) and sum(dark + bright) > sum(between) / 2
+    return largest >= FAINT and near and np.count_nonzero(between) >= 4

@@ -48,22 +48,22 @@ def image_metrics(labels: Sequence[int | None] | np.ndarray, scores: np.ndarray)
     return dict(zip(IMAGE_METRICS, _ranking(*_counts(positives, negatives), len(positives), len(negatives))))
 
 
-def pixel_metrics(masks: np.ndarray | None, maps: np.ndarray) -> dict[str, float | None]:
-    """Pixel AUROC, AP, F1-max and AUPRO over all pixels of all images, 0..1; None for all four without masks, without a
-    defective or without a normal pixel (`why_undefined`).
+def pixel_metrics(masks: np.ndarray, maps: np.ndarray) -> dict[str, float | None]:
+    """Pixel AUROC, AP, F1-max and AUPRO over all pixels of all images, 0..1; None for all four without a defective or
+    without a normal pixel (`why_undefined`).
 
     AUPRO: the share of a defect region that is found, averaged over all regions (8-connected components of each mask),
     as a function of the false-positive rate over all normal pixels; its mean over rates from 0 to 0.3, with linear
     interpolation between thresholds and at 0.3.
 
-    masks: bool (M, H, W), True where defective, all False for a normal image; None when masks are unknown.
+    masks: bool (M, H, W), True where defective, all False for a normal image.
     maps: float32 (M, H, W), higher is more defective. A UserError is raised if one is not finite.
     """
     maps = np.asarray(maps)
     _check_finite(maps, "anomaly maps")
-    if masks is None or not np.any(masks) or np.all(masks):
-        return dict.fromkeys(PIXEL_METRICS)
     masks = np.asarray(masks, bool)
+    if not masks.any() or masks.all():
+        return dict.fromkeys(PIXEL_METRICS)
     weights, regions = _region_weights(masks)
     order, negatives = np.argsort(maps[masks]), np.sort(maps[~masks])
     positives, weights = maps[masks][order], weights[order]
@@ -88,19 +88,16 @@ class PixelCounts:
     pages: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (G,), ascending
     table: np.ndarray = field(default_factory=lambda: np.zeros((3, 0, 2**16)))  # float64 (3, G, bins of a page)
     regions: int = 0
-    known: bool = True  # False once a batch came without masks
 
 
-def accumulate(counts: PixelCounts, masks: np.ndarray | None, maps: np.ndarray) -> PixelCounts:
+def accumulate(counts: PixelCounts, masks: np.ndarray, maps: np.ndarray) -> PixelCounts:
     """Add a batch of maps to the counts. A UserError is raised if a map is not finite.
 
-    masks: bool (m, H, W), True where defective; None when unknown: then the metrics of all are undefined.
+    masks: bool (m, H, W), True where defective; leave out images whose masks are unknown. m may be 0.
     maps: float32 (m, H, W); sizes may differ between batches.
     """
     maps = np.asarray(maps, np.float32)
     _check_finite(maps, "anomaly maps")
-    if masks is None or not counts.known:
-        return PixelCounts(known=False)
     masks = np.asarray(masks, bool)
     keys = _keys(maps)
     page = keys >> 16
@@ -120,7 +117,7 @@ def accumulate(counts: PixelCounts, masks: np.ndarray | None, maps: np.ndarray) 
 
 
 def pixel_metrics_of(counts: PixelCounts) -> dict[str, float | None]:
-    """`pixel_metrics` of everything that was accumulated; None for all four, too, if a batch came without masks."""
+    """`pixel_metrics` of everything that was accumulated."""
     tp, fp, fp_above, overlap, positives, negatives = _curves(counts)
     if not positives or not negatives:
         return dict.fromkeys(PIXEL_METRICS)
@@ -183,7 +180,7 @@ def why_undefined(metric: str, labels: Sequence[int | None]) -> str:
     if not any(labels):
         return "no image is defective"
     if metric.startswith("pixel_"):
-        return "a defective image has no mask, or the masks leave no defective or no normal pixel"
+        return "no defective image has a mask, or the masks leave no normal pixel"
     return "no image is normal"
 
 

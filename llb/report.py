@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, features
 
 from llb import tables
+from llb.data import reading_line
 from llb.files import UserError, read_json, write_text
 from llb.metrics import why_undefined
 
@@ -42,6 +43,7 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
     html = environment.get_template("report.html.jinja").render(
         title=run.name or "run",
         overview=overview(config),
+        reading=reading_line(config["reading"]) if config.get("reading") else None,
         categories=categories,
         rows=rows,
         reasons=reasons,
@@ -57,6 +59,13 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
 def category_facts(folder: Path, name: str, entry: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """What the report shows of one category; `entry` is what metrics.json says of it."""
     scores = tables.read_table(folder / "scores.csv", ("path", "score", "kept", "label"))
+    detectors = [
+        detector_facts(folder, train_on, entry.get(train_on))
+        for train_on in tables.TRAIN_ON
+        if train_on in entry or (folder / f"predictions-{train_on}.csv").exists()
+    ]
+    if entry.get("missing_masks") and detectors:
+        notes = [*notes, tables.missing_masks_line(entry["missing_masks"], detectors[0]["labels"].count(1))]
     return {
         "name": name,
         "notes": notes,
@@ -66,11 +75,7 @@ def category_facts(folder: Path, name: str, entry: dict[str, Any], notes: list[s
         "histogram": histogram(scores) if scores else None,
         "ranked": highest(scores),
         "suspects": inlined(folder / "suspects.png"),
-        "detectors": [
-            detector_facts(folder, train_on, entry.get(train_on))
-            for train_on in tables.TRAIN_ON
-            if train_on in entry or (folder / f"predictions-{train_on}.csv").exists()
-        ],
+        "detectors": detectors,
     }
 
 
@@ -214,6 +219,7 @@ def shown_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
     """The settings that results depend on, with names for people."""
     names = {
         "data": "Data",
+        "layout": "Layout of the data",
         "noise_ratio": "Noise ratio",
         "encoder": "Encoder",
         "weights": "Encoder weights",

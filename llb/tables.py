@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llb.data import Dataset, Record
-from llb.files import UserError, read_json, write_csv, write_text
+from llb.files import UserError, read_json, write_csv, write_json, write_text
 from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, ranks
 from llb.pictures import printable
 
@@ -106,6 +106,9 @@ def read_purified(folder: Path, dataset: Dataset) -> Choice:
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8 again") from None
     listed = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # written on Windows, or a remark
+    listed = [(number, path if path in position else path.replace("\\", "/")) for number, path in listed]
+    listed = [(number, path) for number, path in listed if path in position or not path.startswith("#")]
     for number, path in listed:
         if path not in position:
             raise UserError(f"{file}, line {number}: {path} is not among the training images; fix or delete the line")
@@ -128,7 +131,11 @@ def choose_images(train_on: str, folder: Path, dataset: Dataset) -> Choice:
         return Choice(np.arange(len(dataset.train)))
     if any(record.label is None for record in dataset.train):
         raise UserError("--train-on clean needs labels, and these images have none: use purified or all")
-    return Choice(np.array([i for i, record in enumerate(dataset.train) if record.label == 0]))
+    normal = np.array([i for i, record in enumerate(dataset.train) if record.label == 0], int)
+    if not len(normal):
+        problem = f"no training image of {dataset.category} is labelled normal"
+        raise UserError(f"--train-on clean: {problem}; use purified or all")
+    return Choice(normal)
 
 
 def write_predictions(folder: Path, train_on: str, records: Sequence[Record], scores: np.ndarray) -> None:
@@ -140,6 +147,22 @@ def write_predictions(folder: Path, train_on: str, records: Sequence[Record], sc
 def read_metrics(run: Path) -> dict[str, Any]:
     """The metrics so far, as metrics.json holds them; {} before the first evaluation."""
     return read_json(run / METRICS_FILE, "delete it") if (run / METRICS_FILE).exists() else {}
+
+
+def write_missing_masks(run: Path, category: str, paths: Sequence[str]) -> None:
+    """Keep in metrics.json, as "missing_masks", the defective images of a category without a mask, if there are any."""
+    metrics = read_metrics(run)
+    entry = {name: value for name, value in metrics.get(category, {}).items() if name != "missing_masks"}
+    entry |= {"missing_masks": list(paths)} if paths else {}
+    if entry != metrics.get(category, {}):
+        write_json(run / METRICS_FILE, metrics | {category: entry})
+
+
+def missing_masks_line(paths: Sequence[str], defective: int) -> str:
+    """What missing masks cost. defective: the number of defective images."""
+    first = ", ".join(map(printable, paths[:3])) + (", …" if len(paths) > 3 else "")
+    have = "has" if len(paths) == 1 else "have"
+    return f"{len(paths)} of {defective} defective test images {have} no mask ({first}): their pixels are not counted"
 
 
 def category_names(metrics: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ def test_each_material_is_a_category_of_an_mvtec_root(tmp_path, monkeypatch):
     assert len(dataset.test) == 30 + 8 * len(DEFECTS) - 15
     for record in dataset.test:
         if record.label:
-            assert 10 < load_mask(tmp_path / record.mask, SIDE).sum() < 0.12 * SIDE**2, record.path
+            assert 10 < load_mask(tmp_path / record.masks[0], SIDE).sum() < 0.12 * SIDE**2, record.path
 
 
 @pytest.mark.parametrize("material", MATERIALS)

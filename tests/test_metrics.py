@@ -1,15 +1,21 @@
 """Metrics equal scikit-learn's, an independent AUPRO, and values worked out by hand; streamed ones keep their bound."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+import evaluate
 from llb import metrics
+from llb.data import Dataset, Record
 from llb.detectors.dinomaly import map_matrix
 from llb.files import UserError
 from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, PixelCounts, accumulate, image_metrics, pixel_metrics
+from llb.tables import read_metrics
 
 
 def scikit_learn(labels, scores):
@@ -186,17 +192,57 @@ def test_one_class_or_no_image_or_unknown_labels_leave_image_metrics_undefined_a
         assert metrics.why_undefined("image_auroc", labels) == reason
 
 
-def test_missing_masks_or_one_class_of_pixels_leave_pixel_metrics_undefined_and_say_why():
+def test_one_class_of_pixels_leaves_pixel_metrics_undefined_and_says_why_and_no_image_changes_nothing():
     maps, none = np.random.default_rng(0).random((2, 4, 4), np.float32), dict.fromkeys(PIXEL_METRICS)
-    assert pixel_metrics(None, maps) == none
     for masks in (np.zeros((2, 4, 4), bool), np.ones((2, 4, 4), bool), np.zeros((0, 4, 4), bool)):
         assert pixel_metrics(masks, maps[: len(masks)]) == streamed(masks, maps[: len(masks)]) == none
+        assert set(metrics.pixel_metrics_error(counted(masks, maps[: len(masks)])).values()) <= {0.0}
+    assert metrics.pixel_metrics_of(PixelCounts()) == none
     masks = np.array([[1, 0, 0, 0]] * 4, bool)[None].repeat(2, 0)
-    unknown = accumulate(accumulate(PixelCounts(), masks, maps), None, maps)
-    for counts in (PixelCounts(), unknown, accumulate(unknown, masks, maps)):
-        assert metrics.pixel_metrics_of(counts) == none and set(metrics.pixel_metrics_error(counts).values()) == {0.0}
-    assert "no mask" in metrics.why_undefined("pixel_aupro", [0, 1])
+    some = accumulate(PixelCounts(), masks[:0], maps[:0])  # a batch whose images all lack their masks
+    some = accumulate(accumulate(some, masks, maps), masks[:0], maps[:0])
+    assert metrics.pixel_metrics_of(some) == streamed(masks, maps) == pytest.approx(pixel_metrics(masks, maps))
+    assert "has a mask" in metrics.why_undefined("pixel_aupro", [0, 1])
     assert metrics.why_undefined("pixel_aupro", [0, 0]) == "no image is defective"
+
+
+def test_a_missing_mask_costs_its_image_its_pixels_and_is_named_once(tmp_path, monkeypatch, capsys):
+    masks = np.zeros((5, 16, 16), bool)
+    masks[:3, 4:9, 4:9] = True
+    maps = (masks * 0.4 + np.random.default_rng(3).random(masks.shape)).astype(np.float32)
+    for name, mask in (("0.png", masks[0]), ("black.png", masks[4])):
+        Image.fromarray(mask).save(tmp_path / name)
+    given = {"a": (1, ("0.png",)), "b": (1, ("black.png",)), "c": (1, ()), "d": (0, ()), "e": (None, ())}
+    records = [Record(f"{name}.png", label, files, "") for name, (label, files) in given.items()]
+    stage = SimpleNamespace(run=tmp_path, encoder=SimpleNamespace(image_size=16), training=None)
+    nothing = {
+        "fetch_features": None,
+        "open_checkpoints": nullcontext(),
+        "restore_params": None,
+        "write_examples": None,
+    }
+    for name, result in nothing.items():
+        monkeypatch.setattr(evaluate, name, lambda *_, result=result: result)
+
+    def entry(test, *detectors):
+        chosen = [records.index(record) for record in test]
+        batches = [(np.array([i]), np.array([[0.5 + i]]), maps[[j], None]) for i, j in enumerate(chosen)]
+        monkeypatch.setattr(evaluate, "score", lambda *_, **__: iter(batches))
+        for train_on in detectors:
+            stage.settings = SimpleNamespace(train_on=train_on, save_maps=False)
+            yield evaluate.evaluate(stage, Dataset(tmp_path, "mvtec", "bolt", (), tuple(test)))
+        yield read_metrics(tmp_path).get("bolt", {}).get("missing_masks")
+
+    *values, missing = entry(records[:4], "purified", "all")
+    judged = pixel_metrics(masks[[0, 3]], maps[[0, 3]])
+    assert [{name: value[name] for name in PIXEL_METRICS} for value in values] == [judged, judged]
+    assert missing == ["b.png", "c.png"] and values[0]["image_auroc"] is not None
+    line = "bolt: 2 of 3 defective test images have no mask (b.png, c.png): their pixels are not counted"
+    assert capsys.readouterr().out.count(line) == 1
+    (value, missing) = entry(records[1:4], "all")
+    assert value["pixel_ap"] is None and missing == ["b.png", "c.png"]
+    (value, missing) = entry([records[0], records[3], records[4]], "all")  # an unknown label: not counted either
+    assert {name: value[name] for name in PIXEL_METRICS} == judged and value["image_ap"] is None and missing is None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -204,7 +250,7 @@ def test_scores_that_are_not_finite_are_refused(value):
     maps = np.full((1, 4, 4), value, np.float32)
     for refusing in (
         lambda: image_metrics([0, 1], np.array([0.0, value])),
-        lambda: pixel_metrics(None, maps),
+        lambda: pixel_metrics(maps > 0, maps),
         lambda: accumulate(PixelCounts(), maps > 0, maps),
     ):
         with pytest.raises(UserError, match="not all finite"):

@@ -14,7 +14,7 @@ from llb.checkpoint import open_checkpoints, restore_params
 from llb.encoders import TINY_WEIGHTS, load_encoder
 from llb.encoders.stem import ENERGIES, energies
 from llb.encoders.vit import LAYER_SCALE
-from llb.images import normalise
+from llb.features import normalise
 from llb.tiny import pretrain, textures
 from llb.tiny.objectives import PATCHES, init_params
 from llb.tiny.pretrain import Pretrain, batch_indices, draw_energies, draw_image

@@ -48,7 +48,9 @@ def test_a_score_is_high_for_a_local_and_for_a_global_difference():
 
 def test_the_metrics_use_the_labels_of_the_chosen_training_images():
     train, test = ([SimpleNamespace(label=label) for label in labels] for labels in ([0, 1, 1, 0], [0, 1]))
-    images = probe.Images(SimpleNamespace(train=train, test=test), None, None, np.zeros((2, 112, 112), bool))
+    images = probe.Images(
+        SimpleNamespace(train=train, test=test), None, None, np.zeros((2, 112, 112), bool), np.ones(2, bool)
+    )
     own, distances = (np.array(levels)[:, None] * np.ones(196) for levels in ([9.0, 2, 0, 1], [5.0, 1]))
     # of the four pairs of a defective and a normal training image one is in order; of images 3 and 1 the only pair
     assert probe.detector_metrics(own, distances, images)["train_auroc"] == 0.25

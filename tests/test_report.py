@@ -67,7 +67,7 @@ def test_paths_categories_and_settings_are_escaped(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "undefined", "reason"),
     [
-        ((1, 1, 0, 0, 0, 0), {"pixel_ap": None}, "a defective image has no mask"),
+        ((1, 1, 0, 0, 0, 0), {"pixel_ap": None}, "no defective image has a mask"),
         ((1,) * 6, {"image_ap": None}, "no image is normal"),
         (("",) * 6, values(None), "Nothing could be measured: it is not known which images are defective."),
     ],
@@ -76,6 +76,12 @@ def test_undefined_metrics_are_explained_and_the_ranking_is_shown(tmp_path, labe
     _, tags, text = report(write_run(tmp_path, labels, metrics={"bolt": {"purified": values() | undefined}}))
     assert reason in text and ("AUPRO" in text) == (undefined != values(None)) == ("labelled" in text)
     assert "4 of 6" in text and "train/5.png" in text and tags.count("img") == 2
+
+
+def test_defective_images_without_a_mask_are_counted_and_named(tmp_path):
+    metrics = {"bolt": {"purified": values(), "missing_masks": ["test/<1>.png"]}}
+    _, _, text = report(write_run(tmp_path, metrics=metrics))
+    assert "1 of 2 defective test images has no mask (test/<1>.png): their pixels are not counted" in text
 
 
 def test_missing_files_are_left_out_and_a_damaged_one_is_named(tmp_path):

@@ -40,6 +40,19 @@ def test_means_over_categories_leave_undefined_values_out():
     assert means["purified"] == {name: value and pytest.approx(value) for name, value in expected.items()}
 
 
+def test_missing_masks_are_kept_beside_the_detectors_until_there_are_none(tmp_path):
+    entry = {"all": values(0.5), "purification": FACTS}
+    tables.write_json(tmp_path / "metrics.json", {"bolt": entry})
+    tables.write_missing_masks(tmp_path, "bolt", ["a.png"])
+    metrics = tables.read_metrics(tmp_path)
+    assert metrics == {"bolt": entry | {"missing_masks": ["a.png"]}}
+    assert tables.summary_table(metrics) == tables.summary_table({"bolt": entry})
+    tables.write_missing_masks(tmp_path, "bolt", [])
+    assert tables.read_metrics(tmp_path) == {"bolt": entry}
+    assert "1 of 9 defective test images has" in tables.missing_masks_line(["a.png"], 9)
+    assert "5 of 9 defective test images have no mask (a, a, a, …)" in tables.missing_masks_line(["a"] * 5, 9)
+
+
 def test_the_summary_fits_100_columns_and_shows_undefined_values():
     long = {"purified": values(1.0), "clean": values(None), "purification": FACTS}
     table = tables.summary_table({"a" * 90: long, "b": {"all": values(0.1234)}, "mean": {"purified": values(1.0)}})

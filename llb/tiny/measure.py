@@ -135,7 +135,7 @@ def measure(a_set: Set, seed: int, settings: Measure) -> SeedValues:
         `measure_neighbours`, with "nearest, " in front.
     """
     folder = Path(settings.out) / f"{a_set.name.replace(', ', '-')}-{seed}"
-    weights = ["--weights", settings.weights] if settings.weights else []
+    weights = ["--weights", settings.weights] if settings.weights is not None else []
     run_stage("stage1_partition.py", "--out", folder, "--seed", seed, *a_set.stage1_flags, *weights)
     # without defects in train, "all" and "clean" are the same images
     trained = TRAIN_ON if a_set.noise_ratio else ("purified", "clean")

@@ -40,8 +40,8 @@ from llb.encoders import stem
 from llb.encoders.stem import ENERGIES
 from llb.encoders.vit import ViT
 from llb.encoders.weights import write_tree
+from llb.features import normalise
 from llb.files import check_writable_file, read_json, write_json
-from llb.images import normalise
 from llb.run import make_run_folder, refuse_differences
 from llb.tiny import textures
 from llb.tiny.objectives import GRID, OBJECTIVES, PATCHES, SPEC, init_params

@@ -27,14 +27,16 @@ from scipy.ndimage import uniform_filter
 
 from llb.config import LARGEST_SEED, flag, parse_flags, real, whole
 from llb.console import progress, run_script, say
-from llb.data import Dataset, choose_categories, load_category, recognise
+from llb.data import Dataset, choose_categories, load_category
 from llb.detectors.dinomaly import map_matrix
 from llb.device import start_jax
 from llb.encoders import load_encoder
 from llb.encoders.stem import ENERGIES, energies, pool
 from llb.encoders.vit import ViT
+from llb.features import normalise
 from llb.files import UserError, check_writable
-from llb.images import load_image, load_masks, normalise
+from llb.images import find_white, load_image, load_masks
+from llb.layouts import read_root
 from llb.metrics import image_metrics, pixel_metrics
 from llb.run import demo_or_given_root
 from llb.tables import UNDEFINED
@@ -72,7 +74,8 @@ class Images:
     dataset: Dataset
     train: np.ndarray  # uint8 (N, S, S, 3)
     test: np.ndarray  # uint8 (M, S, S, 3)
-    masks: np.ndarray | None  # bool (M, S, S); None if they are unknown
+    masks: np.ndarray  # bool (M, S, S), see llb.images.load_masks
+    judged: np.ndarray  # bool (M,)
 
 
 def main() -> None:
@@ -121,7 +124,7 @@ def load_labelled(root: Path, category: str, noise_ratio: float, seed: int) -> D
     Raises:
         UserError: it has no such images.
     """
-    dataset = None if recognise(root) == "folder" else load_category(root, category, noise_ratio, seed)
+    dataset = None if read_root(root).layout == "folder" else load_category(root, category, noise_ratio, seed)
     if dataset is None or not dataset.test:
         raise UserError(
             f"--data {root}: {category} has no labelled test images, so nothing can be measured; give a set with labels"
@@ -130,12 +133,12 @@ def load_labelled(root: Path, category: str, noise_ratio: float, seed: int) -> D
 
 
 def load_images(root: Path, category: str, noise_ratio: float, seed: int) -> Images:
-    dataset = load_labelled(root, category, noise_ratio, seed)
+    dataset = find_white(load_labelled(root, category, noise_ratio, seed))
     train, test = (
-        np.stack([load_image(root / record.path, SPEC.image_size) for record in records])
+        np.stack([load_image(root / record.path, SPEC.image_size, dataset.white) for record in records])
         for records in (dataset.train, dataset.test)
     )
-    return Images(dataset, train, test, load_masks(root, dataset.test, SPEC.image_size))
+    return Images(dataset, train, test, *load_masks(root, dataset.test, SPEC.image_size))
 
 
 # ---- the features ----
@@ -288,7 +291,8 @@ def detector_metrics(
     records = images.dataset.train if chosen is None else [images.dataset.train[index] for index in chosen]
     labels, train_labels = ([record.label for record in part] for part in (images.dataset.test, records))
     metrics = image_metrics(labels, image_scores(distances, own))
-    metrics |= pixel_metrics(images.masks, full_size(distances, SPEC.image_size))
+    maps = full_size(distances[images.judged], SPEC.image_size)
+    metrics |= pixel_metrics(images.masks[images.judged], maps)
     if any(train_labels):
         metrics["train_auroc"] = image_metrics(train_labels, image_scores(own, own))["image_auroc"]
     return {key: metrics.get(key) for key in COLUMNS}

@@ -1,0 +1,336 @@
+"""The layouts of public image sets: how each is recognised, how its images are labelled and paired with masks.
+
+    real-iad    realiad_jsons_fuiad_0.1/<category>.json beside realiad_1024/<category>/…   Real-IAD (llb.lists)
+    real-iad-sv realiad_jsons_sv/<category>.json, likewise                                 Real-IAD, single view
+    visa        [<category>/]Data/{Images,Masks}/{Normal,Anomaly}; split_csv/1cls.csv      VisA (llb.lists)
+    mvtec       [<category>/[<category>/]]train/good, test/<kind>; good may be ok, normal  MVTec AD, ImageFolder, VAD
+                masks in  ground_truth/<kind>/<name>[_mask].png                            MPDD, BTAD, VisA for PyTorch
+                          ground_truth/<kind>/<name>/000.png, several united               MVTec LOCO, AutoVI
+                          test_public/ground_truth/<kind>/<name>_mask.png                  MVTec AD 2
+                          test/<kind>/{gt,label}/<name>.png, images in rgb/, img/          MVTec 3D-AD, BMAD
+                          test/<kind>/<name>_mask.png beside <name>.png
+                images in train/good/<any>/…                                               AeBAD
+    ksdd2       {train,test}/<name>.png beside <name>_GT.png; a black mask is normal       KolektorSDD2
+    ksdd        kos01/<name>.jpg beside <name>_label.bmp; all for training                 KolektorSDD
+    dagm        [Class1/]{Train,Test}/<name>.PNG; defective: Label/<name>_label.PNG        DAGM 2007
+    folder      any other images, in any subfolders: all for training, no labels
+
+Names are compared without case and with composed unicode; masks are paired by name, never by position. A reader is a
+function of paths: it opens no file. A record holds label and masks for reports. No training may use them.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llb.files import UserError
+from llb.pairing import Named, pair, split_beside, suspicions
+from llb.tree import AGAIN, OTHER, Tree, by_folder, count, fold, fold_path, summary, walk
+
+# How a path below the root, folded, tells the layout.
+SIGNS = {
+    "real-iad": r"realiad_(?:1024|512|256|raw)/|realiad_jsons",
+    "visa": r"split_csv/1cls\.csv$|(?:[^/]+/)?data/images/(?:normal|anomaly)/",
+    "mvtec": r"(?:(?P<box>[^/]+)/(?:(?P=box)/)?)?train/(?:good|ok|normal)/",
+    "ksdd2": r"(?:train|test)/[^/]+_gt\.\w+$",
+    "ksdd": r"kos\d+/[^/]+_label\.\w+$",
+    "dagm": r"(?:[^/]+/)?(?:train|test)/label/[^/]+_label\.\w+$",
+}
+REALIAD_NAME = re.compile(r"_\d{4}_(?:ok|ng)_(?:\w+_)?c\d_\d+\.\w+$")
+LAYOUTS = ("real-iad", "real-iad-sv", "visa", "mvtec", "ksdd2", "ksdd", "dagm", "folder")
+SIGN = re.compile("|".join(f"(?P<{name.replace('-', '_')}>{sign})" for name, sign in SIGNS.items()))
+KNOWN = "a Real-IAD root, an MVTec-AD or VisA root, or a folder with images"
+
+VALIDATION, PRIVATE, OUTSIDE = "for validation", "for test without labels", "outside the layout"
+IN_TRAIN, NO_IMAGE, OF_NORMAL = (
+    "in train, defective by their folder",
+    "masks without an image",
+    "masks of normal images",
+)
+UNKNOWN = "without a mask that gives the label"
+PARTS = {
+    "train": "train",
+    "test": "test",
+    "test_public": "test",
+    "test_private": PRIVATE,
+    "test_private_mixed": PRIVATE,
+}
+PARTS |= dict.fromkeys(("validation", "valid", "val"), VALIDATION)
+NORMAL = {"good", "ok", "normal"}
+MASK_FOLDERS = {"ground_truth", "groundtruth", "ground truth", "gt", "mask", "masks", "label", "labels"}
+NO_KINDS = MASK_FOLDERS | {"image", "images", "img", "imgs", "rgb", "data"}
+VIEWS = {"rgb", "img"}  # where a kind's folder has one, only the images in it are read
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image. Paths are POSIX and relative to the data root."""
+
+    path: str
+    label: int | None  # 0 normal, 1 defective, None unknown
+    masks: tuple[str, ...]  # of a defective image, if it has some; several are united
+    kind: str  # "good", "scratch", …; "" when unknown
+
+
+Split = tuple[list[Record], list[Record]]  # train, test
+
+
+@dataclass(frozen=True)
+class Root:
+    """A data root, read: what it holds, or for a layout with lists where to look."""
+
+    path: Path
+    layout: str
+    tree: Tree
+    sets: Mapping[str, Split] | None  # category → records; None: llb.lists reads them
+    homes: Mapping[str, str]  # category → the folder that it lies in, with a slash; "" for the root itself
+    left_out: Mapping[str, Sequence[str]]  # reason → files and folders
+    notes: tuple[str, ...]  # to be said of how the root was read
+
+
+@dataclass
+class Found:
+    """What a reader has found so far."""
+
+    sets: dict[str, Split] = field(default_factory=dict)
+    homes: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    notes: tuple[str, ...] = ()
+
+    def add(self, folder: str, own_name: str, split: Split) -> None:
+        """Add the category that lies in `folder`, "" for the root itself."""
+        name = folder.rpartition("/")[2] or own_name
+        if name in self.sets:
+            raise UserError(f"--data: {self.homes[name]} and {folder}/ are one category by name: rename one of them")
+        self.sets[name], self.homes[name] = split, f"{folder}/" if folder else ""
+
+
+def read_root(path: Path | str, layout: str | None = None) -> Root:
+    """Read a data root. layout: one of `LAYOUTS`; None recognises it by content.
+
+    A UserError is raised without a folder or images, or if the tree looks like a data set, but as none that is known.
+    """
+    if not str(path).strip():
+        raise UserError("--data: the value is empty (an unset variable?); give the folder that holds the images")
+    path = Path(path)
+    if not os.path.exists(path):
+        raise UserError(f"--data {path}: there is no such folder; give {KNOWN}")
+    if not os.path.isdir(path):
+        raise UserError(f"--data {path} is a file: give the folder that holds the images")
+    tree = walk(path)
+    files = [*tree.images, *tree.left_out.get(OTHER, ())]
+    layout = layout or recognise(path, files, tree.images)
+    if not tree.images and not layout.startswith("real-iad"):
+        rest = f" ({summary(count(tree.left_out))})" if tree.left_out else ""
+        raise UserError(f"--data {path} holds no images{rest}: give {KNOWN}")
+    has_csv = layout == "visa" and visa_csv(files) is not None
+    if layout.startswith("real-iad") or has_csv:
+        return Root(path, layout, tree, None, {}, tree.left_out, ())
+    if layout == "visa" and os.path.isfile(path.absolute().parent / "split_csv" / "1cls.csv"):
+        above = path.absolute().parent
+        raise UserError(
+            f"--data {path}: split_csv lies beside it; give --data {above} --category {path.absolute().name}"
+        )
+    again = tree.linked_twice() if layout == "mvtec" else ()
+    images = by_folder((*tree.images, *again)) if again else tree.images
+    found = READERS[layout](images, Path(os.path.abspath(path)).name.lstrip(".") or "images")
+    if not any(train for train, _ in found.sets.values()):
+        rest = summary(count(found.left_out))
+        raise UserError(f"--layout {layout}: {path} has no training images in this layout ({rest})")
+    left_out = {reason: paths for reason, paths in tree.left_out.items() if not (again and reason == AGAIN)}
+    return Root(path, layout, tree, found.sets, found.homes, left_out | found.left_out, found.notes)
+
+
+def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
+    """The layout that the files' paths show; images: those among them. A UserError is raised if it is not clear."""
+    folded = [fold_path(file) for file in files]
+    there = _signs(folded)
+    if len(there) > 1:
+        seen = " and ".join(f"{layout} ({first})" for layout, first in there.items())
+        raise UserError(f"--data {root} holds several layouts, {seen}: choose with --layout {' or '.join(there)}")
+    if there:
+        layout = next(iter(there))
+        jsons = {
+            file.rpartition("/")[0] for file in folded if file.startswith("realiad_jsons") and file.endswith(".json")
+        }
+        single = layout == "real-iad" and jsons and all(folder.endswith("realiad_jsons_sv") for folder in jsons)
+        return "real-iad-sv" if single else layout
+    for depth in (1, 2):
+        below = {}
+        for real, file in zip(files, folded, strict=True):
+            rest = file.split("/", depth)[depth:]
+            if rest and (match := SIGN.match(rest[0])):
+                below.setdefault("/".join(real.split("/")[:depth]), match.lastgroup.replace("_", "-"))
+        if below:
+            places = " or ".join(f"--data {root / folder} ({layout})" for folder, layout in list(below.items())[:3])
+            raise UserError(f"--data {root}: the image set lies deeper; give {places}")
+    if any(REALIAD_NAME.search(file) for file in folded):
+        raise UserError(
+            f"--data {root} holds Real-IAD's images without its JSON files: unpack realiad_jsons beside realiad_1024, "
+            "which holds a folder for each category, and give the folder that holds both"
+        )
+    hints, better = suspicions(images)
+    if hints:
+        alone = f", as --data {root / better}" if better else ""
+        raise UserError(
+            f"--data {root} looks like a labelled image set, but is none that llb knows: {', '.join(hints[:3])}. "
+            f"Give the folder of the training images alone{alone}, or arrange them as train/good, test/<kind>, "
+            "ground_truth/<kind>; --layout folder trains on every image, masks and defects included"
+        )
+    return "folder"
+
+
+def _signs(folded: Iterable[str]) -> dict[str, str]:
+    """Layout → the first path that shows it."""
+    there = {}
+    for file in folded:
+        if match := SIGN.match(file):
+            there.setdefault(match.lastgroup.replace("_", "-"), file)
+    return there
+
+
+def visa_csv(files: Iterable[str]) -> str | None:
+    """The path of VisA's CSV."""
+    return next((file for file in files if fold_path(file) == "split_csv/1cls.csv"), None)
+
+
+# ---- readers: paths of the images, sorted, and the root's own name → what they are ----
+
+
+def _mvtec(images: Iterable[str], own_name: str) -> Found:
+    found, kinds, masks, titles = Found(), defaultdict(list), defaultdict(list), {}
+    readings = {path: _parts(path) for path in images}
+    every = [reading for of_path in readings.values() for reading in of_path]
+    folders = {folder for folder, part, rest in every if part == "train" and fold(rest[0]) in NORMAL and rest[1:]}
+    for path, of_path in readings.items():
+        fits = [reading for reading in of_path if reading[0] in folders]
+        folder, part, rest = fits[0] if fits else ("", "", [])
+        names = [fold(name) for name in rest]
+        if part in (VALIDATION, PRIVATE):
+            found.left_out[part].append(path)
+        elif part == "mask" and len(rest) > 1:
+            masks[folder, names[0]].append(("/".join(rest[1:]), path))
+        elif part in ("train", "test") and len(rest) > 2 and names[0] in MASK_FOLDERS:
+            masks[folder, names[1]].append(("/".join(rest[2:]), path))
+        elif part in ("train", "test") and len(rest) > 2 and names[1] in MASK_FOLDERS:
+            masks[folder, names[0]].append(("/".join(rest[2:]), path))
+        elif part in ("train", "test") and len(rest) > 1 and names[0] not in NO_KINDS:
+            kinds[folder, part, names[0]].append(("/".join(rest[1:]), path))
+            titles.setdefault((folder, names[0]), rest[0])
+        else:
+            found.left_out[OUTSIDE].append(path)
+    for folder in sorted(folders):
+        outer = next((outer for outer in ("", folder.split("/")[0]) if outer in folders and outer != folder), None)
+        if outer is not None:
+            both = f"{outer}/train and {folder}/train".lstrip("/")
+            raise UserError(f"--data: {both} make one category lie in another: move one away")
+        found.add(folder, own_name, ([], []))
+    splits = dict(zip(sorted(folders), found.sets.values(), strict=True))
+    used = set()
+    for (folder, part, kind), members in kinds.items():
+        if part == "train" and kind not in NORMAL:
+            found.left_out[IN_TRAIN] += [path for _, path in members]
+            continue
+        inner, outer = _in_views(members)
+        found.left_out[OUTSIDE] += [path for _, path in outer]
+        of_kind, label = masks[folder, kind], int(kind not in NORMAL)
+        paired = pair(inner, of_kind) if label else {}
+        images, beside = split_beside(inner, paired)
+        if label:
+            paired |= pair([image for image in images if image[1] not in paired], beside)
+        of_kind += beside
+        title = titles[folder, kind] if label else "good"
+        splits[folder][part == "test"].extend(Record(path, label, paired.get(path, ()), title) for _, path in images)
+        used.update(mask for of_image in paired.values() for mask in of_image)
+    for (_, kind), of_kind in masks.items():
+        found.left_out[OF_NORMAL if kind in NORMAL else NO_IMAGE] += [path for _, path in of_kind if path not in used]
+    return found
+
+
+def _parts(path: str) -> list[tuple[str, str, list[str]]]:
+    """A path may be read as: category folder, part ("train", "test", "mask" or a reason), and the names below that."""
+    parts = path.split("/")
+    names = [fold(name) for name in parts]
+    deepest = 2 if len(parts) > 3 and names[0] == names[1] else 1  # MVTec AD 2 has can/can/train
+    places = range(min(deepest + 1, len(parts) - 1))
+    there = [i for i in places if names[i] in PARTS or names[i] in MASK_FOLDERS]
+    return [("/".join(parts[:i]), PARTS.get(names[i], "mask"), parts[i + 1 :]) for i in there]
+
+
+def _in_views(members: Named) -> tuple[Named, Named]:
+    """Images of a kind as in MVTec 3D: what lies in rgb/, with the paths below that, and the rest, such as depth."""
+    inner = [(below.partition("/")[2], path) for below, path in members if fold(below.partition("/")[0]) in VIEWS]
+    outer = [(below, path) for below, path in members if fold(below.partition("/")[0]) not in VIEWS]
+    return (inner, outer) if inner else (outer, [])
+
+
+def _ksdd(images: Iterable[str], own_name: str) -> Found:
+    """All of KolektorSDD is for training; its second edition has parts. Labels follow from the masks (llb.data)."""
+    found, folders = Found(), defaultdict(list)
+    found.add("", own_name, ([], []))
+    for path in images:
+        folder, _, name = path.rpartition("/")
+        folders[folder].append((name, path))
+    for folder, members in folders.items():
+        own, masks = split_beside(members)
+        paired = pair(own, masks)
+        part = found.sets[own_name][fold(folder) == "test"]
+        part += [Record(path, None, paired[path], "") for _, path in own if path in paired]
+        found.left_out[UNKNOWN] += [path for _, path in own if path not in paired]
+    return found
+
+
+def _dagm(images: Iterable[str], own_name: str) -> Found:
+    found, members, masks = Found(), defaultdict(list), defaultdict(list)
+    for path in images:
+        match = re.fullmatch(r"(?:([^/]+)/)?(train|test)/(label/)?([^/]+)", fold_path(path))
+        if not match:
+            found.left_out[OUTSIDE].append(path)
+            continue
+        (masks if match[3] else members)[match[1], match[2]].append((path.rpartition("/")[2], path))
+        folder = path.split("/")[0] if match[1] else ""
+        if (folder.rpartition("/")[2] or own_name) not in found.sets:
+            found.add(folder, own_name, ([], []))
+    for (folder, part), of_part in members.items():
+        paired = pair(of_part, masks[folder, part])
+        name = of_part[0][1].split("/")[0] if folder else own_name
+        for _, path in of_part:
+            label = int(path in paired)
+            found.sets[name][part == "test"].append(
+                Record(path, label, paired.get(path, ()), ("good", "defect")[label])
+            )
+    return found
+
+
+def _visa(images: Iterable[str], own_name: str) -> Found:
+    """VisA without its CSV: every tenth normal image is for test."""
+    note = "no split_csv/1cls.csv, so every tenth normal image is for test"
+    found, members = Found(notes=(note,)), defaultdict(list)
+    for path in images:
+        match = re.fullmatch(r"(?:([^/]+)/)?data/(images|masks)/(normal|anomaly)/(.+)", fold_path(path))
+        if not match:
+            found.left_out[OUTSIDE].append(path)
+            continue
+        folder = path.split("/")[0] if match[1] else ""
+        members[folder, match[2], match[3]].append((path.rpartition("/")[2], path))
+    for folder in sorted({folder for folder, _, _ in members}):
+        normal = [Record(path, 0, (), "good") for _, path in members[folder, "images", "normal"]]
+        paired = pair(members[folder, "images", "anomaly"], members[folder, "masks", "anomaly"])
+        anomalies = [
+            Record(path, 1, paired.get(path, ()), "anomaly") for _, path in members[folder, "images", "anomaly"]
+        ]
+        train = [record for i, record in enumerate(normal) if i % 10]
+        found.add(folder, own_name, (train, [*anomalies, *normal[::10]]))
+    return found
+
+
+def _folder(images: Iterable[str], own_name: str) -> Found:
+    found = Found()
+    found.add("", own_name, ([Record(path, None, (), "") for path in images], []))
+    return found
+
+
+READERS = {"mvtec": _mvtec, "visa": _visa, "ksdd2": _ksdd, "ksdd": _ksdd, "dagm": _dagm, "folder": _folder}

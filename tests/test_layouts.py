@@ -1,0 +1,277 @@
+"""Each public image set is read as it unpacks, by names alone; one with masks or known defects is no plain folder."""
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llb.data import categories, describe, load_category, reading_line
+from llb.files import UserError
+from llb.layouts import LAYOUTS, read_root
+from llb.tree import walk
+
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other names and links")
+
+
+def spelled(text: str) -> list[str]:
+    """Words, with a{b,c} for ab ac."""
+    match = re.search(r"(\S*)\{([^}]*)\}(\S*)", text)
+    if not match:
+        return text.split()
+    several = " ".join(f"{match[1]}{middle}{match[3]}" for middle in match[2].split(","))
+    return spelled(text[: match.start()] + several + text[match.end() :])
+
+
+def plant(root: Path, text: str) -> Path:
+    """Draw the images that `text` names, grey; -name: black; name=: an empty file of any kind."""
+    for name in spelled(text):
+        file = root / name.removeprefix("-").removesuffix("=")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("="):
+            file.touch()
+        else:
+            Image.new("L", (4, 4), 0 if name.startswith("-") else 99).save(file, "PNG")
+    return root
+
+
+# set → files, layout and categories, training images with the defective ones, normal test images,
+# defective test images with their masks, and how many are left out for what
+SETS = {
+    "MVTec AD": (
+        "{a/train/good/{0,1},b/train/good/0,b/test/0,a/test/{good,cut}/0,a/ground_truth/cut/0_mask}.png a/readme.txt=",
+        ("mvtec a b", 2, 0, 1, "a/test/cut/0.png a/ground_truth/cut/0_mask.png", {"not images": 1}),
+    ),
+    "one category of it": (
+        "train/good/{0,1}.png test/{good,cut}/0.png ground_truth/cut/0_mask.png",
+        ("mvtec set", 2, 0, 1, "test/cut/0.png ground_truth/cut/0_mask.png", {}),
+    ),
+    "MVTec LOCO": (
+        "a/{train,validation,test}/good/{0,1}.png a/test/cut/{0,1}.png a/ground_truth/cut/{0/{0,1},1/0}.png",
+        (
+            "mvtec a",
+            *(2, 0, 2),
+            "a/test/cut/0.png a/ground_truth/cut/0/0.png+a/ground_truth/cut/0/1.png "
+            "a/test/cut/1.png a/ground_truth/cut/1/0.png",
+            {"for validation": 2},
+        ),
+    ),
+    "MVTec 3D-AD": (
+        "a/{train,test}/{good,cut}/{rgb/0.png,xyz/0.tiff} a/test/{good,cut}/gt/0.png",
+        (
+            "mvtec a",
+            *(1, 0, 1),
+            "a/test/cut/rgb/0.png a/test/cut/gt/0.png",
+            {"outside the layout": 3, "in train, defective by their folder": 2, "masks of normal images": 1},
+        ),
+    ),
+    "MVTec AD 2": (
+        "a/a/{train,validation,test_public}/good/0.png a/a/test_public/bad/0.png a/a/test_private/0.png "
+        "a/a/test_public/ground_truth/bad/0_mask.png b/b/train/good/0.png",
+        (
+            "mvtec a b",
+            *(1, 0, 1),
+            "a/a/test_public/bad/0.png a/a/test_public/ground_truth/bad/0_mask.png",
+            {"for validation": 1, "for test without labels": 1},
+        ),
+    ),
+    "BTAD": (
+        "01/train/ok/0.bmp 01/test/{ok,ko}/0.bmp 01/ground_truth/ko/0.png",
+        ("mvtec 01", 1, 0, 1, "01/test/ko/0.bmp 01/ground_truth/ko/0.png", {}),
+    ),
+    "BMAD": (
+        "a/train/good/{0,1}.png a/test/{good,Ungood}/{img,label}/0.png",
+        ("mvtec a", 2, 0, 1, "a/test/Ungood/img/0.png a/test/Ungood/label/0.png", {"masks of normal images": 1}),
+    ),
+    "VAD": (
+        "a/{train,test}/{good,bad}/{0,1}.png",
+        ("mvtec a", 2, 0, 2, "a/test/bad/0.png - a/test/bad/1.png -", {"in train, defective by their folder": 2}),
+    ),
+    "AeBAD": (
+        "a/train/good/{u,v}/0.png a/test/{good,cut}/u/0.png a/ground_truth/cut/u/0.png",
+        ("mvtec a", 2, 0, 1, "a/test/cut/u/0.png a/ground_truth/cut/u/0.png", {}),
+    ),
+    "ImageFolder, and other capitals": (
+        "Train/{Normal,Cut}/0.PNG Test/{Normal,Cut}/0.PNG Ground_Truth/CUT/0_Mask.PNG",
+        (
+            "mvtec set",
+            *(1, 0, 1),
+            "Test/Cut/0.PNG Ground_Truth/CUT/0_Mask.PNG",
+            {"in train, defective by their folder": 1},
+        ),
+    ),
+    "categories that are called like parts": (
+        "{test,mask}/train/good/0.png {test,mask}/test/cut/0.png {test,mask}/ground_truth/cut/0_mask.png",
+        ("mvtec mask test", 1, 0, 0, "mask/test/cut/0.png mask/ground_truth/cut/0_mask.png", {}),
+    ),
+    "VisA without its CSV": (
+        "a/Data/Images/Normal/{00,01,02,03,04,05,06,07,08,09,10,11}.JPG a/Data/{Images,Masks}/Anomaly/0.png a/a.csv=",
+        ("visa a", 10, 0, 2, "a/Data/Images/Anomaly/0.png a/Data/Masks/Anomaly/0.png", {"not images": 1}),
+    ),
+    "KolektorSDD2": (
+        "{train,test}/{1,2}.png -{train,test}/1_GT.png {train,test}/2_GT.png train/3.png",
+        ("ksdd2 set", 2, 1, 1, "test/2.png test/2_GT.png", {"without a mask that gives the label": 1}),
+    ),
+    "KolektorSDD": (
+        "kos01/Part{0,1}.jpg -kos01/Part0_label.bmp kos01/Part1_label.bmp",
+        ("ksdd set", 2, 1, 0, "", {}),
+    ),
+    "DAGM 2007": (
+        "Class{1,2}/{Train,Test}/{1,2}.PNG Class1/{Train,Test}/Label/2_label.PNG Class1/Train/Label/Labels.txt=",
+        ("dagm Class1 Class2", 2, 1, 1, "Class1/Test/2.PNG Class1/Test/Label/2_label.PNG", {"not images": 1}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_public_set_is_read_as_it_unpacks(name, tmp_path):
+    files, expected = SETS[name]
+    root = read_root(plant(tmp_path / "set", files))
+    names = categories(root)
+    dataset = load_category(root, names[0])
+    test = [f"{record.path} {'+'.join(record.masks) or '-'}" for record in dataset.test if record.label]
+    left_out = {reason: of_reason["count"] for reason, of_reason in describe(root, [dataset])["left_out"].items()}
+    labels = [record.label for record in dataset.train]
+    normal = Counter(record.label for record in dataset.test)[0]
+    assert (" ".join([root.layout, *names]), len(labels), sum(labels), normal, " ".join(test), left_out) == expected
+    assert all((record.kind == "good") == (record.label == 0) for record in (*dataset.train, *dataset.test))
+    assert all(record.masks == () for record in dataset.test if not record.label)
+
+
+# what a tree looks like → files, and words of the one line that refuses it
+REFUSED = {
+    "masks in a folder": ("{img,ground_truth}/{0,1}.png", "masks in ground_truth/ (2 of the images)"),
+    "masks beside images": ("{0,1}.png {0,1}_mask.png", "masks beside images (0_mask.png; 2 of the images)"),
+    "masks of the same name": ("cut/{0,1}.{jpg,png}", "cut/0.*; 2 pairs"),
+    "train beside test": ("train/{0,1}.png test/0.png", "train/ beside test/", "{root}/train"),
+    "a classification set": ("{train,val}/{cat,dog}/0.png", "train/ beside val/"),
+    "OK beside NG": ("{OK,NG}/{0,1}.png", "OK/ beside NG/", "{root}/OK", "--layout folder"),
+    "ok beside not ok": ("{ok,not_ok}/{0,1}.png", "ok/ beside not_ok/"),
+    "good beside kinds": ("x/{good,cut,hole}/{0,1}.png", "x/good/ beside x/cut/"),
+    "good beside images": ("good/{0,1}.png 2.png", "good/ beside 2.png"),
+    "a folder of defects": ("{0,1}.png defects/0.png", "defects/ beside 0.png"),
+    "one level too high": ("mvtec/a/train/good/0.png", "{root}/mvtec (mvtec)"),
+    "two levels too high": ("x/y/kos01/Part0{,_label}.jpg", "{root}/x/y (ksdd)"),
+    "two sets": ("x/a/train/good/0.png y/a/Data/Images/Normal/0.jpg", "{root}/x (mvtec)", "{root}/y (visa)"),
+    "two layouts": ("a/train/good/0.png b/Data/Images/Normal/0.jpg", "--layout mvtec or visa"),
+    "a category in a category": ("{,a/}train/good/0.png", "train and a/train", "move"),
+    "Real-IAD without its lists": ("a/OK/S0001/a_0001_OK_C1_2023.jpg", "without its JSON files"),
+    "one mask for two images": ("a/train/good/0.png a/test/b/0.{png,jpg} a/ground_truth/b/0_mask.png", "rename"),
+    "no image that is read": ("a/{0,1}.heic=", "holds no images (in a format that is not read: 2"),
+    "a run": ("part/{scores.csv,purified.txt}= part/suspects.png config.json=", "is a run of llb"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_tree_that_looks_like_more_than_a_folder_of_images_is_refused_in_one_line(name, tmp_path):
+    files, *words = REFUSED[name]
+    plant(tmp_path, files)
+    if name == "a run":
+        (tmp_path / "config.json").write_text('{"llb": 1}')
+    with pytest.raises(UserError) as caught:
+        read_root(tmp_path)
+    assert all(word.format(root=tmp_path) in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+    if "looks like" in str(caught.value):  # said outright, every image is one for training
+        dataset = load_category(read_root(tmp_path, "folder"), tmp_path.name)
+        assert len(dataset.train) == len(spelled(files)) and {record.label for record in dataset.train} == {None}
+
+
+def test_folders_that_say_nothing_of_defects_are_a_plain_folder(tmp_path):
+    plant(tmp_path, "cams/ok_cam{1,2}/0.png monday/{a,b}.png train/0.jpg gold/maskless.png 0.{png,jpg} labels.csv=")
+    assert read_root(tmp_path).layout == "folder"
+
+
+def test_a_layout_said_outright_that_does_not_fit_says_where_the_images_lie(tmp_path):
+    plant(tmp_path, "x/{0,1}.png")
+    for layout in set(LAYOUTS) - {"folder"}:
+        with pytest.raises(UserError) as caught:
+            categories(read_root(tmp_path, layout))
+        assert "x/0.png" in str(caught.value) or "realiad_jsons" in str(caught.value)
+
+
+# masks and images of one kind → which mask each image has
+PAIRS = {
+    "0 1": ({"0_mask": "0", "1": "1"}),
+    "1 1_mask": ({"1_mask": "1", "1_mask_mask": "1_mask"}),  # MVTec's way, as all masks show
+    "1_mask 1": ({"1_mask": "1_mask", "1": "1"}),  # VisA's way
+    "2 2_mask": ({"2_mask": "2"}),
+    "part.v1 Ä": ({"part.v1_mask": "part.v1", "a\u0308_MASK": "Ä"}),
+    "0 00": ({"0_mask_1": "0", "0_mask_2": "0", "000_mask": None, "00_gt": "00"}),
+    "A a": ({"A_mask": "A", "a_mask": "a"}),
+}
+
+
+@pytest.mark.parametrize("images", PAIRS)
+def test_masks_are_paired_by_name_and_never_by_position(images, tmp_path):
+    if os.path.normcase("A") == "a" and images == "A a":
+        pytest.skip("names in capitals are the same names here")
+    masks = [f"a/ground_truth/cut/{mask}.png" for mask in PAIRS[images]]
+    plant(tmp_path, " ".join(["a/train/good/0.png", *(f"a/test/cut/{name}.png" for name in images.split()), *masks]))
+    records = load_category(tmp_path, "a").test
+    paired = {Path(mask).stem: Path(record.path).stem for record in records for mask in record.masks if "truth" in mask}
+    assert paired == {mask: image for mask, image in PAIRS[images].items() if image}
+
+
+def test_masks_beside_images_are_no_images(tmp_path):
+    plant(tmp_path, "a/train/good/{0,0_mask}.png a/test/cut/{0,0_mask}.png a/test/good/{0,1}.png")
+    dataset = load_category(tmp_path, "a")
+    assert [record.path for record in dataset.train] == ["a/train/good/0.png"]
+    assert [(record.path, record.masks) for record in dataset.test if record.label] == [
+        ("a/test/cut/0.png", ("a/test/cut/0_mask.png",))
+    ]
+
+
+# ---- the walk ----
+
+
+def test_litter_and_files_of_other_kinds_are_left_out_and_said(tmp_path):
+    plant(tmp_path, "{a.png,b.JFIF,c.jpe,d.tga,e.avif,f.pnm,.hidden.png,h.heic,i.npy,Thumbs.db=,j,k.png.part}")
+    plant(
+        tmp_path,
+        "{.cache,@eaDir,$RECYCLE.BIN,lost+found,__MACOSX,thumbnails}/0.png sub/run/x/{scores.csv=,suspects.png}",
+    )
+    root = read_root(tmp_path)
+    dataset = load_category(root, tmp_path.name)
+    assert [record.path for record in dataset.train] == ["a.png", "b.JFIF", "c.jpe", "d.tga", "e.avif", "f.pnm"]
+    line = reading_line(describe(root, [dataset]))
+    for part in (
+        f"data: {tmp_path}, layout folder, 1 category ({tmp_path.name}): 6 training images, 0 test images, labels none",
+        "hidden: 2 (.cache, .hidden.png)",
+        "system folders: 5 ($RECYCLE.BIN, @eaDir, __MACOSX, …)",
+        "not images: 3 (Thumbs.db, j, k.png.part)",
+        "in a format that is not read: 2 (h.heic, i.npy)",
+        "runs of llb: 1 (sub/run/x)",
+    ):
+        assert part in line
+
+
+@posix
+def test_links_pipes_and_depth_end_quickly(tmp_path):
+    plant(tmp_path, "{0,1}.png far/2.png")
+    for i in range(30):  # 2³⁰ ways to the last folder
+        (tmp_path / f"mesh/{i}").mkdir(parents=True)
+        for name in ("left", "right"):
+            (tmp_path / f"mesh/{i}/{name}").symlink_to(tmp_path / f"mesh/{i + 1}")
+    plant(tmp_path, "mesh/30/3.png")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    plant(tmp_path, "/".join(["n"] * 70) + "/4.png")
+    tree = walk(tmp_path)
+    assert tree.images == ("0.png", "1.png", "far/2.png", "mesh/30/3.png")
+    counts = {reason.split()[0]: len(paths) for reason, paths in tree.left_out.items()}
+    assert counts == {"links": 61, "broken": 1, "neither": 1, "deeper": 1}
+
+
+@posix
+def test_two_categories_may_share_their_training_images_by_a_link(tmp_path):
+    plant(tmp_path, "a/train/good/{0,1}.png {a,b}/test/cut/0.png")
+    (tmp_path / "b/train").symlink_to(tmp_path / "a/train")
+    assert categories(tmp_path) == ["a", "b"]
+    assert [record.path for record in load_category(tmp_path, "b").train] == [
+        "b/train/good/0.png",
+        "b/train/good/1.png",
+    ]
