@@ -8,7 +8,9 @@ table. A plain folder has no test set: all its images are scored, the dropped on
 """
 
 import dataclasses
-import shutil
+import os
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from llb.console import run_script, say
 from llb.data import Dataset, Record
 from llb.device import start_jax
 from llb.features import Fetch, make_encode
-from llb.files import atomic, write_json
+from llb.files import atomic, discard_files, write_json, writing
 from llb.images import load_image, load_masks
+from llb.lock import hold
 from llb.metrics import PixelCounts, accumulate, image_metrics, pixel_metrics_error, pixel_metrics_of, purification
 from llb.pictures import contact_sheet
 from llb.report import write_report
@@ -32,8 +35,9 @@ from llb.run import (
     Stage,
     fetch_features,
     final_checkpoints,
+    find_run,
     finished_detectors,
-    load_dataset,
+    load_datasets,
     read_run,
     run_encoder,
     stage_training,
@@ -47,7 +51,14 @@ PIXEL_ERROR = 1e-5  # a larger error of the pixel metrics is reported
 def main() -> None:
     settings = parse_flags(Evaluate)
     say(start_jax(settings))
-    run, config = read_run(settings.run)
+    run = find_run(settings.run)
+    with hold(run, "evaluate", against=("stage1",)):
+        run_evaluation(run, settings)
+
+
+def run_evaluation(run: Path, settings: Evaluate) -> None:
+    """Evaluate every finished detector on every category, and write the report."""
+    config = read_run(run)
     names = config["categories"]
     detectors = finished_detectors(run, config, settings.train_on)
     encoder = run_encoder(run, config)
@@ -57,7 +68,7 @@ def main() -> None:
         training = stage_training(encoder, config | config["stage2"][train_on])
         stages[train_on] = Stage(run, dataclasses.replace(settings, train_on=train_on), encoder, encode, training)
 
-    datasets = {name: load_dataset(run, config, name) for name in names}
+    datasets = dict(zip(names, load_datasets(run, config, settings.verify)))
     facts, notes = {}, {}
     for name, dataset in datasets.items():
         purified = tables.read_purified(run / name, dataset)
@@ -67,6 +78,9 @@ def main() -> None:
             check_finished(at, stages["purified"].training.steps)
         facts[name] = purification_facts(dataset, purified, run / name)
         notes[name] = [purified.note] if purified.note else []
+        if not dataset.test:
+            notes[name].append("there is no test set: the training images are scored, the dropped ones too")
+            say(f"{name}: {notes[name][-1]}")
 
     for name, dataset in datasets.items():
         for train_on, stage in stages.items():
@@ -102,19 +116,26 @@ def evaluate(stage: Stage, dataset: Dataset) -> dict[str, float | None]:
 
     # ---- scores; only one batch of maps is in memory: it is counted together with its masks ----
     scores, counts = np.empty(len(records), np.float32), PixelCounts()
+    no_mask = []  # paths of defective images: their pixels are not counted
     maps_folder = folder / f"maps-{train_on}"
     unfinished = maps_folder.with_name(f".{maps_folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    discard_files(unfinished, map_names(records))
     everything, title = np.arange(len(records)), f"{name}, test on {train_on}"
     for positions, score_k, maps_k in score(params, stage.training, fetch, everything, title, with_maps=True):
         batch, maps = [records[i] for i in positions], maps_k[:, 0]  # maps: float32 (b, S, S)
         scores[positions] = score_k[:, 0]
-        counts = accumulate(counts, load_masks(dataset.root, batch, size), maps)
+        masks, judged = load_masks(dataset.root, batch, size)
+        counts = accumulate(counts, masks[judged], maps[judged])
+        no_mask += [record.path for record, known in zip(batch, judged) if record.label == 1 and not known]
         if stage.settings.save_maps:
             write_maps(unfinished, batch, maps)
 
     # ---- metrics ----
-    metrics = image_metrics([record.label for record in records], scores) | pixel_metrics_of(counts)
+    labels = [record.label for record in records]
+    metrics = image_metrics(labels, scores) | pixel_metrics_of(counts)
+    tables.write_missing_masks(stage.run, name, no_mask)
+    if no_mask:
+        say_once(f"{name}: {tables.missing_masks_line(no_mask, labels.count(1))}")
     error = max(pixel_metrics_error(counts).values())
     if error > PIXEL_ERROR:
         say(f"{name}: so many scores are nearly equal that pixel metrics on {train_on} may be off by {error:.1g}")
@@ -122,10 +143,15 @@ def evaluate(stage: Stage, dataset: Dataset) -> dict[str, float | None]:
     # ---- write ----
     write_examples(stage, dataset, part, scores, params, fetch)
     if stage.settings.save_maps:
-        shutil.rmtree(maps_folder, ignore_errors=True)
-        unfinished.rename(maps_folder)
+        replace_maps(unfinished, maps_folder, records)
     tables.write_predictions(folder, train_on, records, scores)
     return metrics
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print what holds for all detectors of a category, which are evaluated one after another."""
+    say(line)
 
 
 def write_examples(stage: Stage, dataset: Dataset, part: str, scores: np.ndarray, params: Params, fetch: Fetch) -> None:
@@ -137,20 +163,38 @@ def write_examples(stage: Stage, dataset: Dataset, part: str, scores: np.ndarray
     for index, heat in heat_maps(params, stage.training, fetch, shown, "examples"):
         record = records[index]
         caption = (f"{scores[index]:.4f} {record.kind}", record.path)
-        tiles.append((load_image(dataset.root / record.path, stage.encoder.image_size), heat, caption))
+        image = load_image(dataset.root / record.path, stage.encoder.image_size, dataset.white)
+        tiles.append((image, heat, caption))
     folder, train_on = stage.run / dataset.category, stage.settings.train_on
     atomic(folder / f"examples-{train_on}.png", contact_sheet(tiles).save)
 
 
 def write_maps(folder: Path, records: list[Record], maps: np.ndarray) -> None:
     """One 16-bit PNG for each image, at its path below `folder`; the text chunk "scale" times the pixel is the map."""
-    for record, heat in zip(records, maps):
-        file = folder / f"{record.path}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
+    for name, heat in zip(map_names(records), maps):
+        file = folder / name
         scale = max(float(heat.max()), 1e-12) / 65535
         text = PngInfo()
         text.add_text("scale", repr(scale))
-        Image.fromarray(np.rint(heat.clip(0) / scale).astype(np.uint16)).save(file, pnginfo=text)
+        image = Image.fromarray(np.rint(heat.clip(0) / scale).astype(np.uint16))
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file, pnginfo=text)
+
+
+def replace_maps(unfinished: Path, folder: Path, records: Sequence[Record]) -> None:
+    """Move all maps into `folder`; whatever else lies there stays."""
+    # without predictions the detector counts as not evaluated: after an interruption, all maps are written again
+    discard_files(folder.parent, [f"predictions-{folder.name.removeprefix('maps-')}.csv"])
+    for name in map_names(records):
+        with writing(folder / name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(unfinished / name, folder / name)
+    discard_files(unfinished, map_names(records))
+
+
+def map_names(records: Sequence[Record]) -> list[str]:
+    return [f"{record.path}.png" for record in records]
 
 
 def evaluated(folder: Path, train_on: str, settings: Evaluate) -> bool:

@@ -18,16 +18,28 @@ import numpy as np
 from llb.checkpoint import CheckpointFolder, Params, paths_digest
 from llb.config import Stage1, parse_flags, resolve
 from llb.console import run_script, say
-from llb.data import Dataset, choose_categories, load_category, recognise
+from llb.data import Dataset, choose_categories, describe, load_category, reading_line
 from llb.device import start_jax
 from llb.encoders import load_encoder
 from llb.features import Fetch, make_encode
-from llb.files import UserError, atomic
-from llb.images import load_image
+from llb.files import UserError, atomic, typed, write_json
+from llb.images import load_image, white_line
+from llb.layouts import read_root
+from llb.lock import hold
+from llb.manifest import record_images
 from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
 from llb.purify import aggregate, keep_auto, keep_lowest, partition
-from llb.run import Stage, demo_or_given_root, fetch_features, make_run_folder, open_run, stage_training
+from llb.run import (
+    Stage,
+    demo_or_given_root,
+    environment,
+    fetch_features,
+    open_run,
+    place_run,
+    stage_training,
+    with_white,
+)
 from llb.score import heat_maps, score_all
 from llb.tables import Stage1Result, purification_line, stage1_finished, write_purified, write_scores
 from llb.train import Submodels, submodel_keys, train
@@ -36,21 +48,36 @@ SUSPECTS = 24  # images on the contact sheet
 
 
 def main() -> None:
-    # ---- settings, data and encoder: errors in them end the script before the run begins ----
     settings = parse_flags(Stage1)
-    run = Path(settings.out)
     device = start_jax(settings)
     say(device)
-    make_run_folder(run)
-    root = demo_or_given_root(run, settings.data)
-    settings = resolve(settings, recognise(root) if settings.data else "demo")
+    run = place_run(settings)
+    with hold(run, "stage1", against=("",)):  # any other
+        run_stage1(run, settings, device)
+
+
+def run_stage1(run: Path, settings: Stage1, device: str) -> None:
+    """Stage 1 of every category. device: of `start_jax`."""
+    # ---- data and encoder: errors in them end the script before the run begins ----
+    root = read_root(demo_or_given_root(run, settings.data), settings.layout)
+    settings = resolve(settings, root.layout if settings.data else "demo")
     names = choose_categories(root, settings.category)
     datasets = [load_category(root, name, settings.noise_ratio, settings.seed) for name in names]
     for dataset in datasets:
         check(dataset, settings)
+    reading = describe(root, datasets)
+    say(reading_line(reading))
     encoder = load_encoder(settings.encoder, settings.weights, settings.image_size, settings.precision)
     settings = dataclasses.replace(settings, image_size=encoder.image_size)
-    open_run(run, settings, names, encoder, device)
+
+    # ---- the run; images that have changed since it began end the script before any training ----
+    facts = {"data_given": settings.data, "reading": reading} | environment(device)
+    config = open_run(run, settings, datasets, encoder, facts)
+    datasets = with_white(datasets, config)
+    for line in filter(None, map(white_line, datasets)):
+        say(line)
+    record_images(run, datasets, settings.verify, config["command"])
+    write_json(run / "config.json", config)  # not before: images of another place may be others
 
     # ---- all categories share the encoder and the compiled steps ----
     stage = Stage(run, settings, encoder, make_encode(encoder), stage_training(encoder, vars(settings)))
@@ -60,7 +87,7 @@ def main() -> None:
             say(f"{dataset.category}: stage 1 is finished ({folder / 'purified.txt'}); --overwrite starts again")
         else:
             stage1(stage, dataset)
-    say(f"next: python stage2_train.py --run {run}")
+    say(f"next: python stage2_train.py --run {typed(run)}")
 
 
 def stage1(stage: Stage, dataset: Dataset) -> None:
@@ -120,7 +147,8 @@ def write_suspects(stage: Stage, dataset: Dataset, result: Stage1Result, params:
         path = dataset.train[index].path
         verdict = "kept" if result.kept[index] else "dropped"
         headline = f"{len(tiles) + 1}. {result.aggregated[index]:.4f} {verdict}"
-        tiles.append((load_image(dataset.root / path, stage.encoder.image_size), heat, (headline, path)))
+        image = load_image(dataset.root / path, stage.encoder.image_size, dataset.white)
+        tiles.append((image, heat, (headline, path)))
     atomic(stage.run / dataset.category / "suspects.png", contact_sheet(tiles).save)
 
 

@@ -8,6 +8,7 @@ edit RUN/<category>/purified.txt by hand: stage 2 trains on the images that it l
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 
@@ -17,13 +18,15 @@ from llb.console import run_script, say
 from llb.data import Dataset
 from llb.device import start_jax
 from llb.features import make_encode
-from llb.files import UserError
+from llb.files import UserError, typed
+from llb.lock import hold
 from llb.run import (
     Stage,
     begin_stage2,
     fetch_features,
     final_checkpoints,
-    load_dataset,
+    find_run,
+    load_datasets,
     read_run,
     run_encoder,
     stage_training,
@@ -35,7 +38,15 @@ from llb.train import Submodels, submodel_keys, train
 def main() -> None:
     settings = parse_flags(Stage2)
     say(start_jax(settings))
-    run, config = read_run(settings.run)
+    run = find_run(settings.run)
+    readers = ("evaluate",) if settings.overwrite else ()  # of what it deletes
+    with hold(run, f"stage2-{settings.train_on}", against=("stage1", *readers)):
+        run_stage2(run, settings)
+
+
+def run_stage2(run: Path, settings: Stage2) -> None:
+    """Train the final detector of every category."""
+    config = read_run(run)
     # ---- settings that are not given are stage 1's ----
     settings = dataclasses.replace(
         settings,
@@ -45,7 +56,7 @@ def main() -> None:
     )
 
     # ---- choose the images of every category, so that errors end the script before any training ----
-    datasets = [load_dataset(run, config, name) for name in config["categories"]]
+    datasets = load_datasets(run, config, settings.verify)
     choices = []
     for dataset in datasets:
         folder = run / dataset.category
@@ -60,7 +71,7 @@ def main() -> None:
     stage = Stage(run, settings, encoder, make_encode(encoder), training)
     for dataset, choice in zip(datasets, choices):
         stage2(stage, dataset, choice, config["seed"])
-    say(f"next: python evaluate.py --run {run}")
+    say(f"next: python evaluate.py --run {typed(run)}")
 
 
 def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:

@@ -1,22 +1,34 @@
 """Orbax checkpoints of a training. They hold host trees, so any number of devices can continue from them.
 
-A checkpoint holds "state" (while training {"params", "opt"}; at the end {"params"} only) and "meta" ({"digest"}).
+A checkpoint holds "state" (while training {"params", "opt"}; at the end {"params"} only) and "meta" ({"digest",
+"checksum"}). Orbax does not notice every damaged array, so the checksum of the state is compared after reading.
 A killed save leaves a temporary folder. Orbax ignores it, and the next training deletes it.
 """
 
+import errno
 import hashlib
-from collections.abc import Sequence
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llb.console import full
 from llb.files import UserError
 
 Params = dict[str, Any]  # a host tree of parameters; for K sub-models every leaf is (K, …)
+MIB = 2**20
+# In a path Orbax takes "[3]" and "*" for patterns, a backslash for "/", and "gs:" for another machine.
+PLAIN = r"[\w /.,=@+~-]*"
 
 
 @dataclass(frozen=True)
@@ -32,24 +44,107 @@ def paths_digest(paths: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(paths).encode()).hexdigest()
 
 
-def open_checkpoints(folder: Path, tidy: bool = False) -> ocp.CheckpointManager:
-    """A context manager of the checkpoints in `folder`, which keeps the newest; leaving it finishes all saves. tidy:
-    delete what killed saves have left."""
+@dataclass
+class Checkpoints:
+    """The checkpoints in a folder, while they are open."""
+
+    folder: Path
+    manager: ocp.CheckpointManager
+    needed: int = 0  # bytes of the last one that was saved
+
+    def latest_step(self) -> int | None:
+        return self.manager.latest_step()
+
+
+@contextmanager
+def open_checkpoints(folder: Path, tidy: bool = False) -> Iterator[Checkpoints]:
+    """The checkpoints in `folder`, which keeps the newest; leaving the context finishes all saves. A UserError is
+    raised if a save fails. tidy: delete what killed saves have left."""
     options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=tidy)
-    return ocp.CheckpointManager(Path(folder).resolve(), options=options)
+    with _plainly_named(Path(folder).resolve()) as plain:
+        checkpoints = Checkpoints(folder, ocp.CheckpointManager(plain, options=options))
+        try:
+            yield checkpoints
+        finally:
+            with _saving(checkpoints):
+                checkpoints.manager.close()
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, state: Params, digest: str) -> None:
-    """Save a host tree in the background as the state after `step` steps."""
-    items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave({"digest": digest})}
-    checkpoints.save(step, args=ocp.args.Composite(**items))
+@contextmanager
+def _plainly_named(folder: Path) -> Iterator[Path]:
+    """The folder itself, or a link to it if its name is none for Orbax."""
+    if re.fullmatch(PLAIN, folder.relative_to(folder.anchor).as_posix()):
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="llb-") as top:
+        link = Path(top).resolve() / "checkpoints"
+        try:
+            link.symlink_to(folder, target_is_directory=True)
+        except OSError:  # Windows
+            raise UserError(f"{folder}: checkpoints need a plain name here; give an --out without [ ] : \\") from None
+        yield link
 
 
-def check_digest(checkpoints: ocp.CheckpointManager, at: CheckpointFolder) -> None:
-    """Raise a UserError if the newest checkpoint belongs to other training images."""
-    step = checkpoints.latest_step()
-    meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    if meta["digest"] != at.digest:
+@contextmanager
+def _saving(checkpoints: Checkpoints) -> Iterator[None]:
+    """Turns what Orbax and its threads raise while they save into a UserError."""
+    try:
+        yield
+    except Exception as error:  # by place and cause OSError, ValueError, RuntimeError, …
+        if words := full(error):
+            raise _no_room(checkpoints, words) from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{checkpoints.folder}: a checkpoint cannot be saved ({reason})") from None
+
+
+def _no_room(checkpoints: Checkpoints, words: str) -> UserError:
+    needed, free = (size / MIB for size in (checkpoints.needed, shutil.disk_usage(checkpoints.folder).free))
+    room = f"a checkpoint needs {needed:.1f} MiB, and {free:.1f} are free ({words})"
+    return UserError(f"{checkpoints.folder}: {room}; make room and give the same command again")
+
+
+def save(checkpoints: Checkpoints, step: int, state: Params, digest: str) -> None:
+    """Save a host tree in the background as the state after `step` steps. A UserError is raised if the disk has no room
+    for it, or the save before this one has failed."""
+    checkpoints.needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    if checkpoints.needed > shutil.disk_usage(checkpoints.folder).free:
+        raise _no_room(checkpoints, os.strerror(errno.ENOSPC))
+    meta = {"digest": digest, "checksum": checksum(state)}
+    items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+    with _saving(checkpoints):
+        checkpoints.manager.save(step, args=ocp.args.Composite(**items))
+
+
+def checksum(tree: Params) -> int:
+    """CRC-32 of a host tree: names, shapes, dtypes and values."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaf = np.asarray(leaf)
+        total = zlib.crc32(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode(), total)
+        total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), total)
+    return total
+
+
+def _restore(checkpoints: Checkpoints, **items) -> dict[str, Any]:
+    """Items of the newest checkpoint, and its "meta". A checkpoint that is damaged raises a UserError."""
+    try:
+        items["meta"] = ocp.args.JsonRestore()
+        restored = checkpoints.manager.restore(checkpoints.latest_step(), args=ocp.args.Composite(**items))
+        meta = restored["meta"]
+        whole = "digest" in meta and ("state" not in items or meta["checksum"] == checksum(restored["state"]))
+    except (MemoryError, PermissionError):
+        raise
+    except Exception:  # by file and damage it is nearly any
+        whole = False
+    if not whole:
+        raise UserError(f"{checkpoints.folder}: the checkpoint is damaged or not whole; train again with --overwrite")
+    return restored
+
+
+def check_digest(checkpoints: Checkpoints, at: CheckpointFolder) -> None:
+    """Raise a UserError if the newest checkpoint is damaged, or belongs to other training images."""
+    if _restore(checkpoints)["meta"]["digest"] != at.digest:
         change = "the list of training images has changed since this was trained"
         raise UserError(f"{at.folder}: {change}; train again with --overwrite")
 
@@ -71,14 +166,12 @@ def check_finished(at: CheckpointFolder, steps: int) -> bool:
         return checkpoints.latest_step() == steps
 
 
-def restore_state(checkpoints: ocp.CheckpointManager, shapes: Params) -> Params:
+def restore_state(checkpoints: Checkpoints, shapes: Params) -> Params:
     """The newest state as a host tree; the leaves of `shapes` have a shape and a dtype."""
     template = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(template))
-    return checkpoints.restore(checkpoints.latest_step(), args=items)["state"]
+    return _restore(checkpoints, state=ocp.args.StandardRestore(template))["state"]
 
 
-def restore_params(checkpoints: ocp.CheckpointManager) -> Params:
+def restore_params(checkpoints: Checkpoints) -> Params:
     """The parameters of a finished training as a host tree (dicts of arrays, so no template is needed)."""
-    items = ocp.args.Composite(state=ocp.args.StandardRestore())
-    return checkpoints.restore(checkpoints.latest_step(), args=items)["state"]["params"]
+    return _restore(checkpoints, state=ocp.args.StandardRestore())["state"]["params"]

@@ -6,14 +6,13 @@ RUN/config.json holds the filled-in value. A later command for the same run must
 
 import argparse
 import dataclasses
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from llb.detectors.recipes import RECIPES
 from llb.device import default_precision
+from llb.layouts import LAYOUTS
 from llb.purify import AGGREGATES
 from llb.tables import TRAIN_ON
 
@@ -22,47 +21,56 @@ LARGEST_SEED = 2**32 - 1  # JAX keys do not distinguish larger ones
 STEPS, FINAL_STEPS, BATCH = 1000, 5000, 16
 DEMO_STEPS, DEMO_FINAL_STEPS, DEMO_BATCH = 100, 400, 8  # a few minutes on two CPU cores
 PRECISIONS = ("float32", "bfloat16")
+# bounds far above any use, below what JAX, NumPy or the machine fails at without a word of help
+MOST, LARGEST_BATCH, LARGEST_SIDE, MOST_SUBMODELS = 10**7, 2**16, 2**12, 10**4
 
 
-def number(kind: type, name: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """A parser for numbers of a kind that fit; `name` says in messages which numbers do."""
+@dataclass(frozen=True)
+class Number:
+    """A parser for numbers of a kind between two bounds; `open_below` leaves the lower one out, `word` is one more
+    value that is taken."""
 
-    def parse(text: str) -> Any:
+    kind: type
+    lowest: float
+    highest: float
+    open_below: bool = False
+    word: str | None = None
+
+    @property
+    def bounds(self) -> str:
+        return f"{'above' if self.open_below else 'from'} {self.lowest} to {self.highest}"
+
+    def __call__(self, text: str) -> Any:
+        if text == self.word:
+            return text
         try:
-            value = kind(text)
+            value = self.kind(text)
         except ValueError:
-            value = math.nan  # fits nowhere
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}")
+            value = float("nan")  # fits nowhere
+        if not self.lowest <= value <= self.highest or (self.open_below and value == self.lowest):
+            name = f"a {'whole ' if self.kind is int else ''}number {self.bounds}"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {f'{self.word} or ' if self.word else ''}{name}")
         return value
 
-    return parse
+
+def whole(minimum: int, maximum: int = MOST) -> Number:
+    """A parser for whole numbers."""
+    return Number(int, minimum, maximum)
 
 
-def whole(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
-    """A parser for whole numbers from `minimum` up to `maximum`, if there is one."""
-    bounds = f"of at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
-    return number(int, f"whole number {bounds}", lambda value: minimum <= value <= maximum)
-
-
-def real(lowest: float, highest: float, open_below: bool = False) -> Callable[[str], float]:
+def real(lowest: float, highest: float, open_below: bool = False) -> Number:
     """A parser for numbers between two bounds; `open_below` leaves the lower one out."""
-    bounds = f"{'above' if open_below else 'from'} {lowest:g}" + ("" if highest > 1e9 else f" to {highest:g}")
-    fits = (lambda value: lowest < value <= highest) if open_below else (lambda value: lowest <= value <= highest)
-    return number(float, f"number {bounds}", fits)
+    return Number(float, lowest, highest, open_below)
 
 
-def share_or_auto(text: str) -> str | float:
-    """`auto`, or a share above 0 and up to 1."""
-    if text == "auto":
-        return text
-    try:
-        return real(0, 1, open_below=True)(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a share above 0 and up to 1") from None
+def filled(text: str) -> str:
+    """A parser for text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the value is empty (an unset variable?): give one, or leave the flag out")
+    return text
 
 
-def flag(default: Any, text: str, parse=str, choices=None, shown: str | None = None, affects: bool = True):
+def flag(default: Any, text: str, parse=filled, choices=None, shown: str | None = None, affects: bool = True):
     """A dataclass field that becomes a flag. shown: the default in --help, if it depends on other settings.
 
     affects: whether results depend on the setting; if so, a run with another value is refused.
@@ -73,16 +81,19 @@ def flag(default: Any, text: str, parse=str, choices=None, shown: str | None = N
 
 # ---- flags that several scripts have ----
 
-RATE = real(0, 1000, open_below=True)  # excludes infinity
+SIDE, IMAGES, SHARE = whole(1, LARGEST_SIDE), whole(1, LARGEST_BATCH), Number(float, 0, 1, True, "auto")
+RATE = real(0, 1000, open_below=True)
 HELD = "features up to this size, in GiB, are held in memory; larger ones are read from the disk"
 STREAMED = "store no features: decode and encode an image each time it is needed (slow; the scores are the same)"
 TOGETHER = "HOST:PORT of process 0, if several processes run this together (llb/processes.py); all see the same files"
-cache_gib_flag = partial(flag, 4.0, HELD, real(0, math.inf), affects=False)
+VERIFY = "compare the images with those of stage 1 by their contents, not by size and date (reads them all)"
+cache_gib_flag = partial(flag, 4.0, HELD, real(0, MOST), affects=False)
+verify_flag = partial(flag, False, VERIFY, affects=False)
 no_cache_flag = partial(flag, False, STREAMED, affects=False)
 coordinator_flag = partial(flag, None, TOGETHER, shown="from srun or mpirun, else one process", affects=False)
 with_coordinator = partial(flag, None, shown="likewise", affects=False)
 processes_flag = partial(with_coordinator, "with --coordinator: how many processes", whole(1))
-process_id_flag = partial(with_coordinator, "with --coordinator: number of this process, from 0", whole(0))
+process_id_flag = partial(with_coordinator, "with --coordinator: number of this process", whole(0))
 
 
 @dataclass
@@ -90,13 +101,14 @@ class Stage1:
     """Find the hidden defects: partition, train K sub-models together, score, aggregate, select."""
 
     data: str | None = flag(
-        None, "Real-IAD, MVTec-AD or VisA root, or any folder of images; recognised by content", shown="the demo set"
+        None, "root of a public set or of one laid out like it, or any folder of images", shown="the demo set"
     )
+    layout: str | None = flag(None, "how --data is read", choices=LAYOUTS, shown="recognised by content")
     # not compared: config.json lists the categories, and those are compared
     category: str | None = flag(None, "one category, several with commas, or all", shown="the only one", affects=False)
     noise_ratio: float | None = flag(
         None,
-        "share of defective images in train, 0 to below 1. Real-IAD: picks the split (0.0, 0.1, 0.2, 0.4); "
+        "share of defective images in train. Real-IAD: picks the split (0.0, 0.1, 0.2, 0.4); "
         "MVTec, VisA: moves randomly drawn defective test images into train; not for a plain folder",
         real(0, 1),
         shown="0.2 for the demo set, else 0.0",
@@ -109,17 +121,17 @@ class Stage1:
         None, "model.safetensors from Hugging Face or the original release's .pth", shown="downloaded from the hub once"
     )
     image_size: int | None = flag(
-        None, "side in pixels, a multiple of the patch size", whole(1), shown="392, 384 for patch 16, 112 for tiny"
+        None, "side in pixels, a multiple of the patch size", SIDE, shown="392, 384 for patch 16, 112 for tiny"
     )
-    submodels: int = flag(3, "K, the number of subsets and sub-models", whole(1))
+    submodels: int = flag(3, "K, the number of subsets and sub-models", whole(1, MOST_SUBMODELS))
     steps: int | None = flag(None, "steps of each sub-model", whole(1), shown=f"{STEPS}, demo set {DEMO_STEPS}")
-    batch_size: int | None = flag(None, "images per step, sub-model", whole(1), shown=f"{BATCH}, demo set {DEMO_BATCH}")
+    batch_size: int | None = flag(None, "images per step, sub-model", IMAGES, shown=f"{BATCH}, demo set {DEMO_BATCH}")
     learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="llbnad 0.005, dinomaly 0.002")
-    dropout: float | None = flag(None, "bottleneck's rate, 0 to 1", real(0, 1), shown="0.2; dinomaly on Real-IAD 0.4")
+    dropout: float | None = flag(None, "bottleneck's rate", real(0, 1), shown="0.2; dinomaly on Real-IAD 0.4")
     seed: int = flag(0, "determines all random numbers", whole(0, LARGEST_SEED))
     recipe: str = flag("dinomaly", "optimiser, schedule, initialisation and hard mining", choices=tuple(RECIPES))
     aggregate: str = flag("mean", "combines the K scores of an image into one", choices=AGGREGATES)
-    keep: str | float = flag("auto", "share of images to keep, above 0 to 1; auto: by the scores", share_or_auto)
+    keep: str | float = flag("auto", "share of images to keep; auto: by the scores", SHARE)
     precision: str | None = flag(
         None, "matrix products round operands to this", choices=PRECISIONS, shown="float32 on a CPU, else bfloat16"
     )
@@ -129,6 +141,7 @@ class Stage1:
     coordinator: str | None = coordinator_flag()
     processes: int | None = processes_flag()
     process_id: int | None = process_id_flag()
+    verify: bool = verify_flag()
     overwrite: bool = flag(False, "start again: delete the run's results, stage 2 and reports included", affects=False)
 
 
@@ -141,13 +154,14 @@ class Stage2:
         "purified", "purified: by stage 1; all: no purification; clean: by the labels", choices=TRAIN_ON, affects=False
     )
     steps: int | None = flag(None, "optimiser steps", whole(1), shown=f"{FINAL_STEPS}, demo set {DEMO_FINAL_STEPS}")
-    batch_size: int | None = flag(None, "images per step", whole(1), shown="stage 1's")
+    batch_size: int | None = flag(None, "images per step", IMAGES, shown="stage 1's")
     learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="stage 1's")
     cache_gib: float = cache_gib_flag()
     no_cache: bool = no_cache_flag()
     coordinator: str | None = coordinator_flag()
     processes: int | None = processes_flag()
     process_id: int | None = process_id_flag()
+    verify: bool = verify_flag()
     overwrite: bool = flag(False, "train again: delete the detector of this --train-on", affects=False)
 
 
@@ -160,6 +174,7 @@ class Evaluate:
     save_maps: bool = flag(False, "write each test image's anomaly map as a 16-bit PNG")
     cache_gib: float = cache_gib_flag()
     no_cache: bool = no_cache_flag()
+    verify: bool = verify_flag()
     overwrite: bool = flag(False, "score again", affects=False)
 
 
@@ -167,7 +182,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message.removeprefix('argument ')} (--help lists every flag)\n")
+        line = " ".join(message.removeprefix("argument ").split())
+        self.exit(2, f"error: {line} (--help lists every flag)\n")
 
 
 def parse_flags(settings: type, argv: list[str] | None = None):
@@ -176,7 +192,8 @@ def parse_flags(settings: type, argv: list[str] | None = None):
     for item in dataclasses.fields(settings):
         about, name = item.metadata, "--" + item.name.replace("_", "-")
         shown = about["shown"] or ("no" if item.default is False else item.default)
-        text = f"{about['help']} (default: {shown})".replace("%", "%%")
+        bounds = f"; {about['parse'].bounds}" if isinstance(about["parse"], Number) else ""
+        text = f"{about['help']} (default: {shown}{bounds})".replace("%", "%%")
         if item.default is False:
             parser.add_argument(name, action="store_true", help=text)
         else:
@@ -186,6 +203,8 @@ def parse_flags(settings: type, argv: list[str] | None = None):
             )
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
+        if isinstance(value, list):  # argparse makes it of "--steps=--"
+            parser.error(f"--{name.replace('_', '-')}: expected one argument")
         if isinstance(value, str) and value.encode(errors="replace").decode() != value:
             parser.error(f"--{name.replace('_', '-')} {ascii(value)}: the name is not UTF-8; rename it")
     return settings(**given)
@@ -199,16 +218,17 @@ def influential(settings) -> dict[str, Any]:
 def resolve(settings: Stage1, layout: str) -> Stage1:
     """Fill in the defaults that depend on the data, on the device and on each other.
 
-    layout: "demo", or an answer of `llb.data.recognise`.
+    layout: "demo", or how `llb.layouts.read_root` has read the root.
     """
     demo, recipe = layout == "demo", RECIPES[settings.recipe]
     defaults = {
+        "layout": layout,
         "noise_ratio": 0.2 if demo else 0.0,
         "encoder": "tiny" if demo else ENCODER,
         "steps": DEMO_STEPS if demo else STEPS,
         "batch_size": DEMO_BATCH if demo else BATCH,
         "learning_rate": recipe.learning_rate,
-        "dropout": 0.4 if recipe.name == "dinomaly" and layout == "real-iad" else recipe.dropout,
+        "dropout": 0.4 if recipe.name == "dinomaly" and layout.startswith("real-iad") else recipe.dropout,
         "precision": default_precision(),
     }
     missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}

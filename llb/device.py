@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import platform
+import sys
 from pathlib import Path
 
 import jax
@@ -21,8 +22,8 @@ def start_jax(settings=None) -> str:
     settings: Stage1 or Stage2, which several processes may run together, see `llb.processes.join`; None or Evaluate for
         a script that one process runs. A UserError is raised if they do not fit, or JAX_PLATFORMS names no device.
     """
-    # orbax and absl announce every checkpoint at a lower level
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    silence_checkpoints()
+    jax.config.update("jax_enable_preemption_service", False)  # of several processes: it takes SIGTERM for itself
     keep_compiled()
     no_driver = use_cpu_without_driver()
     # all plug-ins lie in jax_plugins: without any there is only the CPU
@@ -41,6 +42,19 @@ def start_jax(settings=None) -> str:
     if "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:  # by default an NVIDIA GPU rounds float32 to TF32's 10 bits
         jax.config.update("jax_default_matmul_precision", "highest")
     return f"device: {len(devices)} × {devices[0].device_kind}{together}"
+
+
+def silence_checkpoints() -> None:
+    """Orbax announces every checkpoint, and gives a traceback for each of its threads that fails; llb.checkpoint says
+    the same in one line. TensorStore complains of each further array of a damaged checkpoint."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def hook(ignored) -> None:
+        if str(ignored.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(ignored)
+
+    sys.unraisablehook = hook
 
 
 def use_cpu_without_driver() -> bool:

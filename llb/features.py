@@ -9,9 +9,13 @@ computes them each time. Both round to float16, so both give the same scores. (f
 step of 2⁻¹¹ changes a cosine distance by about 1e-7.)
 """
 
+import dataclasses
 import hashlib
+import json
 import os
+import re
 import shutil
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +32,8 @@ import numpy as np
 from llb import processes
 from llb.console import progress, say
 from llb.encoders import Encoder
-from llb.files import UserError, atomic, digest_of_files, is_writer, read_json, write_json
-from llb.images import load_image, normalise
+from llb.files import UserError, atomic, digest_of_files, discard_files, is_writer, read_json, write_json
+from llb.images import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, load_image
 
 ENCODE_BATCH = 16  # images per call of the encoder: one fixed shape, compiled once
 GIB = 2**30
@@ -39,6 +43,11 @@ CONTENT = "features.json"  # describes what a cache holds
 
 Encode = Callable[[np.ndarray], np.ndarray]  # uint8 (b, S, S, 3) → float16 (b, 2, T, D)
 Fetch = Callable[[np.ndarray], np.ndarray]  # image indices int (…) → float16 (…, 2, T, D)
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """ImageNet's normalisation: uint8 (…, 3) → float32, each colour with about mean 0 and standard deviation 1."""
+    return (images.astype(jnp.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
 
 
 def make_encode(encoder: Encoder) -> Encode:
@@ -99,10 +108,10 @@ def by_image(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]
     return partial(jax.lax.map, lambda image: jax.tree.map(lambda leaf: leaf[0], function(image[None])))
 
 
-def load_batches(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
+def load_batches(files: ImageFiles, size: int) -> Iterator[np.ndarray]:
     """Decode and resize in worker threads, two batches ahead of the reader: uint8 (≤ ENCODE_BATCH, S, S, 3)."""
-    load = partial(load_image, size=size)
-    images = (image for _, image in prefetch(load, paths, min(8, os.cpu_count() or 1), 2 * ENCODE_BATCH))
+    load = partial(load_image, size=size, white=files.white)
+    images = (image for _, image in prefetch(load, files.paths, min(8, os.cpu_count() or 1), 2 * ENCODE_BATCH))
     while batch := list(islice(images, ENCODE_BATCH)):
         yield np.stack(batch)
 
@@ -128,11 +137,11 @@ def feature_shape(encoder: Encoder) -> tuple[int, int, int]:
     return (2, encoder.tokens_per_image, encoder.spec.width)  # (2, T, D) of one image
 
 
-def streamed_features(encoder: Encoder, encode: Encode, paths: Sequence[Path]) -> Fetch:
+def streamed_features(encoder: Encoder, encode: Encode, files: ImageFiles) -> Fetch:
     """`--no-cache`: decode and encode the images each time they are asked for."""
 
     def fetch(indices: np.ndarray) -> np.ndarray:
-        wanted = [paths[index] for index in indices.ravel()]
+        wanted = dataclasses.replace(files, paths=tuple(files.paths[index] for index in indices.ravel()))
         features = np.concatenate([encode(images) for images in load_batches(wanted, encoder.image_size)])
         return features.reshape(*indices.shape, *feature_shape(encoder))
 
@@ -140,15 +149,17 @@ def streamed_features(encoder: Encoder, encode: Encode, paths: Sequence[Path]) -
 
 
 def cached_features(
-    encoder: Encoder, encode: Encode, paths: Sequence[Path], folder: Path, memory_gib: float, title: str
+    encoder: Encoder, encode: Encode, files: ImageFiles, folder: Path, memory_gib: float, title: str
 ) -> Fetch:
-    """Features of all `paths`, computed at most once for a run and shared by its stages.
+    """Features of all files, computed at most once for a run and shared by its stages.
 
-    They lie in `folder` as shards (00000.npy …, float16 (n, 2, T, D)). Up to `memory_gib` they are read into memory;
-    beyond that the shards are memory-mapped. If the disk has no room for them, they are computed each time, as by
-    `streamed_features`. A shard is complete or absent, so an interrupted computation continues with the next one.
-    Several processes compute every P-th shard each. A UserError is raised if an image cannot be read.
+    They lie in `folder` as shards (00000.npy …, float16 (n, 2, T, D), and a checksum). Up to `memory_gib` they are read
+    into memory; beyond that the shards are memory-mapped. If the disk has no room for them, they are computed each
+    time, as by `streamed_features`. A shard is complete or absent, so an interrupted computation continues with the
+    next one; a damaged one is computed again. Several processes compute every P-th shard each. A UserError is raised
+    if an image cannot be read, or a shard cannot be written.
     """
+    paths = files.paths
     shape = (len(paths), *feature_shape(encoder))
     image_bytes = int(np.prod(shape[1:])) * 2
     size = len(paths) * image_bytes
@@ -156,32 +167,36 @@ def cached_features(
     starts = range(0, len(paths), in_shard)
     shards = [folder / f"{number:05}.npy" for number in range(len(starts))]
     with processes.process_0_first(f"{title}: cache"):
-        content = {"fingerprint": _fingerprint(encoder, paths), "images in a shard": in_shard}
+        content = {"fingerprint": _fingerprint(encoder, files), "images in a shard": in_shard}
         if _content_of(folder) != content:
             if not is_writer():
                 raise UserError(f"{title}: process 0 sees other images, or another {folder}; share the files")
-            shutil.rmtree(folder, ignore_errors=True)
+            _clear(folder)
             write_json(folder / CONTENT, content)
-    missing = [number for number, shard in enumerate(shards) if not shard.exists()]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        missing = [number for number, whole in enumerate(pool.map(_is_whole, shards)) if not whole]
+    if damaged := [shards[number] for number in missing if shards[number].exists()]:
+        say(f"{title}: {len(damaged)} of {len(shards)} shards are damaged and computed again, first {damaged[0]}")
     needed, free = size * len(missing) // len(shards), shutil.disk_usage(folder).free
     if processes.agreed(needed > free):
         space = f"on the disk of {folder} they need {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free"
         say(f"{title}: features of {len(paths)} images are computed each time they are needed: {space}")
-        return streamed_features(encoder, encode, paths)
+        return streamed_features(encoder, encode, files)
     state = "to compute" if missing else "already computed"
     place = "in memory" if size <= memory_gib * GIB else "read from disk"
     say(f"{title}: features of {len(paths)} images, {state}, {size / GIB:.2f} GiB, {place}")
 
     own = [number for number in missing if number % jax.process_count() == jax.process_index()]
-    wanted = [path for number in own for path in paths[starts[number] : starts[number] + in_shard]]
+    wanted = tuple(path for number in own for path in paths[starts[number] : starts[number] + in_shard])
     with progress(total=len(wanted), desc=title, unit="image") as bar:
-        batches = load_batches(wanted, encoder.image_size)
+        batches = load_batches(dataclasses.replace(files, paths=wanted), encoder.image_size)
         for number in own:
             parts = []
             for images in islice(batches, in_shard // ENCODE_BATCH):  # fewer in the last shard
                 parts.append(encode(images))
                 bar.update(len(images))
-            atomic(shards[number], partial(np.save, arr=np.concatenate(parts)), by_any_process=True)
+            write = partial(_save_shard, features=np.concatenate(parts))
+            atomic(shards[number], write, by_any_process=True, size=needed)
     processes.wait(f"{title}: shards")
 
     if size <= memory_gib * GIB:
@@ -201,6 +216,29 @@ def cached_features(
     return fetch
 
 
+def _save_shard(file: Path, features: np.ndarray) -> None:
+    """A NumPy file with its CRC-32 behind it, which NumPy does not read."""
+    np.save(file, features)
+    checksum = zlib.crc32(file.read_bytes())
+    with open(file, "ab") as shard:
+        shard.write(checksum.to_bytes(4, "big"))
+
+
+def _is_whole(shard: Path) -> bool:
+    """Whether a shard is there, with the content that was written."""
+    try:
+        content = memoryview(shard.read_bytes())
+    except OSError:
+        return False
+    return len(content) > 4 and zlib.crc32(content[:-4]).to_bytes(4, "big") == content[-4:]
+
+
+def _clear(cache: Path) -> None:
+    """Delete the files of a cache, and nothing else that lies there."""
+    names = [file.name for file in cache.iterdir()] if cache.is_dir() else []
+    discard_files(cache, [*(name for name in names if re.fullmatch(r"\d{5,}\.npy|\.\d{5,}\.tmp\.npy", name)), CONTENT])
+
+
 def _content_of(cache: Path) -> Any:
     """What a cache says it holds; None if it does not say, and then it is computed again."""
     try:
@@ -209,13 +247,15 @@ def _content_of(cache: Path) -> Any:
         return None
 
 
-def _fingerprint(encoder: Encoder, paths: Sequence[Path]) -> str:
-    """A digest of what the features depend on: the encoder, its weights and code, and each image's path, size, date."""
+def _fingerprint(encoder: Encoder, files: ImageFiles) -> str:
+    """A digest of what the features depend on: the encoder, its weights and code, what is shown as white, and each
+    image's path, size and date."""
     here = Path(__file__).parent
     code = digest_of_files([Path(__file__), here / "images.py", *sorted((here / "encoders").glob("*.py"))], here)
     about = f"{encoder.spec} {encoder.image_size} {encoder.weights_digest} {encoder.precision} {code}"
+    about += json.dumps(dict(files.white), sort_keys=True)
     digest = hashlib.sha256(about.encode())
-    for path in paths:
+    for path in files.paths:
         try:
             status = path.stat()
         except OSError as error:

@@ -6,19 +6,29 @@ writes: that is decided here, so that no script has to.
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath
 from typing import Any
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: NumPy's and Pillow's errors have no number
+NOT_IN_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # line ends and control characters, in names of files
 
 
 class UserError(Exception):
     """Bad input: one line that names the file or flag and the fix. The scripts print it and exit with status 2."""
+
+    def __str__(self) -> str:
+        return NOT_IN_A_LINE.sub(lambda found: ascii(found[0])[1:-1], super().__str__())
 
 
 def is_writer() -> bool:
@@ -27,8 +37,26 @@ def is_writer() -> bool:
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def atomic(path: Path | str, write: Callable[[Path], Any], by_any_process: bool = False) -> None:
-    """Let `write(temporary_path)` make a file, then rename it to `path`.
+@contextmanager
+def writing(path: Path, size: int = 0) -> Iterator[None]:
+    """Turn the system's refusal to write, rename or delete `path` into a UserError.
+
+    size: the bytes of the file if they are known: a full disk is answered with what is needed.
+    """
+    try:
+        yield
+    except OSError as error:
+        problem = f"{path} cannot be written ({error.strerror or error})"
+        if error.errno not in FULL:
+            raise UserError(f"{problem}: grant access to it, or give another folder") from None
+        folder = next((folder for folder in path.absolute().parents if folder.exists()), None)
+        free = shutil.disk_usage(folder).free if folder else 0
+        needs = f"it needs {size:,} bytes, and {free:,} are free" if size else f"{free:,} bytes are free, too few"
+        raise UserError(f"{problem}: {needs}; make room and give the same command again") from None
+
+
+def atomic(path: Path | str, write: Callable[[Path], Any], by_any_process: bool = False, size: int = 0) -> None:
+    """Let `write(temporary_path)` make a file, then rename it to `path`. A refusal raises a UserError, see `writing`.
 
     The temporary name keeps the ending, because image writers choose the format by it. It is the same each time, so the
     next call overwrites what a killed program has left. by_any_process: written even if this is not process 0.
@@ -36,20 +64,26 @@ def atomic(path: Path | str, write: Callable[[Path], Any], by_any_process: bool 
     if not (by_any_process or is_writer()):
         return
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = temporary_of(path)
+    with writing(path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_of(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.tmp{path.suffix}")
 
 
 def write_text(path: Path | str, text: str) -> None:
     """Write UTF-8 text with \\n line ends on every system."""
-    atomic(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
+    content = text.encode("utf-8")
+    atomic(path, lambda temporary: temporary.write_bytes(content), size=len(content))
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -65,15 +99,40 @@ def write_csv(path: Path | str, header: list[str], rows: list[list[Any]]) -> Non
 
 
 def discard(*paths: Path) -> None:
-    """Delete files and folders, if they are there. A folder is renamed first, so half of one never looks whole."""
+    """Delete files and folders with all they hold, if they are there. A folder is renamed first, so half of one never
+    looks whole. Of a link only the link is deleted."""
     for path in paths if is_writer() else ():
         remains = path.with_name(f".{path.name}.old")
         shutil.rmtree(remains, ignore_errors=True)
-        if path.is_dir():
-            path.rename(remains)
-            shutil.rmtree(remains, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        with writing(path):
+            if path.is_dir() and not path.is_symlink():
+                path.rename(remains)
+                shutil.rmtree(remains, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def discard_files(folder: Path, names: Iterable[str]) -> None:
+    """Delete files by their names below a folder, and what a killed program has left of them; then the folders of these
+    names, and `folder` itself, if they are empty. All else stays, and a name that leads elsewhere is left out."""
+    folders = {folder}
+    for name in names if is_writer() and folder.is_dir() else ():
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            continue
+        file = folder / name
+        for path in (file, temporary_of(file)):
+            with writing(path):
+                if path.is_symlink() or path.is_file():
+                    path.unlink()
+        folders |= set(file.parents) - set(folder.parents)
+    for path in sorted(folders, reverse=True) if is_writer() else ():  # those below others first
+        with suppress(OSError):  # not there, or not empty
+            path.rmdir()
+
+
+def typed(path: Path | str) -> str:
+    """A path as a person would type it after a flag."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def digest_of_files(files: Iterable[Path], top: Path) -> str:
@@ -92,7 +151,7 @@ def check_writable(folder: Path, flag: str = "--out") -> list[str]:
         probe = folder / ".probe"
         probe.touch()
         probe.unlink(missing_ok=True)
-        return sorted(entry.name for entry in folder.iterdir())
+        return sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written ({error.strerror}): give a folder of your own") from None
 
@@ -108,7 +167,7 @@ def read_json(path: Path | str, advice: str) -> Any:
     """Read JSON that llb wrote. A damaged file raises a UserError that ends with `advice`."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); {advice}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -1,10 +1,13 @@
 """The folder of a run: config.json, and checks that images, settings and weights belong together.
 
 RUN/config.json          every setting, versions, device, seed, git commit, digest of the sources
-RUN/<category>/…         tables (llb.tables), pictures and checkpoints
+RUN/<category>/…         tables (llb.tables), images.csv (llb.manifest), pictures and checkpoints
 RUN/cache/               features, and the demo set; may be deleted
 """
 
+import dataclasses
+import json
+import os
 import platform
 import shlex
 import subprocess
@@ -24,11 +27,15 @@ from llb.demo import write_demo
 from llb.detectors.recipes import RECIPES
 from llb.encoders import Encoder, load_encoder
 from llb.features import Encode, Fetch, cached_features, streamed_features
-from llb.files import UserError, check_writable, digest_of_files, discard, is_writer, read_json, write_json
+from llb.files import UserError, check_writable, digest_of_files, is_writer, read_json, typed, write_json
+from llb.images import ImageFiles, find_white
+from llb.layouts import read_root
+from llb.lock import turn
+from llb.manifest import check_manifest, clear_run, clear_stage2
 from llb.processes import process_0_first
-from llb.tables import METRICS_FILE, read_metrics
 from llb.train import Training, make_training
 
+VERSION = 1  # of the files of a run: config.json's "llb", by which a run is recognised
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "scikit-learn", "scipy")
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("stage1_partition.py", "stage2_train.py", "evaluate.py")
@@ -54,7 +61,7 @@ def stage_training(encoder: Encoder, settings: dict[str, Any]) -> Training:
 def demo_or_given_root(run: Path, data: str | None) -> Path:
     """The folder of the images: --data, or without it the demo set, which is drawn into the run's cache once."""
     if data is not None:
-        return Path(data)
+        return Path(os.path.abspath(data))
     demo = run / "cache" / "demo"
     with process_0_first("demo set"):
         write_demo(demo)
@@ -63,15 +70,28 @@ def demo_or_given_root(run: Path, data: str | None) -> Path:
 
 def fetch_features(stage: Stage, dataset: Dataset, part: str) -> Fetch:
     """Features of a category's "train" or "test" images: from RUN/cache, or with --no-cache computed each time."""
-    paths = [dataset.root / record.path for record in getattr(dataset, part)]
+    files = ImageFiles(tuple(dataset.root / record.path for record in getattr(dataset, part)), dataset.white)
     if stage.settings.no_cache:
-        return streamed_features(stage.encoder, stage.encode, paths)
+        return streamed_features(stage.encoder, stage.encode, files)
     folder = stage.run / "cache" / dataset.category / part
     title = f"{dataset.category}, {part}"
-    return cached_features(stage.encoder, stage.encode, paths, folder, stage.settings.cache_gib, title)
+    return cached_features(stage.encoder, stage.encode, files, folder, stage.settings.cache_gib, title)
 
 
 # ---- stage 1 begins a run ----
+
+
+def place_run(settings: Stage1) -> Path:
+    """Make the folder of a run. One that holds something else, or overlaps the images', is refused as it is."""
+    run = Path(settings.out)
+    if settings.data is not None:
+        check_apart(run, settings.data)
+    elif settings.layout is not None:
+        raise UserError(f"--layout {settings.layout} says how --data is read: give --data too, or leave it out")
+    make_run_folder(run)
+    if os.path.lexists(run / "config.json"):
+        own_config(run, f"--out {run}")
+    return run
 
 
 @process_0_first("folder of the run")
@@ -84,33 +104,59 @@ def make_run_folder(run: Path) -> None:
         raise UserError(f"--out {run} holds other files ({strangers[0]}): give a new or empty folder")
 
 
+def check_apart(run: Path, data: str) -> None:
+    """Raise a UserError if the run is, or lies in or around, the folder of the images: its pictures are no images."""
+    out, root = Path(os.path.realpath(run)), Path(os.path.realpath(data))
+    if root.is_relative_to(out / "cache" / "demo"):
+        return
+    if _is_within(out, root) or _is_within(root, out):
+        where = "inside" if not _is_within(root, out) else "around" if not _is_within(out, root) else "equal to"
+        raise UserError(f"--out {run} is {where} --data {data}: give a folder that is apart from the images")
+
+
+def _is_within(inner: Path, outer: Path) -> bool:
+    """Whether a folder is another one or lies in it, by the files themselves: some systems ignore case."""
+    there = (folder for folder in (inner, *inner.parents) if folder.exists())
+    return outer.exists() and any(folder.samefile(outer) for folder in there)
+
+
 @process_0_first("open run")
-def open_run(run: Path, settings: Stage1, categories: list[str], encoder: Encoder, device: str) -> None:
-    """Begin a run, or continue it: writes RUN/config.json. Other settings or weights raise a UserError."""
-    file, where = run / "config.json", f"--out {run}"
-    settings_now = influential(settings) | {"categories": categories}
+def open_run(
+    run: Path, settings: Stage1, datasets: list[Dataset], encoder: Encoder, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Begin a run, or continue it. Other settings or weights, or a folder that llb did not make, raise a UserError.
+
+    facts: what config.json holds of a new run besides. Returns config.json with the places and sources of this command.
+    """
+    file, where, advice = run / "config.json", f"--out {run}", "give another --out, or --overwrite to start again"
+    now = influential(settings) | {"categories": [dataset.category for dataset in datasets]}
+    places = {name: now[name] and os.path.abspath(now[name]) for name in ("data", "weights")}
+    now |= places
     if settings.overwrite and file.exists():
-        clear_run(run, categories)
+        # a damaged file names no categories: those of this command are cleared
+        clear_run(run, own_config(run, where).get("categories", now["categories"]))
     if file.exists():
-        advice = "give another --out, or --overwrite to start again"
         config = read_config(run, where, advice)
-        refuse_differences(config, settings_now, where, advice)
+        for name, new in places.items():  # one place has many spellings, and a project may move: contents decide
+            old = config[name]
+            if old and new and (os.path.realpath(old) == os.path.realpath(new) or not os.path.exists(old)):
+                config |= {name: new} | ({"data_given": settings.data} if name == "data" else {})
+        refuse_differences(config, now, where, advice)
         check_weights(config, encoder, where, advice)
-        note_sources(run, config)
+        note_sources(config, run)
     elif is_writer():
-        facts = {"weights_digest": encoder.weights_digest, "command": command_line()} | environment(device)
-        write_json(file, settings_now | facts)
+        white = {dataset.category: dict(find_white(dataset).white) for dataset in datasets}
+        known = {"white": {name: values for name, values in white.items() if values}, "command": command_line()}
+        config = {"llb": VERSION} | now | known | {"weights_digest": encoder.weights_digest} | facts
+        write_json(file, config)
     else:
         raise UserError(f"{where}: process 0 has written it, but this process cannot see it; share the folder")
+    return config
 
 
-def clear_run(run: Path, categories: list[str]) -> None:
-    """Delete what the stages of a run wrote. Cached features stay, since they say what they hold."""
-    try:
-        categories = read_json(run / "config.json", "").get("categories", [])
-    except UserError:
-        pass  # damaged: take the categories of this command
-    discard(*(run / name for name in (*categories, METRICS_FILE, "metrics.csv", "report.html", "config.json")))
+def with_white(datasets: list[Dataset], config: dict[str, Any]) -> list[Dataset]:
+    """The data sets with what is shown as white in deep images, as stage 1 has found it."""
+    return [dataclasses.replace(dataset, white=config["white"].get(dataset.category, {})) for dataset in datasets]
 
 
 def refuse_differences(old: dict[str, Any], new: dict[str, Any], where: str, advice: str) -> None:
@@ -129,37 +175,69 @@ def check_weights(config: dict[str, Any], encoder: Encoder, where: str, advice: 
 # ---- later stages continue it ----
 
 
-def read_run(run: str) -> tuple[Path, dict[str, Any]]:
-    """The run that a later stage continues: its folder and its config.json. No run raises a UserError."""
+def find_run(run: str) -> Path:
+    """The folder of the run that a later stage continues. A UserError is raised if there is none."""
     folder = Path(run)
     if not (folder / "config.json").is_file():
-        raise UserError(f"--run {run}: there is no run; make one with: python stage1_partition.py --out {run}")
-    advice = f"make the run again: python stage1_partition.py --out {run} --overwrite, with the flags it had"
-    config = read_config(folder, f"--run {run}", advice)
+        raise UserError(f"--run {run}: there is no run; make one with: python stage1_partition.py --out {typed(run)}")
+    read_config(folder, f"--run {run}", _make_again(run))
     check_writable(folder, "--run")
-    note_sources(folder, config)
-    return folder, config
+    return folder
 
 
-def read_config(run: Path, where: str, advice: str) -> dict[str, Any]:
-    """RUN/config.json; a UserError if it is damaged or of an older version of llb. where: names the run in messages."""
-    config = read_json(run / "config.json", advice)
-    missing = sorted((influential(Stage1()).keys() | {"weights_digest", "sources"}) - config.keys())
-    if missing:
-        problem = f"{where} was made by another version of llb (config.json has no {', '.join(missing)})"
-        command = config.get("command", "python stage1_partition.py")
-        raise UserError(f"{problem}: make it again with: {command} --overwrite")
+def read_run(run: Path) -> dict[str, Any]:
+    """Its config.json, which from here on names the sources of this version of llb too."""
+    with turn(run):
+        config = read_config(run, f"--run {run}", _make_again(run))
+        if note_sources(config, run):
+            write_json(run / "config.json", config)
     return config
 
 
-def note_sources(run: Path, config: dict[str, Any]) -> None:
-    """Say if a run continues with other sources than it began with, and add their digest to config.json."""
+def _make_again(run: Path | str) -> str:
+    return f"make the run again: python stage1_partition.py --out {typed(run)} --overwrite, with the flags it had"
+
+
+def own_config(run: Path, where: str) -> dict[str, Any]:
+    """RUN/config.json if llb wrote it, as far as it is whole. A UserError is raised if it is another program's or of
+    another version of llb. where: names the run in messages."""
+    try:
+        text = (run / "config.json").read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: config.json cannot be read ({error.strerror}): give another folder") from None
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = {"llb": VERSION} if b'"llb": ' in text else None
+    if isinstance(config, dict) and config.get("llb") == VERSION:
+        return config
+    if isinstance(config, dict) and ("llb" in config or {"submodels", "sources"} <= config.keys()):
+        raise UserError(f"{where} was made by another version of llb: make it again with another --out")
+    raise UserError(f"{where} holds other files (config.json is not llb's): give another folder")
+
+
+def read_config(run: Path, where: str, advice: str) -> dict[str, Any]:
+    """RUN/config.json of a run. A UserError is raised as by `own_config`, or if it is damaged or lacks a setting.
+
+    where: names the run in messages; advice: ends the one on a damaged file.
+    """
+    own_config(run, where)
+    config = read_json(run / "config.json", advice)
+    missing = sorted((influential(Stage1()).keys() | {"weights_digest", "sources", "white"}) - config.keys())
+    if missing:
+        problem = f"{where} was made by another version of llb (config.json has no {', '.join(missing)})"
+        raise UserError(f"{problem}: make it again with: {config.get('command')} --overwrite")
+    return config
+
+
+def note_sources(config: dict[str, Any], run: Path) -> bool:
+    """Say if a run continues with other sources than it began with; whether their digest was added to `config`."""
     now = sources_digest()
     if {now} != set(config["sources"]):
         say(f"note: the sources of llb have changed since {run} began; its results may mix old and new code")
-    if now not in config["sources"]:
-        config["sources"].append(now)
-        write_json(run / "config.json", config)
+    new = now not in config["sources"]
+    config["sources"] += [now] * new
+    return new
 
 
 def run_encoder(run: Path, config: dict[str, Any]) -> Encoder:
@@ -171,18 +249,22 @@ def run_encoder(run: Path, config: dict[str, Any]) -> Encoder:
     return encoder
 
 
-def load_dataset(run: Path, config: dict[str, Any], category: str) -> Dataset:
-    """The category as stage 1 saw it. A UserError is raised if the images are no longer where they were."""
-    check_there(run, "its images", config["data"])
-    root = demo_or_given_root(run, config["data"])
-    return load_category(root, category, config["noise_ratio"], config["seed"])
+def load_datasets(run: Path, config: dict[str, Any], verify: bool) -> list[Dataset]:
+    """The categories as stage 1 saw them. Images that are not there, or others, raise a UserError."""
+    given = config.get("data_given")  # in this folder: if all was moved to another place, images.csv decides
+    data = given if given and os.path.exists(given) and not os.path.exists(config["data"]) else config["data"]
+    check_there(run, "its images", data)
+    root = read_root(demo_or_given_root(run, data), config["layout"] if data else None)
+    settings = (config["noise_ratio"], config["seed"])
+    datasets = with_white([load_category(root, name, *settings) for name in config["categories"]], config)
+    check_manifest(run, datasets, verify, config["command"])
+    return datasets
 
 
 def check_there(run: Path, name: str, path: str | None) -> None:
     """Raise a UserError if a path that stage 1 was given no longer exists. name: what lies there, for the message."""
     if path and not Path(path).exists():
-        advice = "put them back, or give this command in the folder where stage 1's was given"
-        raise UserError(f"--run {run}: {name}, {path}, are not there; {advice}")
+        raise UserError(f"--run {run}: {name}, {path}, are not there; put them back")
 
 
 @process_0_first("begin stage 2")
@@ -193,33 +275,23 @@ def begin_stage2(run: Path, settings: Stage2, categories: list[str]) -> None:
     changed it since this command started.
     """
     if settings.overwrite:
-        for category in categories:
-            clear_stage2(run, category, settings.train_on)
-    config = read_json(run / "config.json", "run stage 1 with --overwrite")
-    recorded = config.setdefault("stage2", {})
-    old, new = recorded.get(settings.train_on), influential(settings)
-    if old is not None and not settings.overwrite:
-        where = f"--run {run}: stage 2 on {settings.train_on}"
-        refuse_differences(old, new, where, "give the same, or --overwrite to train again")
-    if old != new:
-        recorded[settings.train_on] = new
-        write_json(run / "config.json", config)
+        clear_stage2(run, categories, settings.train_on)
+    with turn(run):
+        config = read_json(run / "config.json", "run stage 1 with --overwrite")
+        recorded = config.setdefault("stage2", {})
+        old, new = recorded.get(settings.train_on), influential(settings)
+        if old is not None and not settings.overwrite:
+            where = f"--run {run}: stage 2 on {settings.train_on}"
+            refuse_differences(old, new, where, "give the same, or --overwrite to train again")
+        if old != new:
+            recorded[settings.train_on] = new
+            write_json(run / "config.json", config)
 
 
 def final_checkpoints(run: Path, dataset: Dataset, train_on: str, indices: np.ndarray) -> CheckpointFolder:
     """Where a final detector is saved, with the digest of its training images. indices: int (n,), into dataset.train"""
     digest = paths_digest([dataset.train[index].path for index in indices])
     return CheckpointFolder(run / dataset.category / f"stage2-{train_on}", digest)
-
-
-def clear_stage2(run: Path, category: str, train_on: str) -> None:
-    """Delete a final detector and its evaluation."""
-    folder = run / category
-    metrics = read_metrics(run)
-    if metrics.get(category, {}).pop(train_on, None) is not None:
-        write_json(run / METRICS_FILE, metrics)
-    names = ("stage2-{}", "maps-{}", "predictions-{}.csv", "examples-{}.png")
-    discard(*(folder / name.format(train_on) for name in names))
 
 
 def finished_detectors(run: Path, config: dict[str, Any], wanted: str | None) -> list[str]:
@@ -230,10 +302,11 @@ def finished_detectors(run: Path, config: dict[str, Any], wanted: str | None) ->
         if wanted in (None, train_on) and all(folder.is_dir() for folder in folders):
             finished.append(train_on)
         elif wanted is None:
-            say(f"{train_on} is not finished and left out: python stage2_train.py --run {run} --train-on {train_on}")
+            command = f"python stage2_train.py --run {typed(run)} --train-on {train_on}"
+            say(f"{train_on} is not finished and left out: {command}")
     if not finished:
         choice = f" --train-on {wanted}" if wanted else ""
-        raise UserError(f"--run {run}: no finished detector; first: python stage2_train.py --run {run}{choice}")
+        raise UserError(f"--run {run}: no finished detector; first: python stage2_train.py --run {typed(run)}{choice}")
     return finished
 
 

@@ -31,7 +31,7 @@ from llb.checkpoint import (
     restore_state,
     save,
 )
-from llb.console import progress, say
+from llb.console import progress, say, stop_later
 from llb.detectors.dinomaly import Dinomaly, patch_targets, reconstruction_loss
 from llb.detectors.recipes import Recipe, hard_positions, make_optimizer
 from llb.encoders import Encoder
@@ -183,7 +183,9 @@ def train(
         the parameters, a host tree with leading axis K.
 
     Raises:
-        UserError: a loss or a parameter is not finite, or the checkpoint belongs to other images.
+        UserError: a loss or a parameter is not finite, or the checkpoint is damaged, belongs to other images or cannot
+            be saved.
+        KeyboardInterrupt: a signal has come; the state after the last step is saved.
     """
     count, batch_size = len(submodels.subsets), training.batch_size
     placement = place_submodels(count, devices)
@@ -213,27 +215,41 @@ def train(
         else:
             state = init_state(each["key"], sample, training=training, sharding=placement.sharding)
 
-        unread, saved_at, save_cost = deque(), time.monotonic(), 0.0
-        with progress(total=training.steps, initial=start, desc=title, unit="step") as bar:
-            for step, features in prefetch(features_of, range(start, training.steps), PREPARING, PREPARING):
-                hard = hard_positions(training.recipe, step, batch_size * training.model.patches)
-                state, losses = train_step(state, features, each, np.int32(step), np.int32(hard), training=training)
-                unread.append((step, losses))
+        def keep(step: int) -> None:
+            host_state = placement.gather(state, count)
+            check_params(host_state["params"], step)
+            save(checkpoints, step, host_state, at.digest)
 
-                last = step + 1 == training.steps
-                save_now = agreed(time.monotonic() - saved_at > max(SAVE_SECONDS, save_cost / SAVE_FRACTION))
-                while len(unread) > (0 if save_now or last else UNREAD_LOSSES):
-                    read_losses(*unread.popleft(), placement, bar)
-                if save_now and not last:
-                    began = time.monotonic()
-                    host_state = placement.gather(state, count)
-                    check_params(host_state["params"], step + 1)
-                    save(checkpoints, step + 1, host_state, at.digest)
-                    saved_at = time.monotonic()
-                    save_cost = saved_at - began
-        params = placement.gather(state["params"], count)
-        check_params(params, training.steps)
-        save(checkpoints, training.steps, {"params": params}, at.digest)  # the optimiser's state is not needed again
+        unread, saved_at, save_cost = deque(), time.monotonic(), 0.0
+        done = kept = start  # steps
+        with progress(total=training.steps, initial=start, desc=title, unit="step") as bar:
+            try:
+                for step, features in prefetch(features_of, range(start, training.steps), PREPARING, PREPARING):
+                    with stop_later():  # no signal comes between a step, which takes the old state, and the new state
+                        hard = hard_positions(training.recipe, step, batch_size * training.model.patches)
+                        state, losses = train_step(
+                            state, features, each, np.int32(step), np.int32(hard), training=training
+                        )
+                        done = step + 1
+                        unread.append((step, losses))
+
+                        last = done == training.steps
+                        save_now = agreed(time.monotonic() - saved_at > max(SAVE_SECONDS, save_cost / SAVE_FRACTION))
+                        while len(unread) > (0 if save_now or last else UNREAD_LOSSES):
+                            read_losses(*unread.popleft(), placement, bar)
+                        if last:  # the optimiser's state is not needed again
+                            params = placement.gather(state["params"], count)
+                            check_params(params, done)
+                            save(checkpoints, done, {"params": params}, at.digest)
+                        elif save_now:
+                            began = time.monotonic()
+                            keep(done)
+                            kept, saved_at = done, time.monotonic()
+                            save_cost = saved_at - began
+            except KeyboardInterrupt:
+                if kept < done < training.steps and jax.process_count() == 1:  # several would have to agree
+                    keep(done)
+                raise
     return params
 
 

@@ -25,7 +25,13 @@ CASES = {
     "unknown encoder": ("--encoder resnet50", "dinov2_vitb14_reg"),
     "missing weights": ("--encoder dinov2_vits14 --image-size 28 --weights no.pth", "no.pth"),
     "--out below a file": ("--out file/run", "--out"),
-    "--out with other files": ("--out good", "--out"),
+    "--out with other files": ("--out single", "holds other files"),
+    "--out equal to --data": ("--out good/.", "is equal to --data"),
+    "--out inside --data": ("--data .. --out runs/inside", "is inside --data"),
+    "--out inside --data by a link": ("--data link --out good/run", "is inside --data"),
+    "--out around --data": ("--out .", "is around --data"),
+    "--layout of the demo set": ("--layout mvtec", "give --data too"),
+    "a run that is a file": ("--out file", "--out file cannot be written"),
     "unknown flag": ("--epochs 3", "--epochs"),
     "two of three flags": ("--coordinator host:1 --processes 2", "belong together"),
     "a number beyond the processes": ("--coordinator host:1 --processes 2 --process-id 2", "--process-id 2"),
@@ -45,6 +51,7 @@ def bad(tmp_path_factory):
     file = root / "truncated" / "2.png"
     file.write_bytes(file.read_bytes()[:600])
     (root / "file").touch()
+    (root / "link").symlink_to("good")
     draw(root / "realiad" / "realiad_256" / "cap" / "0.jpg", 0)
     entry = {"category": "cap", "anomaly_class": "OK", "image_path": str(root / "single" / "0.png"), "mask_path": None}
     splits = root / "realiad" / "realiad_jsons_fuiad_0.1"
@@ -57,14 +64,17 @@ def bad(tmp_path_factory):
 def test_bad_input_ends_with_status_2_and_one_line_that_names_it(name, bad, monkeypatch):
     monkeypatch.chdir(bad)
     flags, mention = CASES[name]
-    assert mention in refuse("stage1_partition", "--data", "good", "--out", f"runs/{name}", *SMALL, *flags.split())
+    before = {file for file in bad.rglob("*") if "runs" not in file.parts}
+    data = () if "demo" in name else ("--data", "good")
+    assert mention in refuse("stage1_partition", *data, "--out", f"runs/{name}", *SMALL, *flags.split())
+    assert {file for file in bad.rglob("*") if "runs" not in file.parts} == before
 
 
 def test_a_run_that_is_missing_or_of_another_version_is_refused_with_the_command_that_makes_it(bad, tmp_path):
     later = [(script, "--run", tmp_path) for script in LATER]
     for line in later:
         assert f"python stage1_partition.py --out {tmp_path}" in refuse(*line)
-    (tmp_path / "config.json").write_text('{"encoder": "tiny", "command": "python stage1_partition.py --seed 7"}')
+    (tmp_path / "config.json").write_text('{"llb": 1, "command": "python stage1_partition.py --seed 7"}')
     for line in (("stage1_partition", "--data", bad / "good", "--out", tmp_path, *SMALL), *later):
         assert refuse(*line).endswith("make it again with: python stage1_partition.py --seed 7 --overwrite")
 

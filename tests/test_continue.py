@@ -1,19 +1,24 @@
 """A run that continues: after an interruption, after an edit by hand, or with other settings, weights or sources."""
 
+import errno
 import json
+import os
+import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers import LATER, ROOT, TILE, child, contents, dates, refuse, succeed
 
 import llb.encoders
 import llb.run
+from llb.checkpoint import open_checkpoints, restore_params, save
+from llb.device import silence_checkpoints
 from llb.encoders.weights import write_tree
-from llb.files import discard
+from llb.files import UserError, discard
 
 # stage 1 with a checkpoint after each step; arguments: a signal that ends it, after which call of what function, flags
 ENDED = """
@@ -22,6 +27,7 @@ import llb.console, llb.train, stage1_partition
 ending, call, module, name = sys.argv[1:5]
 sys.argv[:5] = ["stage1_partition.py"]
 module, calls = importlib.import_module(module), itertools.count(1)
+seldom = ending == "TERM"
 function = getattr(module, name)
 
 def ended(*arguments, **options):
@@ -32,11 +38,13 @@ def ended(*arguments, **options):
     return result
 setattr(module, name, ended)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-llb.train.SAVE_SECONDS, llb.train.SAVE_FRACTION = 0.0, 1e9
+llb.train.SAVE_SECONDS, llb.train.SAVE_FRACTION = 1e9 if seldom else 0.0, 1e9
 llb.console.run_script(stage1_partition.main)
 """
-# while features are written; while a checkpoint is written, twice; when only purified.txt is missing
-PLACES = "KILL 1 numpy save, KILL 2 llb.train save, INT 1 llb.train save, KILL 1 stage1_partition write_scores"
+# while features are written; in a step, which must be saved; while a checkpoint is written, twice; when only
+# purified.txt is missing
+PLACES = """KILL 1 numpy save, TERM 2 llb.train train_step, KILL 1 llb.train save, INT 1 llb.train save,
+    KILL 1 stage1_partition write_scores"""
 
 
 @pytest.fixture
@@ -49,17 +57,83 @@ def copy(finished, tmp_path):
 def test_a_killed_and_interrupted_run_ends_with_the_files_of_an_undisturbed_one(data, tmp_path):
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     flags = ("--data", data, "--out", run, *TILE)
-    for place in PLACES.split(", "):
+    steps = []
+    for place in PLACES.split(","):
         ended = child("-c", ENDED, *place.split(), *flags)
-        if place.startswith("INT"):
-            assert ended.returncode == 130 and "continues from step" in ended.stdout
-            assert ended.stderr.strip() == "interrupted: the same command continues from here"
-        else:
-            assert ended.returncode == -signal.SIGKILL, ended.stderr
+        steps += [int(step) for step in re.findall(r"continues from step (\d+)", ended.stdout)]
+        status, word = {"INT": (130, "interrupted"), "TERM": (143, "terminated")}.get(place.split()[0], (-9, None))
+        assert ended.returncode == status, ended.stderr
+        if word:
+            assert ended.stderr.strip() == f"{word}: the same command continues from here"
+    assert steps[0] == 2 and steps[1] in (2, 3)
     for out in (run, undisturbed):
         last = child(ROOT / "stage1_partition.py", *flags, "--out", out)
         assert last.returncode == 0 and not list(out.rglob(".*")), last.stderr
     assert contents(run) == contents(undisturbed)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows allows no such names")
+@pytest.mark.parametrize("name", ("batch [3]", "a*b?", "**", "a\\b", "gs:"))
+def test_checkpoints_can_be_read_from_a_folder_of_any_name(tmp_path, name):
+    folder = tmp_path / name / "stage1"
+    for step in (1, 2):
+        with open_checkpoints(folder, tidy=True) as checkpoints:
+            save(checkpoints, step, {"params": {"a": np.full(3, step)}}, "")
+    with open_checkpoints(folder) as checkpoints:
+        assert restore_params(checkpoints)["a"].tolist() == [2, 2, 2]
+    assert os.listdir(tmp_path) == [name] and os.listdir(folder) == ["2"]
+
+
+def test_a_damaged_or_half_copied_checkpoint_is_refused(copy, capfd):
+    folder = copy / "tile" / "stage2-purified" / "3"
+    arrays = max((folder / "state").rglob("*"), key=lambda file: file.stat().st_size)
+    shutil.copytree(folder, copy / "whole")
+    flipped = bytearray(arrays.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    for damage in (
+        lambda: arrays.write_bytes(flipped),
+        lambda: arrays.write_bytes(flipped[:99]),
+        lambda: shutil.rmtree(folder / "state"),
+        lambda: (folder / "state" / "_METADATA").unlink(),
+        lambda: (folder / "meta" / "metadata").write_text("{"),
+        lambda: (folder / "meta" / "metadata").unlink(),
+    ):
+        damage()
+        line = refuse("evaluate", "--run", copy, "--overwrite")
+        assert line.endswith("stage2-purified: the checkpoint is damaged or not whole; train again with --overwrite")
+        assert not capfd.readouterr().err
+        shutil.rmtree(folder)
+        shutil.copytree(copy / "whole", folder)
+    assert "report" in succeed("evaluate", "--run", copy, "--overwrite")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
+@pytest.mark.parametrize("words", (os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)))
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(tmp_path, words, monkeypatch, caplog):
+    import resource
+
+    silence_checkpoints()
+    state, limit = {"params": {"a": np.random.default_rng(0).random(2**17)}}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state, "")
+    with (
+        pytest.raises(UserError, match=r"needs 1.0 MiB, and [\d.]+ are free \(" + words),
+        monkeypatch.context() as patch,
+    ):
+        if words == os.strerror(errno.ENOSPC):  # noticed before it is written
+            patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 2**20 - 1))
+        try:
+            with open_checkpoints(tmp_path, tidy=True) as checkpoints:
+                if words == os.strerror(errno.EFBIG):  # while it is written
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limit[1]))
+                save(checkpoints, 2, state, "")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not caplog.records
+    for step in (1, 2):
+        with open_checkpoints(tmp_path, tidy=True) as checkpoints:
+            assert checkpoints.latest_step() == step
+            save(checkpoints, 2, state, "")
 
 
 def test_a_folder_that_is_half_deleted_does_not_look_whole(tmp_path, monkeypatch):
@@ -81,7 +155,7 @@ def test_remains_of_a_killed_start_and_a_damaged_config_are_in_nobodys_way(data,
     refuse("stage1_partition", *flags, "--submodels", 99)
     succeed("stage1_partition", *flags)
     assert not list(tmp_path.rglob(".*"))
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_bytes((tmp_path / "config.json").read_bytes()[:-9])
     assert "--overwrite" in refuse("stage1_partition", *flags)
     succeed("stage1_partition", *flags, "--overwrite")
     line = ["python", "stage1_partition.py", *map(str, flags)]  # which continues the run, and so deletes nothing
@@ -112,9 +186,9 @@ def test_later_stages_take_encoder_and_images_from_the_run_or_name_them(copy):
     encoder = llb.run.run_encoder(copy, config | {"precision": "bfloat16"})
     assert (encoder.spec.name, encoder.image_size, encoder.precision) == ("tiny", 32, "bfloat16")
     for name, mention in (("data", "its images, gone, are not"), ("weights", "encoder's weights, gone, are not")):
-        (copy / "config.json").write_text(json.dumps(config | {name: "gone"}))
-        for script in LATER:
-            assert mention in refuse(script, "--run", copy)
+        (copy / "config.json").write_text(json.dumps(config | {name: "gone", "data_given": "gone"}))
+        for line in (("stage2_train", "--steps", 3), ("evaluate",)):
+            assert mention in refuse(*line, "--run", copy)
 
 
 @pytest.fixture
@@ -184,7 +258,8 @@ def test_a_damaged_file_is_named(copy):
         ("tile/purified.txt", "no.png".encode("utf-16"), "purified.txt is not UTF-8"),
         ("tile/purified.txt", b"no.png\n", "line 1: no.png is not among"),
         ("tile/purified.txt", None, "stage 1"),
-        ("config.json", b"{", "config.json is not valid JSON"),
+        ("config.json", b"{", "config.json is not llb's"),
+        ("config.json", (copy / "config.json").read_bytes()[:-9], "config.json is not valid JSON"),
     ):
         whole = (copy / name).read_bytes()
         (copy / name).unlink() if damaged is None else (copy / name).write_bytes(damaged)

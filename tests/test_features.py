@@ -11,9 +11,9 @@ from PIL import Image
 import llb.features
 from llb import processes
 from llb.encoders import load_encoder
-from llb.features import cached_features, make_encode, streamed_features
+from llb.features import cached_features, make_encode, normalise, streamed_features
 from llb.files import UserError
-from llb.images import normalise
+from llb.images import ImageFiles
 
 TOY = SimpleNamespace(spec=SimpleNamespace(width=4), tokens_per_image=5, image_size=8, weights_digest="", precision="")
 SOME = np.array([[6, 0, 3], [3, 5, 2]])
@@ -43,8 +43,9 @@ def paths(tmp_path, monkeypatch):
     return files
 
 
-def cached(paths, encode, memory_gib=1.0, encoder=TOY):
-    return cached_features(encoder, encode, paths, paths[0].parent / "cache", memory_gib, "test")
+def cached(paths, encode, memory_gib=1.0, encoder=TOY, white=None):
+    files = ImageFiles(tuple(paths), white or {})
+    return cached_features(encoder, encode, files, paths[0].parent / "cache", memory_gib, "test")
 
 
 def brightness(fetch) -> list:
@@ -60,7 +61,7 @@ def test_features_belong_to_the_images_asked_for_and_are_computed_once(paths, me
         fetch = cached(paths, encode, memory_gib)
         assert brightness(fetch) == SOME.tolist() and encode == list(range(7))
         assert place in capsys.readouterr().out
-    assert brightness(streamed_features(TOY, encode, paths)) == SOME.tolist()
+    assert brightness(streamed_features(TOY, encode, ImageFiles(tuple(paths)))) == SOME.tolist()
 
 
 def test_an_interrupted_computation_continues_with_the_next_shard(paths):
@@ -72,11 +73,32 @@ def test_an_interrupted_computation_continues_with_the_next_shard(paths):
     assert brightness(cached(paths, encode)) == SOME.tolist() and encode == list(range(7))
 
 
+def test_a_damaged_shard_alone_is_computed_again(paths, capsys):
+    cached(paths, Encode())
+    shard = paths[0].parent / "cache" / "00001.npy"
+    whole = shard.read_bytes()
+    for at in (3, 100, len(whole) - 9, len(whole) - 1):  # in NumPy's header, in the values, in the checksum
+        shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        encode = Encode()
+        assert brightness(cached(paths, encode, memory_gib=0.0)) == SOME.tolist() and encode == [2, 3]
+        assert "1 of 4 shards are damaged and computed again" in capsys.readouterr().out
+        assert shard.read_bytes() == whole
+    for damaged in (b"", bytes(4), whole[:-50], whole[:-4]):
+        shard.write_bytes(damaged)
+        encode = Encode()
+        assert brightness(cached(paths, encode)) == SOME.tolist() and encode == [2, 3]
+
+
 def test_features_of_another_encoder_or_of_changed_images_are_not_used(paths):
     cached(paths, Encode())
+    strangers = [paths[0].parent / "cache" / name for name in ("notes.txt", "photo.npy", "1.npy")]
+    for file in strangers:
+        file.touch()
     other, changed = Encode(), Encode()
+    cached(paths, other, white={"integer": 4095})
+    assert other == list(range(7)) and all(file.exists() for file in strangers)
     cached(paths, other, encoder=SimpleNamespace(**vars(TOY) | {"weights_digest": "x"}))
-    assert other == list(range(7))
+    assert other == 2 * list(range(7))
     Image.fromarray(np.full((8, 9, 3), 50, np.uint8)).save(paths[3])
     fetch = cached(paths, changed)
     assert changed == [0, 1, 2, 50, 4, 5, 6] and fetch(np.array([3]))[0, 0, 0, 0] == 50

@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = """
     files console processes device
     detectors.recipes detectors.dinomaly detectors
-    metrics pictures data images demo tables
+    metrics pictures tree pairing layouts lists images data demo tables
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.weights encoders
-    purify config features placement checkpoint train score run report
+    purify config features placement checkpoint train score lock manifest run report
 """.split()
 ORDER = ["llb", *(f"llb.{name}" for name in CORE), "stage1_partition", "stage2_train", "evaluate"]
 LARGEST_FILE, MOST_ARGUMENTS = 350, 6

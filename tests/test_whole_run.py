@@ -8,8 +8,10 @@ import pytest
 from helpers import SMALL, TILE, contents, dates, draw, draw_mvtec, refuse, rows_of, succeed
 from PIL import Image
 
+import evaluate
 from llb.checkpoint import open_checkpoints, restore_params
 from llb.detectors.dinomaly import image_score
+from llb.files import UserError
 
 
 def test_scores_hold_every_training_image_once_and_no_test_image(finished, data):
@@ -81,7 +83,8 @@ def test_a_plain_folder_is_scored_whole_without_metrics(tmp_path):
     succeed("stage1_partition", "--data", tmp_path / "parts", "--out", run, *SMALL)
     cached = dates(run / "cache")
     assert "already computed" in succeed("stage2_train", "--run", run, "--steps", 3)
-    succeed("evaluate", "--run", run)
+    note = "there is no test set: the training images are scored, the dropped ones too"
+    assert f"parts: {note}" in succeed("evaluate", "--run", run) and note in (run / "report.html").read_text()
     assert dates(run / "cache") == cached
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["parts"]["purified"].values()) == {None}
@@ -96,7 +99,7 @@ def test_without_the_cache_the_results_are_the_same(finished, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_categories_share_a_run_whose_interrupted_evaluation_continues(tmp_path):
+def test_several_categories_share_a_run_whose_interrupted_evaluation_continues(tmp_path, monkeypatch):
     for name, good in (("one", 9), ("two", 7)):
         draw_mvtec(tmp_path / "data", name, good)
     run, flags = tmp_path / "run", ("--data", tmp_path / "data", *SMALL)
@@ -105,13 +108,16 @@ def test_several_categories_share_a_run_whose_interrupted_evaluation_continues(t
     succeed("stage1_partition", *flags, "--category", "all", "--out", run)
     succeed("stage2_train", "--run", run, "--steps", 3)
 
-    image = tmp_path / "data" / "two" / "test" / "good" / "001.png"
-    whole = image.read_bytes()
-    image.write_bytes(whole[:600])
-    assert "001.png" in refuse("evaluate", "--run", run)
+    def interrupted(stage, dataset, whole=evaluate.evaluate):
+        if dataset.category == "two":
+            raise UserError("no power")
+        return whole(stage, dataset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", interrupted)
+        assert "no power" in refuse("evaluate", "--run", run)
     assert list(json.loads((run / "metrics.json").read_text())) == ["one"]
     written = dates(run / "one")
-    image.write_bytes(whole)
     assert "one: purified is evaluated" in succeed("evaluate", "--run", run)
     assert dates(run / "one") == written
     metrics = json.loads((run / "metrics.json").read_text())

@@ -23,7 +23,7 @@ from llb.detectors.recipes import RECIPES
 from llb.encoders import Encoder, parameter_shapes
 from llb.encoders.specs import Spec
 from llb.features import Encode, make_encode
-from llb.images import load_image
+from llb.images import ImageFiles, load_image
 from llb.run import environment
 from llb.train import Training, make_training
 
@@ -208,6 +208,10 @@ class Stage:
     subsets: list[np.ndarray]  # K arrays of indices
     params: list[dict]  # K new sub-models, host trees
     encode: Encode  # llb's
+
+    @property
+    def files(self) -> ImageFiles:
+        return ImageFiles(tuple(self.paths))
 
 
 def prepare(sizes: Sizes, encoder: Encoder, paths: list[Path]) -> Stage:

@@ -242,11 +242,11 @@ class Steps:
 
 def whole(stage: Stage, params: dict, folder: Path) -> dict[str, float]:
     """Seconds of llb's stage 1, from image files to scores. params: of K sub-models, to compile the scoring before."""
-    slowly = streamed_features(stage.encoder, stage.encode, stage.paths)
+    slowly = streamed_features(stage.encoder, stage.encode, stage.files)
     score_all(params, stage.training, slowly, 1, "  compiling")
     submodels = Submodels(stage.subsets, submodel_keys(jax.random.key(0), len(stage.subsets)))
     clock = [time.perf_counter()]
-    fetch = cached_features(stage.encoder, stage.encode, stage.paths, folder / "features", 64.0, "  features")
+    fetch = cached_features(stage.encoder, stage.encode, stage.files, folder / "features", 64.0, "  features")
     clock.append(time.perf_counter())
     params = train(stage.training, fetch, submodels, CheckpointFolder(folder / "training", "bench"), "  training")
     clock.append(time.perf_counter())

@@ -31,7 +31,7 @@ def stage1_ways(stage: Stage, folder: Path) -> dict[str, Way]:
 
     def features() -> None:
         cache = folder / f"features{next(numbers)}"
-        latest["fetch"] = cached_features(encoder, stage.encode, stage.paths, cache, MEMORY_GIB, "  features")
+        latest["fetch"] = cached_features(encoder, stage.encode, stage.files, cache, MEMORY_GIB, "  features")
 
     def training_steps() -> None:
         at = CheckpointFolder(folder / f"training{next(numbers)}", "bench")
@@ -53,7 +53,7 @@ def other_ways(stage: Stage, masks: np.ndarray, maps: np.ndarray) -> Parts:
     to_maps = jax.jit(partial(anomaly_map, size=size))
     batches = [distances[start : start + SCORE_BATCH] for start in range(0, len(distances), SCORE_BATCH)]
     return {
-        "decoding": {OURS: Way(lambda: np.concatenate(list(load_batches(stage.paths, size))), len(stage.paths))},
+        "decoding": {OURS: Way(lambda: np.concatenate(list(load_batches(stage.files, size))), len(stage.paths))},
         "maps": {OURS: Way(lambda: [np.asarray(to_maps(batch)) for batch in batches], len(distances))},
         "pixel metrics": {
             OURS: Way(lambda: pixel_metrics_of(count_pixels(masks, maps)), len(maps), lambda: None),

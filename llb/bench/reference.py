@@ -25,7 +25,8 @@ from llb.detectors.recipes import hard_positions, make_optimizer
 from llb.encoders import Encoder
 from llb.encoders.specs import Spec
 from llb.encoders.vit import interpolate_positions
-from llb.images import load_image, normalise
+from llb.features import normalise
+from llb.images import load_image
 from llb.metrics import AUPRO_LIMIT
 from llb.train import Training
 

@@ -1,0 +1,56 @@
+"""Flags are bounded where they are read, and --help states the bounds."""
+
+import dataclasses
+
+import pytest
+
+from llb.config import Evaluate, Number, Stage1, Stage2, parse_flags
+
+NUMBERS = [
+    (settings, item.name, item.metadata["parse"])
+    for settings in (Stage1, Stage2, Evaluate)
+    for item in dataclasses.fields(settings)
+    if isinstance(item.metadata["parse"], Number)
+]
+# command line → what the line must mention
+REFUSED = {
+    "--steps 1.5": "--steps: '1.5' is not a whole number from 1 to 10000000",
+    f"--batch-size {2**63}": "--batch-size",
+    f"--steps {'9' * 5000}": "'9999999999999999999999999999999999999999' is not",  # int() itself refuses it
+    "--learning-rate nan": "--learning-rate",
+    "--learning-rate 0": "above 0 to 1000",
+    "--keep best": "auto or a number above 0 to 1",
+    "--steps --": "--steps: expected one argument",
+    "--steps=--": "--steps: expected one argument",
+    "--data=": "--data: the value is empty",
+    "--out=  ": "--out: the value is empty",
+    "--layout=": "--layout: the value is empty",
+    "--ste 3": "unrecognized arguments: --ste 3",
+    "--a\nb": "unrecognized arguments: --a b",
+}
+
+
+def refused(settings, capsys, *line) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        parse_flags(settings, line)
+    (message,) = capsys.readouterr().err.splitlines()
+    return message
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_value_that_does_not_fit_its_flag_is_refused_in_one_line(line, capsys):
+    name, blank, value = line.partition(" ") if "=" not in line else (line, "", "")
+    assert REFUSED[line] in refused(Stage1, capsys, name, *[value] * bool(blank))
+
+
+@pytest.mark.parametrize(("settings", "name", "number"), NUMBERS)
+def test_every_number_is_bounded_and_help_says_how(settings, name, number, capsys):
+    name = "--" + name.replace("_", "-")
+    assert number.bounds in refused(settings, capsys, name, str(2**63))
+    assert number.bounds in refused(settings, capsys, name, "-1")
+    assert getattr(parse_flags(settings, [name, str(number.highest)]), name[2:].replace("-", "_")) == number.highest
+    with pytest.raises(SystemExit):
+        parse_flags(settings, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    default = shown.split(f" {name} ")[-1].split("(default: ")[1]
+    assert default.split(")")[0].endswith(number.bounds)

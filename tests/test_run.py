@@ -1,0 +1,263 @@
+"""The folder of a run: what is deleted in it, whose images it is of, and who may work in it at once."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import LATER, TILE, child, draw, draw_mvtec, refuse, rows_of, succeed
+
+from llb.data import Dataset
+from llb.files import UserError, atomic, write_csv, write_text
+from llb.layouts import Record
+from llb.lock import hold, turn
+from llb.manifest import clear_run, clear_stage2
+from llb.tables import choose_images, read_purified
+
+OWN = ("notes.txt", "tile/marks.csv", "tile/stage1/why.txt", "tile/maps-all/best/000.png", "cache/mine.npy", "x/1.png")
+
+
+@pytest.fixture
+def moved(finished, data, tmp_path):
+    """A finished run and its images, copied to another place."""
+    run, root = shutil.copytree(finished, tmp_path / "run"), shutil.copytree(data, tmp_path / "data")
+    config = json.loads((run / "config.json").read_text()) | {"data": str(root), "data_given": "data"}
+    (run / "config.json").write_text(json.dumps(config))
+    return run, root
+
+
+def files_below(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
+
+
+# ---- what is deleted ----
+
+
+def test_overwrite_deletes_what_llb_wrote_and_nothing_else(moved):
+    run, root = moved
+    cached, images = {name for name in files_below(run) if name.startswith("cache/")}, files_below(root)
+    for name in OWN:
+        (run / name).parent.mkdir(exist_ok=True, parents=True)
+        (run / name).write_text("mine")
+    # what killed commands have left
+    for name in (".config.tmp.json", "tile/.scores.tmp.csv", "tile/.maps-all.tmp/tile/test/good/000.png.png"):
+        (run / name).parent.mkdir(exist_ok=True, parents=True)
+        (run / name).touch()
+    for name in ("7.orbax-checkpoint-tmp", ".3.old"):
+        draw(run / "tile" / "stage1" / name / "0.png", 0)
+    # a damaged table leads nowhere
+    paths = [row["path"] for row in rows_of(run / "tile" / "predictions-all.csv")]
+    outside = [run.parent / "a.png", root / "tile" / "train" / "good" / "000.png"]
+    outside[0].touch()
+    rows = [[path, 0.5, 0] for path in (*paths, "../../../a", str(outside[1])[:-4])]
+    write_csv(run / "tile" / "predictions-all.csv", ["path", "score", "label"], rows)
+    clear_run(run, ["tile"])
+    assert files_below(run) == cached | set(OWN)
+    assert files_below(root) == images and all(file.exists() for file in outside)
+    assert not (run / "tile" / "stage2-all").exists() and not list(run.glob("tile/maps-all/tile"))
+
+
+def test_stage_2_and_evaluation_replace_their_own_files_only(moved):
+    run, _ = moved
+    kept = {"tile/maps-all/mine.png", "tile/stage2-all/mine.txt"}
+    for name in kept:
+        (run / name).write_text("mine")
+    maps = {name for name in files_below(run) if name.startswith("tile/maps-all/")}
+    written = (run / "tile" / "maps-all" / "tile" / "test" / "good" / "000.png.png").stat().st_mtime_ns
+    succeed("evaluate", "--run", run, "--train-on", "all", "--save-maps", "--overwrite")
+    assert {name for name in files_below(run) if name.startswith("tile/maps-all/")} == maps
+    assert (run / "tile" / "maps-all" / "tile" / "test" / "good" / "000.png.png").stat().st_mtime_ns > written
+    clear_stage2(run, ["tile"], "all")
+    assert {name for name in files_below(run) if "-all" in name} == kept
+    assert json.loads((run / "metrics.json").read_text())["tile"].keys() == {"purified", "purification"}
+
+
+@pytest.mark.parametrize("category", ["../data", "..", "/", "", "a/b", 7])
+def test_a_category_that_is_a_path_is_refused_before_anything_is_deleted(category, tmp_path):
+    (tmp_path / "run").mkdir()
+    write_text(tmp_path / "data" / "scores.csv", "mine")
+    with pytest.raises(UserError, match="is not the name of a folder"):
+        clear_run(tmp_path / "run", ["tile", category])
+    assert (tmp_path / "data" / "scores.csv").exists()
+
+
+STRANGERS = {
+    "another program's": '{"categories": ["train"]}',
+    "no JSON": "learning_rate: 0.1",
+    "a list": "[]",
+    "deep": "[" * 100_000,
+    "an older llb's": '{"submodels": 3, "sources": [], "categories": ["train"]}',
+    "a newer llb's": '{"llb": 99, "categories": ["train"]}',
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_folder_with_a_strange_config_is_refused_and_stays_as_it_is(name, data, tmp_path):
+    (tmp_path / "config.json").write_text(STRANGERS[name])
+    draw(tmp_path / "train" / "1.png", 1)
+    before = files_below(tmp_path)
+    for more in ((), ("--overwrite",)):
+        line = refuse("stage1_partition", "--data", data, "--out", tmp_path, *TILE, *more)
+        assert ("another version" if "llb" in name else "other files") in line and "--overwrite" not in line
+    for script in LATER:
+        assert "--overwrite" not in refuse(script, "--run", tmp_path)
+    assert files_below(tmp_path) == before
+
+
+# ---- whose images ----
+
+
+def test_images_that_changed_since_stage_1_are_named_by_every_command(moved):
+    run, root = moved
+    tile = root / "tile"
+    commands = [("stage1_partition", "--data", root, "--out", run, *TILE), *((name, "--run", run) for name in LATER)]
+
+    def swap(name):  # of equal size
+        content = bytearray((tile / name).read_bytes())
+        content[-20] ^= 1
+        (tile / name).write_bytes(content)
+
+    def hidden(name, change=swap):  # with the old time as well
+        times = (tile / name).stat()
+        change(name)
+        os.utime(tile / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def longer(name):
+        hidden(name, lambda name: (tile / name).write_bytes((tile / name).read_bytes() + b"more"))
+
+    for change, name, more, mention in (
+        (swap, "train/good/003.png", (), "replaced (1: tile/train/good/003.png)"),
+        (swap, "ground_truth/square/002_mask.png", (), "replaced (1: tile/ground_truth/square/002_mask.png)"),
+        (hidden, "test/good/001.png", ["--verify"], "replaced (1: tile/test/good/001.png)"),
+        (longer, "test/good/000.png", (), "replaced (1: tile/test/good/000.png)"),
+        (lambda name: draw(tile / name, 9), "test/good/9.png", (), "added (1: tile/test/good/9.png)"),
+        (lambda name: (tile / name).unlink(), "test/good/002.png", (), "removed (1: tile/test/good/002.png)"),
+    ):
+        file = tile / name
+        before, times = (file.read_bytes(), file.stat()) if file.exists() else (None, None)
+        change(name)
+        for command in commands:
+            line = refuse(*command, *more)
+            assert mention in line and line.endswith("--overwrite") and "python stage1_partition.py" in line
+        file.unlink(missing_ok=True)
+        if before:
+            file.write_bytes(before)
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for file in tile.rglob("*.png"):
+        os.utime(file)  # a copy with new times is the same data
+    succeed("evaluate", "--run", run)
+    (run / "tile" / "images.csv").write_text("path\n")
+    for command in commands:
+        assert "images.csv is damaged" in refuse(*command)
+
+
+def test_a_run_finds_its_images_and_no_others_of_that_name(moved, tmp_path, monkeypatch):
+    run, root = moved
+    (tmp_path / "link").symlink_to(root)
+    draw_mvtec(tmp_path / "elsewhere" / "data")
+    draw(tmp_path / "elsewhere" / "data" / "tile" / "train" / "good" / "000.png", 1)
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("data/", "./data", "link", root, "data"):
+        assert "is finished" in succeed("stage1_partition", "--data", spelling, "--out", "run", *TILE)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "is finished" in succeed("stage2_train", "--run", run, "--steps", 3)
+    stage1 = ("stage1_partition", "--data", "data", "--out", run, *TILE)
+    assert f"data: {root}, now {tmp_path / 'elsewhere' / 'data'}" in refuse(*stage1)
+    root.rename(tmp_path / "gone")  # then a folder of that name must hold the same images
+    for line in (stage1, ("stage2_train", "--run", run), ("evaluate", "--run", run)):
+        assert "replaced (1: tile/train/good/000.png)" in refuse(*line)
+    monkeypatch.chdir(tmp_path)
+    assert "are not there" in refuse("evaluate", "--run", run)
+    (tmp_path / "gone").rename(tmp_path / "new")
+    assert "is finished" in succeed("stage1_partition", "--data", "new", "--out", "run", *TILE)
+    assert "purified is evaluated" in succeed("evaluate", "--run", run)
+
+
+def test_an_edited_list_may_come_from_windows_and_clean_needs_a_normal_image(tmp_path):
+    records = [Record(path, 1, (), "x") for path in ("a/0.png", "#1.png", "b\\2.png")]
+    dataset = Dataset(tmp_path, "folder", "tile", tuple(records), ())
+    for record in records:
+        draw(tmp_path / record.path, 0)
+    write_csv(tmp_path / "scores.csv", ["path", "score", "kept"], [[record.path, 0.5, 1] for record in records])
+    lines = "# without the blurred one\r\na\\0.png\r\n\r\n  #1.png\r\nb\\2.png"
+    (tmp_path / "purified.txt").write_bytes(lines.encode("utf-8-sig"))
+    assert read_purified(tmp_path, dataset).indices.tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="--train-on clean: no training image of tile is labelled normal"):
+        choose_images("clean", tmp_path, dataset)
+
+
+# ---- who works in it, and where there is no room ----
+
+STAGES = {
+    "stage1": ("",),
+    "stage2-all": ("stage1",),
+    "stage2-clean": ("stage1", "evaluate"),  # with --overwrite
+    "evaluate": ("stage1",),
+}
+TOGETHER = {("stage2-all", "stage2-clean"), ("stage2-all", "evaluate"), ("stage2-clean", "evaluate")}
+TOGETHER |= {("stage2-clean", "stage2-all"), ("evaluate", "stage2-all")}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_two_commands_work_in_one_run_only_if_neither_changes_what_the_other_reads(tmp_path):
+    for first in STAGES:
+        for second in STAGES:
+            with hold(tmp_path, first, STAGES[first]), turn(tmp_path):
+                try:
+                    with hold(tmp_path, second, STAGES[second]):
+                        worked = True
+                except UserError as error:
+                    worked = False
+                    assert f"({first}, process {os.getpid()} on " in str(error) and ", since 20" in str(error)
+            assert worked == ((first, second) in TOGETHER), (first, second)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_killed_command_locks_nothing(tmp_path):
+    code = "import os, sys; from pathlib import Path; from llb.lock import hold\n"
+    code += "with hold(Path(sys.argv[1]), 'stage1', ('',)): os.kill(os.getpid(), 9)"
+    assert child("-c", code, tmp_path).returncode == -signal.SIGKILL
+    assert [file.name for file in tmp_path.iterdir()] == [".lock-stage1"]
+    with hold(tmp_path, "evaluate", ("stage1",)):
+        pass
+    with hold(tmp_path, "stage1", ("",)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits there")
+def test_a_full_disk_is_one_line_with_what_is_needed_and_the_old_file_stays(tmp_path):
+    code = "import resource, sys; import numpy as np; from llb.files import UserError, atomic, write_text\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); name, kind = sys.argv[1:]\n"
+    code += (
+        "try: write_text(name, 'x' * 5000) if kind == 'text' else atomic(name, lambda f: np.save(f, np.ones(2000)))\n"
+    )
+    code += "except UserError as error: print(error)"
+    for name, kind, mention in (
+        ("old.csv", "text", "it needs 5,000 bytes, and "),
+        ("old.npy", "array", "too few; make"),
+    ):
+        (tmp_path / name).write_text("old")
+        out = child("-c", code, tmp_path / name, kind).stdout
+        assert out.startswith(f"{tmp_path / name} cannot be written (") and mention in out and out.count("\n") == 1
+    assert files_below(tmp_path) == {"old.csv", "old.npy"} and (tmp_path / "old.csv").read_text() == "old"
+
+
+def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("file/a.csv", "folder.csv", "x" * 300, f"a\nb/{'x' * 300}"):
+        with pytest.raises(UserError) as refusal:
+            write_text(tmp_path / name, "text")
+        assert "cannot be written" in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+    def denied(file):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
+
+    with pytest.raises(UserError, match="a.csv cannot be written .Permission denied.: grant access"):
+        atomic(tmp_path / "a.csv", denied)
