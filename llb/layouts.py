@@ -3,13 +3,14 @@
     real-iad    realiad_jsons_fuiad_0.1/<category>.json beside realiad_1024/<category>/…   Real-IAD (llb.lists)
     real-iad-sv realiad_jsons_sv/<category>.json, likewise                                 Real-IAD, single view
     visa        [<category>/]Data/{Images,Masks}/{Normal,Anomaly}; split_csv/1cls.csv      VisA (llb.lists)
-    mvtec       [<category>/[<category>/]]train/good, test/<kind>; good may be ok, normal  MVTec AD, ImageFolder, VAD
+    mvtec       [<category>/[<category>/]]train/good, test/<kind>; good may be ok, gut, …  MVTec AD, ImageFolder, VAD
                 masks in  ground_truth/<kind>/<name>[_mask].png                            MPDD, BTAD, VisA for PyTorch
                           ground_truth/<kind>/<name>/000.png, several united               MVTec LOCO, AutoVI
                           test_public/ground_truth/<kind>/<name>_mask.png                  MVTec AD 2
                           test/<kind>/{gt,label}/<name>.png, images in rgb/, img/          MVTec 3D-AD, BMAD
-                          test/<kind>/<name>_mask.png beside <name>.png
+                                    ground_truth/<name>.png, test/<kind>/<name>_mask.png beside <name>.png
                 images in train/good/<any>/…                                               AeBAD
+                {train,test,ground_truth}/<category>/<kind>/…, too
     ksdd2       {train,test}/<name>.png beside <name>_GT.png; a black mask is normal       KolektorSDD2
     ksdd        kos01/<name>.jpg beside <name>_label.bmp; all for training                 KolektorSDD
     dagm        [Class1/]{Train,Test}/<name>.PNG; defective: Label/<name>_label.PNG        DAGM 2007
@@ -22,22 +23,23 @@ function of paths: it opens no file. A record holds label and masks for reports.
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llb.files import UserError
-from llb.pairing import Named, pair, split_beside, suspicions
+from llb.pairing import VIEWS, is_masks, is_normal, pair, split_beside, split_views, suspicions
 from llb.tree import AGAIN, OTHER, Tree, by_folder, count, fold, fold_path, summary, walk
 
 # How a path below the root, folded, tells the layout.
 SIGNS = {
     "real-iad": r"realiad_(?:1024|512|256|raw)/|realiad_jsons",
     "visa": r"split_csv/1cls\.csv$|(?:[^/]+/)?data/images/(?:normal|anomaly)/",
-    "mvtec": r"(?:(?P<box>[^/]+)/(?:(?P=box)/)?)?train/(?:good|ok|normal)/",
     "ksdd2": r"(?:train|test)/[^/]+_gt\.\w+$",
     "ksdd": r"kos\d+/[^/]+_label\.\w+$",
     "dagm": r"(?:[^/]+/)?(?:train|test)/label/[^/]+_label\.\w+$",
+    # the last, as it is one only if the kind is normal
+    "mvtec": r"(?:(?P<box>[^/]+)/(?:(?P=box)/)?)?train(?:ing)?/(?P<kind>[^/]+)/(?P<inner>[^/]+/)?",
 }
 REALIAD_NAME = re.compile(r"_\d{4}_(?:ok|ng)_(?:\w+_)?c\d_\d+\.\w+$")
 LAYOUTS = ("real-iad", "real-iad-sv", "visa", "mvtec", "ksdd2", "ksdd", "dagm", "folder")
@@ -45,24 +47,12 @@ SIGN = re.compile("|".join(f"(?P<{name.replace('-', '_')}>{sign})" for name, sig
 KNOWN = "a Real-IAD root, an MVTec-AD or VisA root, or a folder with images"
 
 VALIDATION, PRIVATE, OUTSIDE = "for validation", "for test without labels", "outside the layout"
-IN_TRAIN, NO_IMAGE, OF_NORMAL = (
-    "in train, defective by their folder",
-    "masks without an image",
-    "masks of normal images",
-)
-UNKNOWN = "without a mask that gives the label"
-PARTS = {
-    "train": "train",
-    "test": "test",
-    "test_public": "test",
-    "test_private": PRIVATE,
-    "test_private_mixed": PRIVATE,
-}
+IN_TRAIN, UNKNOWN = "in train, defective by their folder", "without a mask that gives the label"
+NO_IMAGE, OF_NORMAL = "masks without an image", "masks of normal images"
+PARTS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing", "test_public"), "test")
+PARTS |= dict.fromkeys(("test_private", "test_private_mixed"), PRIVATE)
 PARTS |= dict.fromkeys(("validation", "valid", "val"), VALIDATION)
-NORMAL = {"good", "ok", "normal"}
-MASK_FOLDERS = {"ground_truth", "groundtruth", "ground truth", "gt", "mask", "masks", "label", "labels"}
-NO_KINDS = MASK_FOLDERS | {"image", "images", "img", "imgs", "rgb", "data"}
-VIEWS = {"rgb", "img"}  # where a kind's folder has one, only the images in it are read
+NO_KINDS = VIEWS | {"data"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +89,7 @@ class Found:
     homes: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     notes: tuple[str, ...] = ()
+    doubts: list[str] = field(default_factory=list)  # folders whose images may not all be of its kind
 
     def add(self, folder: str, own_name: str, split: Split) -> None:
         """Add the category that lies in `folder`, "" for the root itself."""
@@ -121,22 +112,29 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
     if not os.path.isdir(path):
         raise UserError(f"--data {path} is a file: give the folder that holds the images")
     tree = walk(path)
-    files = [*tree.images, *tree.left_out.get(OTHER, ())]
-    layout = layout or recognise(path, files, tree.images)
+    again = tree.linked_twice()
+    files = [*tree.images, *again, *tree.left_out.get(OTHER, ())]
+    given, layout = layout, layout or recognise(path, files, tree.images)
     if not tree.images and not layout.startswith("real-iad"):
         rest = f" ({summary(count(tree.left_out))})" if tree.left_out else ""
         raise UserError(f"--data {path} holds no images{rest}: give {KNOWN}")
     has_csv = layout == "visa" and visa_csv(files) is not None
     if layout.startswith("real-iad") or has_csv:
         return Root(path, layout, tree, None, {}, tree.left_out, ())
-    if layout == "visa" and os.path.isfile(path.absolute().parent / "split_csv" / "1cls.csv"):
-        above = path.absolute().parent
-        raise UserError(
-            f"--data {path}: split_csv lies beside it; give --data {above} --category {path.absolute().name}"
-        )
-    again = tree.linked_twice() if layout == "mvtec" else ()
+    full = path.absolute()
+    if layout == "visa" and os.path.isfile(full.parent / "split_csv" / "1cls.csv"):
+        raise UserError(f"--data {path}: split_csv lies beside it; give --data {full.parent} --category {full.name}")
+    again = again if layout == "mvtec" else ()
     images = by_folder((*tree.images, *again)) if again else tree.images
     found = READERS[layout](images, Path(os.path.abspath(path)).name.lstrip(".") or "images")
+    if found.doubts and not given:
+        raise UserError(
+            f"--data {path}: there seem to be masks or defects among the images in {found.doubts[0]}. "
+            f"Move them away; --layout {layout} takes them for images of that folder's kind"
+        )
+    records = [record for split in found.sets.values() for part in split for record in part]
+    used = {path for record in records for path in (record.path, *record.masks)}.union(*found.left_out.values())
+    found.left_out[NO_IMAGE] += [image for image in images if image not in used]
     if not any(train for train, _ in found.sets.values()):
         rest = summary(count(found.left_out))
         raise UserError(f"--layout {layout}: {path} has no training images in this layout ({rest})")
@@ -147,23 +145,24 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
 def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
     """The layout that the files' paths show; images: those among them. A UserError is raised if it is not clear."""
     folded = [fold_path(file) for file in files]
-    there = _signs(folded)
+    there = {}
+    for file in folded:
+        if sign := _sign(file):
+            there.setdefault(sign, file)
     if len(there) > 1:
         seen = " and ".join(f"{layout} ({first})" for layout, first in there.items())
         raise UserError(f"--data {root} holds several layouts, {seen}: choose with --layout {' or '.join(there)}")
     if there:
         layout = next(iter(there))
-        jsons = {
-            file.rpartition("/")[0] for file in folded if file.startswith("realiad_jsons") and file.endswith(".json")
-        }
-        single = layout == "real-iad" and jsons and all(folder.endswith("realiad_jsons_sv") for folder in jsons)
+        jsons = [file for file in folded if file.startswith("realiad_jsons") and file.endswith(".json")]
+        single = layout == "real-iad" and jsons and all("realiad_jsons_sv/" in file for file in jsons)
         return "real-iad-sv" if single else layout
     for depth in (1, 2):
         below = {}
         for real, file in zip(files, folded, strict=True):
             rest = file.split("/", depth)[depth:]
-            if rest and (match := SIGN.match(rest[0])):
-                below.setdefault("/".join(real.split("/")[:depth]), match.lastgroup.replace("_", "-"))
+            if rest and (layout := _sign(rest[0])):
+                below.setdefault("/".join(real.split("/")[:depth]), layout)
         if below:
             places = " or ".join(f"--data {root / folder} ({layout})" for folder, layout in list(below.items())[:3])
             raise UserError(f"--data {root}: the image set lies deeper; give {places}")
@@ -183,13 +182,13 @@ def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
     return "folder"
 
 
-def _signs(folded: Iterable[str]) -> dict[str, str]:
-    """Layout → the first path that shows it."""
-    there = {}
-    for file in folded:
-        if match := SIGN.match(file):
-            there.setdefault(match.lastgroup.replace("_", "-"), file)
-    return there
+def _sign(path: str) -> str:
+    """The layout that a path shows, "" for none."""
+    if not (match := SIGN.match(path)):
+        return ""
+    kind, inner = match["kind"] or "good", match["inner"] or ""
+    swapped = not match["box"] and kind not in NO_KINDS and is_normal(inner)  # train/<category>/good
+    return match.lastgroup.replace("_", "-") if is_normal(kind) or swapped else ""
 
 
 def visa_csv(files: Iterable[str]) -> str | None:
@@ -202,24 +201,21 @@ def visa_csv(files: Iterable[str]) -> str | None:
 
 def _mvtec(images: Iterable[str], own_name: str) -> Found:
     found, kinds, masks, titles = Found(), defaultdict(list), defaultdict(list), {}
-    readings = {path: _parts(path) for path in images}
-    every = [reading for of_path in readings.values() for reading in of_path]
-    folders = {folder for folder, part, rest in every if part == "train" and fold(rest[0]) in NORMAL and rest[1:]}
-    for path, of_path in readings.items():
-        fits = [reading for reading in of_path if reading[0] in folders]
-        folder, part, rest = fits[0] if fits else ("", "", [])
-        names = [fold(name) for name in rest]
+    readings = {place: _parts(place) for place in {path.rpartition("/")[0] for path in images}}
+    train = {reading for of_place in readings.values() for reading in of_place if reading[1] == "train"}
+    folders = {folder for folder, _, rest in train if rest and is_normal(fold(rest[0]))}
+    chosen = {place: _choose(of_place, folders) for place, of_place in readings.items()}
+    for path in images:
+        place, _, name = path.rpartition("/")
+        folder, part, rest = chosen[place]
+        kind, below = fold(rest[0]) if rest else "", "/".join((*rest[1:], name))
         if part in (VALIDATION, PRIVATE):
             found.left_out[part].append(path)
-        elif part == "mask" and len(rest) > 1:
-            masks[folder, names[0]].append(("/".join(rest[1:]), path))
-        elif part in ("train", "test") and len(rest) > 2 and names[0] in MASK_FOLDERS:
-            masks[folder, names[1]].append(("/".join(rest[2:]), path))
-        elif part in ("train", "test") and len(rest) > 2 and names[1] in MASK_FOLDERS:
-            masks[folder, names[0]].append(("/".join(rest[2:]), path))
-        elif part in ("train", "test") and len(rest) > 1 and names[0] not in NO_KINDS:
-            kinds[folder, part, names[0]].append(("/".join(rest[1:]), path))
-            titles.setdefault((folder, names[0]), rest[0])
+        elif part == "mask":
+            masks[folder, kind].append((below, path))
+        elif part and rest and kind not in NO_KINDS:
+            kinds[folder, part, kind].append((below, path))
+            titles.setdefault((folder, kind), rest[0])
         else:
             found.left_out[OUTSIDE].append(path)
     for folder in sorted(folders):
@@ -229,42 +225,59 @@ def _mvtec(images: Iterable[str], own_name: str) -> Found:
             raise UserError(f"--data: {both} make one category lie in another: move one away")
         found.add(folder, own_name, ([], []))
     splits = dict(zip(sorted(folders), found.sets.values(), strict=True))
-    used = set()
+    loose = {}  # image → its masks in ground_truth/ itself, without a kind
+    for folder in sorted({folder for folder, kind in masks if not kind}):
+        tests = [key for key in kinds if key[:2] == (folder, "test") and not is_normal(key[2])]
+        loose |= pair([member for key in tests for member in kinds[key]], masks[folder, ""])
     for (folder, part, kind), members in kinds.items():
-        if part == "train" and kind not in NORMAL:
+        if part == "train" and not is_normal(kind):
             found.left_out[IN_TRAIN] += [path for _, path in members]
             continue
-        inner, outer = _in_views(members)
+        inner, outer = split_views(members)
         found.left_out[OUTSIDE] += [path for _, path in outer]
-        of_kind, label = masks[folder, kind], int(kind not in NORMAL)
-        paired = pair(inner, of_kind) if label else {}
+        of_kind, label = masks[folder, kind], int(not is_normal(kind))
+        paired = pair(inner, of_kind) | {path: loose[path] for _, path in inner if path in loose} if label else {}
         images, beside = split_beside(inner, paired)
         if label:
             paired |= pair([image for image in images if image[1] not in paired], beside)
         of_kind += beside
         title = titles[folder, kind] if label else "good"
+        names = [below if part == "train" else below.replace("/", " ") for below, path in images if path not in paired]
+        if hints := suspicions(names)[0]:
+            found.doubts.append(f"{os.path.dirname(images[0][1])}: {', '.join(hints[:3])}")
         splits[folder][part == "test"].extend(Record(path, label, paired.get(path, ()), title) for _, path in images)
-        used.update(mask for of_image in paired.values() for mask in of_image)
     for (_, kind), of_kind in masks.items():
-        found.left_out[OF_NORMAL if kind in NORMAL else NO_IMAGE] += [path for _, path in of_kind if path not in used]
+        found.left_out[OF_NORMAL] += [path for _, path in of_kind if is_normal(kind)]
     return found
 
 
-def _parts(path: str) -> list[tuple[str, str, list[str]]]:
-    """A path may be read as: category folder, part ("train", "test", "mask" or a reason), and the names below that."""
-    parts = path.split("/")
-    names = [fold(name) for name in parts]
-    deepest = 2 if len(parts) > 3 and names[0] == names[1] else 1  # MVTec AD 2 has can/can/train
-    places = range(min(deepest + 1, len(parts) - 1))
-    there = [i for i in places if names[i] in PARTS or names[i] in MASK_FOLDERS]
-    return [("/".join(parts[:i]), PARTS.get(names[i], "mask"), parts[i + 1 :]) for i in there]
+# the folder of a category, the part ("train", "test", "mask" or a reason), the folders below that
+Reading = tuple[str, str, tuple[str, ...]]
 
 
-def _in_views(members: Named) -> tuple[Named, Named]:
-    """Images of a kind as in MVTec 3D: what lies in rgb/, with the paths below that, and the rest, such as depth."""
-    inner = [(below.partition("/")[2], path) for below, path in members if fold(below.partition("/")[0]) in VIEWS]
-    outer = [(below, path) for below, path in members if fold(below.partition("/")[0]) not in VIEWS]
-    return (inner, outer) if inner else (outer, [])
+def _parts(place: str) -> list[Reading]:
+    """The ways to read a folder that holds images."""
+    parts = tuple(place.split("/")) if place else ()
+    names = [fold(name) for name in parts[:3]]
+    deepest = 2 if len(parts) > 2 and names[0] == names[1] else 1  # MVTec AD 2 has can/can/train
+    there = [(i, _part(name)) for i, name in enumerate(names[: deepest + 1])]
+    readings = [("/".join(parts[:i]), part, parts[i + 1 :]) for i, part in there if part]
+    if len(parts) > 1 and there[0][1] and not (there[1][1] or names[1] in NO_KINDS or is_normal(names[1])):
+        readings.append((parts[1], there[0][1], parts[2:]))  # train/<category>/good
+    return readings
+
+
+def _choose(readings: Sequence[Reading], folders: Collection[str]) -> Reading:
+    """The first reading in one of the categories' folders; below test/, too, there may be folders of masks."""
+    folder, part, rest = next((reading for reading in readings if reading[0] in folders), ("", "", ()))
+    masks = next((i for i, name in enumerate(rest) if is_masks(name)), None)
+    if masks is not None and part in ("train", "test"):
+        return folder, "mask", rest[:masks] + rest[masks + 1 :]
+    return folder, part, rest
+
+
+def _part(name: str) -> str:
+    return PARTS.get(name) or ("mask" if is_masks(name) else "")
 
 
 def _ksdd(images: Iterable[str], own_name: str) -> Found:
@@ -297,11 +310,13 @@ def _dagm(images: Iterable[str], own_name: str) -> Found:
     for (folder, part), of_part in members.items():
         paired = pair(of_part, masks[folder, part])
         name = of_part[0][1].split("/")[0] if folder else own_name
+        if part == "test" and masks[folder, "train"] and not masks[folder, "test"]:  # as it was given out at first
+            found.left_out[UNKNOWN] += [path for _, path in of_part]
+            continue
         for _, path in of_part:
             label = int(path in paired)
-            found.sets[name][part == "test"].append(
-                Record(path, label, paired.get(path, ()), ("good", "defect")[label])
-            )
+            record = Record(path, label, paired.get(path, ()), ("good", "defect")[label])
+            found.sets[name][part == "test"].append(record)
     return found
 
 
@@ -318,10 +333,9 @@ def _visa(images: Iterable[str], own_name: str) -> Found:
         members[folder, match[2], match[3]].append((path.rpartition("/")[2], path))
     for folder in sorted({folder for folder, _, _ in members}):
         normal = [Record(path, 0, (), "good") for _, path in members[folder, "images", "normal"]]
-        paired = pair(members[folder, "images", "anomaly"], members[folder, "masks", "anomaly"])
-        anomalies = [
-            Record(path, 1, paired.get(path, ()), "anomaly") for _, path in members[folder, "images", "anomaly"]
-        ]
+        defective = members[folder, "images", "anomaly"]
+        paired = pair(defective, members[folder, "masks", "anomaly"])
+        anomalies = [Record(path, 1, paired.get(path, ()), "anomaly") for _, path in defective]
         train = [record for i, record in enumerate(normal) if i % 10]
         found.add(folder, own_name, (train, [*anomalies, *normal[::10]]))
     return found

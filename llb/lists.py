@@ -10,34 +10,28 @@ import json
 import math
 import os
 import posixpath
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llb.files import UserError
-from llb.layouts import VALIDATION, Record, Root, Split, visa_csv
+from llb.layouts import PARTS, VALIDATION, Record, Root, Split, visa_csv
+from llb.pairing import is_normal
 from llb.tree import OTHER, fold, fold_path
 
 VISA_COLUMNS = ("object", "split", "label", "image", "mask")
-REALIAD_IMAGES = (
-    "realiad_1024",
-    "realiad_512",
-    "realiad_256",
-    "realiad_raw",
-)  # the first of these that is there is read
+REALIAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_256", "realiad_raw")  # the first that is there is read
 FOLDERS = ("split_csv/", "realiad_jsons")  # of the lists
+ABSOLUTE = re.compile(r"/|[A-Za-z]:/")
 REALIAD_SPLIT = "realiad_jsons_fuiad_"
-RESERVED = {
-    "cache",
-    "mean",
-    "config.json",
-    "metrics.json",
-    "metrics.csv",
-    "report.html",
-}  # of a run, or of metrics.json
-NORMAL = {"normal", "good", "ok", "0", "0.0"}
-NOTHING = {"", "none", "null", "nan", "n/a", "na", "?", "unknown", "unlabeled", "unlabelled", "true", "false", "-"}
-SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation"), VALIDATION)
+# names of a run's own files, and of metrics.json
+RESERVED = {"cache", "mean", "config.json", "metrics.json", "metrics.csv", "report.html"}
+NOTHING = set(
+    "none null nan nat n/a na unknown undefined unclear undecided maybe unlabeled unlabelled ignore todo tbd true false"
+    " y n -".split()
+) | {"", "not labeled", "not labelled"}
+SPLITS = {name: part for name, part in PARTS.items() if part in ("train", "test", VALIDATION)}
 
 
 def check_name(name: str, where: str) -> None:
@@ -101,7 +95,9 @@ def _parse_visa(text: str, file: str) -> list[Row]:
         if not row["image"]:
             raise UserError(f"{where} names no image: delete the line")
         label = _label(row["label"], "normal", where)
-        rows.append(Row(line, row["object"], part, label, row["image"], "" if mask.casefold() in NOTHING else mask))
+        rows.append(Row(line, row["object"], part, label, row["image"], "" if _says_nothing(mask) else mask))
+    if not rows:
+        raise UserError(f"{file} lists no images: unpack it again")
     return rows
 
 
@@ -123,8 +119,7 @@ def _visa_places(path: str, category: str) -> list[str]:
     """Where a path of the CSV may lead: from the root, from the category, or from a folder above the root."""
     places = []
     for way in (path.replace("\\", "/"), path):  # backslashes may also be part of a name
-        steps = posixpath.normpath(way).split("/")
-        places += [way, f"{category}/{way}", *("/".join(steps[above:]) for above in (1, 2) if len(steps) > above + 1)]
+        places += [way, f"{category}/{way}", *_ends(way)]
     return places
 
 
@@ -174,7 +169,9 @@ def read_realiad(root: Root, category: str, noise_ratio: float) -> tuple[Split, 
     images = next((tops[name] for name in REALIAD_IMAGES if name in tops), None)
     if images is None:
         raise UserError(f"--data {root.path}: no image folder {', '.join(REALIAD_IMAGES)}; unpack one beside {folder}")
-    file = root.path / folder / f"{category}.json"
+    there = [name for name in root.tree.left_out[OTHER] if name.lower().endswith(".json")]
+    named = [name for name in there if name[: -len(".json")] == f"{folder}/{category}"]
+    file = root.path / (named or [f"{folder}/{category}.json"])[0]
     find = Finder(root)
     try:
         content = json.loads(file.read_bytes())
@@ -208,24 +205,38 @@ def _realiad_record(entry: dict[str, Any], homes: tuple[str, ...], normal: str, 
 
     def place(name: str) -> str:
         ways = (name.replace("\\", "/"), name)  # backslashes may also be part of a name
-        return find(
-            [way if way.startswith("/") else f"{home}/{way}".lstrip("/") for way in ways for home in homes], where
-        )
+        if ABSOLUTE.match(ways[0]):  # its end names the category
+            return find([ways[0], *(f"{home}{end}" for end in _ends(ways[0]) for home in ("", f"{homes[2]}/"))], where)
+        return find([f"{home}/{way}".lstrip("/") for way in ways for home in homes], where)
 
-    there = label == 1 and not (mask is None or str(mask).strip().casefold() in NOTHING)
+    there = label == 1 and not (mask is None or _says_nothing(str(mask)))
     return Record(place(path), label, (place(mask),) if there else (), str(kind).strip() if label else "good")
 
 
 # ---- both ----
 
 
+def _says_nothing(word: str) -> bool:
+    return fold(word).strip("<>#[]{}()? ") in NOTHING
+
+
 def _label(word: str, normal: str, where: str) -> int:
     """0 for a normal class, 1 for a defect's name. normal: the list's own word for it."""
-    if fold(word) in NORMAL | {fold(normal)}:
+    try:
+        number = float(word)  # nan, and a number below 0, say nothing
+    except ValueError:
+        number = 1
+    if fold(word) == fold(normal) or number == 0 or (is_normal(word) and "?" not in word):
         return 0
-    if fold(word) in NOTHING:
+    if not number > 0 or _says_nothing(word) or "?" in word:
         raise UserError(f"{where}: the class is {word or 'empty'}, neither normal nor a defect; correct it")
     return 1
+
+
+def _ends(path: str) -> list[str]:
+    """What is left of a path from other folders above: its ends of two names and more."""
+    steps = posixpath.normpath(path).split("/")
+    return ["/".join(steps[above:]) for above in range(1, len(steps) - 1)]
 
 
 class Finder:
@@ -238,9 +249,11 @@ class Finder:
     def __call__(self, places: list[str], where: str) -> str:
         """The first of the places that is there, else the first. If that leads out of the root: a UserError."""
         places = [posixpath.normpath(place) for place in places]
-        inside = [place for place in places if not (place.startswith(("/", "../")) or Path(place).drive)]
-        if places[0] not in inside:
-            raise UserError(f"{where}: {places[0]} is listed, but lies elsewhere; list paths relative to the root")
+        inside = [
+            place for place in places if not (place.startswith("../") or ABSOLUTE.match(place) or Path(place).drive)
+        ]
+        if places[0].startswith("../"):
+            inside = []
         for place in inside:
             if place in self.exact:
                 return place
@@ -251,6 +264,8 @@ class Finder:
         for place in inside:
             if found := self.folded.get(fold_path(place)):
                 return found
+        if places[0] not in inside:
+            raise UserError(f"{where}: {places[0]} is listed, but lies elsewhere; list paths relative to the root")
         return next((place for place in inside if os.path.isfile(self.root / place)), inside[0])
 
 

@@ -1,17 +1,20 @@
-"""Which mask belongs to which image, by name; and what hints at masks and defects among the images of a folder."""
+"""What names say: which mask belongs to which image, what is normal and what defective, what is no folder of images."""
 
-import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 from llb.files import UserError
 from llb.tree import fold, fold_path
 
-ENDINGS = ("_mask", "", "_gt", "_label", "_seg", "_ground_truth")  # of a mask's name, after its image's
+ENDINGS = ("_mask", "_gt", "_label", "_seg", "_ground_truth", "_annotation")  # of a mask's name, after its image's
+FRONT = re.compile(r"((?:.*/)?)mask_([^/]+)")
 NUMBERED = re.compile(r"(.+)_(?:mask|gt|label)_?\d+")  # several masks of one image
-BESIDE = re.compile(r"(.+)_(?:mask|gt|label|ground_truth)")
+BESIDE = re.compile(r"(.+)_(?:mask|gt|label|ground_truth|seg|segmentation)")
+VIEWS = {"rgb", "img", "imgs", "image", "images"}  # where a kind's folder has one, only the images in it are read
 
 Named = Sequence[tuple[str, str]]  # of each file: its path below the folder of its kind, and below the root
 
@@ -22,14 +25,18 @@ def pair(images: Named, masks: Named) -> dict[str, tuple[str, ...]]:
     Of the ways to name a mask the one that fits most images comes first: with 1.png, 1_mask.png and masks for both,
     "1_mask" alone may belong to either. A UserError is raised if a mask fits two images.
     """
-    owners, ways = defaultdict(list), {way: defaultdict(list) for way in (*ENDINGS, "numbered", "folder")}
+    names = ("_mask", "", *ENDINGS[1:], "front", "numbered", "folder")
+    owners, ways = defaultdict(list), {way: defaultdict(list) for way in names}
     for below, path in images:
         owners[stem(below)].append(path)
     for below, path in masks:
-        name = stem(below)
+        ways[""][stem(below)].append(path)
+        name = _underscored(stem(below))
         for ending in ENDINGS:
             if name.endswith(ending):
                 ways[ending][name.removesuffix(ending)].append(path)
+        if match := FRONT.fullmatch(name):
+            ways["front"][match[1] + match[2]].append(path)
         if match := NUMBERED.fullmatch(name):
             ways["numbered"][match[1]].append(path)
         ways["folder"][name.rpartition("/")[0]].append(path)
@@ -50,6 +57,8 @@ def pair(images: Named, masks: Named) -> dict[str, tuple[str, ...]]:
 
 def _owner(images: Sequence[str], mask: str) -> str:
     """Which of the images, whose names differ in case or ending only, has this mask."""
+    if len(images) == 1:
+        return images[0]
     place = PurePosixPath(mask)
     images = [image for image in images if place.name.startswith(PurePosixPath(image).stem)] or images
     return next((image for image in images if place.suffix == PurePosixPath(image).suffix), images[0])
@@ -57,30 +66,123 @@ def _owner(images: Sequence[str], mask: str) -> str:
 
 def split_beside(members: Named, paired: Sequence[str] = ()) -> tuple[Named, Named]:
     """Images, and the masks that lie beside them: x_mask.png beside x.png. Images in `paired` are none, by any name."""
-    stems = {stem(below) for below, _ in members}
-    masks = []
+    names = [stem(below) for below, _ in members]
+    stems, images, masks = set(names), [], []
+    for name, member in zip(names, members, strict=True):
+        match = BESIDE.fullmatch(_underscored(name)) or FRONT.fullmatch(name)
+        (masks if match and "".join(match.groups()) in stems and member[1] not in paired else images).append(member)
+    return images, masks
+
+
+def _underscored(name: str) -> str:
+    """1-mask and "1 mask" as 1_mask; without the ending alone they would be names of their own."""
+    return re.sub(r"[ -](mask|gt|label|seg)$", r"_\1", name)
+
+
+def split_views(members: Named) -> tuple[Named, Named]:
+    """Images of a kind as in MVTec 3D: what lies in rgb/, with the paths without that, and the rest, such as depth."""
+    inner, outer = [], []
     for below, path in members:
-        match = BESIDE.fullmatch(stem(below))
-        if match and match[1] in stems and path not in paired:
-            masks.append((below, path))
-    gone = set(masks)
-    return [member for member in members if member not in gone], masks
+        above = below.split("/")[:-1]
+        kept = [folder for folder in above if fold(folder) not in VIEWS]
+        if len(kept) < len(above):
+            inner.append(("/".join([*kept, below.rpartition("/")[2]]), path))
+        else:
+            outer.append((below, path))
+    return (inner, outer) if inner else (outer, [])
 
 
 def stem(path: str) -> str:
     """A path for comparing, without its ending."""
-    return os.path.splitext(fold_path(path))[0]
+    name = fold_path(path)
+    dot = name.rfind(".")
+    return name[:dot] if dot > name.rfind("/") + 1 else name
+
+
+# ---- what names say of the images: the one list of words for it ----
+
+TRAIN_WORDS = {"train", "training"}
+TEST_WORDS = {"test", "testing", "validation", "valid", "val", "eval", "dev", "holdout"}
+MASK = re.compile(
+    r"gts?|masks?|label(?:map)?s?|groundtruths?|\w*annot(?:ation)?s?|ann[os]?|segm?|segmentations?"
+    r"|masken?|masques?|mascaras?|掩码|掩膜|标签"
+)
+NORMAL = re.compile(
+    r"goods?|ok|okay|normals?|negatives?|io|gut|gutteile?|intact|healthy|perfect|buen[oa]s?|bons?|buon[oi]|conform\w*"
+    r"|良品|良好|合格品?|正常|양품|정상|годн\w+|хорош\w+"
+)
+DEFECT = re.compile(
+    r"ng|nok|ko|nio|bad|bads|def|defe[ck]t\w*|anomal\w*|fault\w*|fail\w*|reject\w*|positives?|scrap|damag\w*|broken"
+    r"|crack(?:s|ed)?|scratch\w*|dents?|dented|blowholes?|contaminat\w*|flaw\w*|dirty|invalid|wrong|incorrect|diseased"
+    r"|fehler\w*|schlecht\w*|ausschuss\w*|mal[oa]s?|mauvais|d[eé]faut\w*|d[eé]fectu\w*|difett\w*|scart[io]"
+    r"|缺陷|瑕疵|异常|異常|불량품?|брак|дефект\w*"
+)
+FLIP = re.compile(r"(?:no[nt]?|un|in|ab|不|非|无)[ _-]?(.+)|(.+)(?:free|frei|less)")  # nondefective, 不良品, flawless
+NEGATIONS = {"no", "not", "non", "free", "frei", "without", "ohne", "sans", "sin", "senza"}
+NO_DIGITS = dict.fromkeys(map(ord, "0123456789"), "_")  # few names are left to look at
+OPPOSITES = ({"yes", "no"}, {"pos", "neg"}, {"true", "false"})  # which of them is normal depends
+NEUTRAL = set("image images img imgs class part parts sample samples set data only test train".split())
+
+
+def words(name: str) -> list[str]:
+    """The words of a name, folded, without numbers and signs; notOK and JPEGImages are two each."""
+    return _words(name.translate(NO_DIGITS))
+
+
+@lru_cache(maxsize=2**16)
+def _words(name: str) -> list[str]:
+    name = re.sub(r"ground[ _-]?truth", "groundtruth", unicodedata.normalize("NFC", name), flags=re.IGNORECASE)
+    name = re.sub(r"\b(n?)\.?i\.?o\b", r"\1io", name, flags=re.IGNORECASE)
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
+    return re.findall(r"[^\W\d_]+", name.casefold())
+
+
+def kind_of(name: str) -> str:
+    """What the name of a folder or an image says: train, test, normal, defect, or "" for nothing."""
+    return _kind_of(name.translate(NO_DIGITS))
+
+
+@lru_cache(maxsize=2**16)
+def _kind_of(name: str) -> str:
+    said = words(name)
+    of_words = {says for word in said if (says := _says(word))}
+    if not NEGATIONS.isdisjoint(said):  # not_ok, no_defect
+        of_words = {_flipped(says) for says in of_words}
+    parts = {"train": TRAIN_WORDS, "test": TEST_WORDS}
+    of_words |= {part for part, its_words in parts.items() if not its_words.isdisjoint(said)}
+    return next((kind for kind in ("train", "test", "defect", "normal") if kind in of_words), "")
+
+
+def _says(word: str) -> str:
+    """normal, defect or ""."""
+    if NORMAL.fullmatch(word):
+        return "normal"
+    if (match := FLIP.fullmatch(word)) and (rest := _says(match[1] or match[2])):
+        return _flipped(rest)
+    return "defect" if DEFECT.fullmatch(word) else ""
+
+
+def _flipped(says: str) -> str:
+    return {"normal": "defect", "defect": "normal"}.get(says, says)
+
+
+@lru_cache(maxsize=2**16)
+def is_normal(name: str) -> bool:
+    """Whether a name says that something is normal, and nothing else: good, Normal_01, no defects, but not ok_cam1."""
+    said = {word for word in words(name) if word not in NEUTRAL}
+    return bool(said) and kind_of(" ".join(said)) == "normal" and all(_says(w) or w in NEGATIONS for w in said)
+
+
+@lru_cache(maxsize=2**16)
+def is_masks(name: str) -> bool:
+    """Whether a folder of this name holds masks, and nothing else."""
+    said = words(name)
+    if said[-1:] in (["mask"], ["masks"], ["gt"]):  # anomaly_mask, but not bad_label
+        said = [word for word in said if _says(word) != "defect"]
+    return bool(said) and all(map(MASK.fullmatch, said))
 
 
 # ---- a folder of images that is more than that ----
-
-MASK_WORDS = {"gt", "mask", "masks", "label", "labels", "groundtruth", "annotation", "annotations", "segmentation"}
-TRAIN_WORDS, TEST_WORDS = {"train", "training"}, {"test", "testing", "validation", "valid", "val"}
-NORMAL_WORDS = {"good", "ok", "normal", "negative"}
-DEFECT_WORDS = {"ng", "nok", "ko", "bad", "ungood", "defect", "defects", "defective", "def", "faulty", "fail", "reject"}
-DEFECT_WORDS |= {"abnormal", "anomaly", "anomalies", "anomalous", "positive", "scrap"}
-NEGATIONS = {"no", "not", "non", "free", "without"}
-LOSSY = {".jpg", ".jpeg", ".jpe", ".jfif", ".webp"}
 
 
 def suspicions(images: Sequence[str]) -> tuple[list[str], str]:
@@ -97,49 +199,54 @@ def suspicions(images: Sequence[str]) -> tuple[list[str], str]:
             folder = "/".join(parts[: depth + 1])
             counts[folder] += 1
             children["/".join(parts[:depth])][fold(part)] = folder
-    masks = [folder for folder in counts if not MASK_WORDS.isdisjoint(_words(folder.rpartition("/")[2]))]
+    masks = [folder for folder in counts if any(map(MASK.fullmatch, words(folder.rpartition("/")[2])))]
     hints = [f"masks in {folder}/ ({counts[folder]} of the images)" for folder in masks[:1]]
-    beside = [path for path in images if {*_words(stem(path.rpartition("/")[2]))[-1:]} & MASK_WORDS]
+    stems = {path: path.rpartition("/")[2].rpartition(".")[0] for path in images}
+    beside = [path for path, name in stems.items() if _is_mask_by_name(name)]
     if beside and not masks:
         hints.append(f"masks beside images ({beside[0]}; {len(beside)} of the images)")
     better = ""
     for folder, below in children.items():
-        kinds = {name: _kind(name) for name in sorted(below)}
-        for one, others in (("train", {"test"}), ("normal", {"defect", ""}), ("defect", {""})):
+        kinds = {name: kind_of(below[name].rpartition("/")[2]) for name in sorted(below)}
+        found = [pair for pair in OPPOSITES if pair <= kinds.keys()]
+        hints += [" beside ".join(f"{below[name]}/" for name in sorted(pair)) for pair in found]
+        for one, others in (("train", {"test"}), ("normal", {"defect", "", "test"})):
             ones = [f"{below[name]}/" for name, kind in kinds.items() if kind == one]
             rest = [f"{below[name]}/" for name, kind in kinds.items() if kind in others]
-            if one != "train":
+            if one == "normal":
                 rest += [f"{folder}/{name}".lstrip("/") for name in in_folder[folder][:1]]
             if ones and rest:
                 hints.append(f"{ones[0]} beside {rest[0]}")
-                better = better or (ones[0] if one != "defect" else "")
+                inner = not better or ones[0].startswith(better)  # train/ok is better than train
+                if inner and not ones[0].startswith(tuple(f"{folder}/" for folder in masks)):
+                    better = ones[0]
                 break
+    named = [folder for folder in counts if kind_of(folder.rpartition("/")[2]) == "defect"]
+    defects = [folder for folder in named if counts[folder] < len(images)]  # not a folder around everything
+    if defects and not better:
+        hints.append(f"defects in {defects[0]}/ ({counts[defects[0]]} of the images)")
+    labelled = {kind_of(name): path for path, name in stems.items()}
+    if {"normal", "defect"} <= labelled.keys():
+        hints.append(f"{labelled['normal']} and {labelled['defect']}")
+    tested = [path for path in images if "_test." in path and path.replace("_test.", "_temp.") in stems]
+    if tested:
+        hints.append(f"templates beside {tested[0]}")
     twins = [path for folder, names in in_folder.items() for path in _twins(folder, names)]
     if len(twins) > 1:
         hints.append(f"two files of one name, as image and mask ({twins[0]}.*; {len(twins)} pairs)")
     return hints, better
 
 
-def _kind(name: str) -> str:
-    """What the name of a folder says of the images in it; "" for nothing."""
-    words = set(_words(name))
-    normal, defect = bool(words & NORMAL_WORDS), bool(words & DEFECT_WORDS)
-    if words & NEGATIONS:  # not_ok, no_defect
-        normal, defect = defect, normal
-    kinds = {"train": words & TRAIN_WORDS, "test": words & TEST_WORDS, "normal": normal, "defect": defect}
-    return next((kind for kind, holds in kinds.items() if holds), "")
-
-
-def _words(name: str) -> list[str]:
-    """The words of a name, without numbers."""
-    name = fold(name).replace("ground truth", "groundtruth").replace("ground_truth", "groundtruth")
-    return [word for word in re.split(r"[ _.\-]+", name) if not word.isdecimal()]
+def _is_mask_by_name(name: str) -> bool:
+    said = words(name)
+    return bool(said) and (bool(MASK.fullmatch(said[-1])) or name.casefold().startswith("mask_"))
 
 
 def _twins(folder: str, names: Sequence[str]) -> list[str]:
-    """Names with two endings, one of a lossy format, as sets have them whose masks lie beside the images."""
+    """Names with two endings, as sets have them whose masks, or depths, lie beside the images."""
     endings = defaultdict(set)
     for name in names:
-        endings[os.path.splitext(name)[0]].add(os.path.splitext(name)[1].lower())
-    twins = [name for name, two in endings.items() if len(two) == 2 and len(two & LOSSY) == 1]
+        front, _, ending = name.rpartition(".")
+        endings[front].add(ending.lower())
+    twins = [name for name, of_name in endings.items() if len(of_name) > 1]
     return [f"{folder}/{name}".lstrip("/") for name in twins]

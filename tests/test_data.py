@@ -166,6 +166,8 @@ SPELLINGS = {
     "no comma for no mask": lambda line: line.rstrip(","),
     "a cell too many": lambda line: line if "object" in line else f"{line},",
     "empty lines": lambda line: f"{line}\n,,,,\n",
+    "paths of another machine": lambda line: line.replace(",candle/", ",/home/me/VisA/candle/"),
+    "words": lambda line: line.replace("normal,", "No defect,").replace("train", "training"),
     "a mask for a normal image": lambda line: f"{line}candle/Data/Masks/Anomaly/0.png" if line.endswith(",") else line,
 }
 
@@ -191,6 +193,10 @@ BAD_LINES = {
     "candle,holdout,normal,candle/Data/Images/Normal/0.JPG,": "line 2: the split is holdout",
     "candle,train,,candle/Data/Images/Normal/0.JPG,": "line 2: the class is empty",
     "candle,train,NaN,candle/Data/Images/Normal/0.JPG,": "line 2: the class is NaN",
+    "candle,train,#N/A,candle/Data/Images/Normal/0.JPG,": "line 2: the class is #N/A",
+    "candle,train,normal?,candle/Data/Images/Normal/0.JPG,": "line 2: the class is normal?",
+    "candle,train,-1,candle/Data/Images/Normal/0.JPG,": "line 2: the class is -1",
+    "candle,train,not labeled,candle/Data/Images/Normal/0.JPG,": "line 2: the class is not labeled",
     "candle,train,normal,,": "line 2 names no image",
     "candle,train,normal,../outside.JPG,": "line 2: ../outside.JPG is listed, but lies elsewhere",
     "candle,train,normal,/etc/0.JPG,": "lies elsewhere",
@@ -215,13 +221,15 @@ def test_a_csv_that_is_not_visas_is_refused_and_validation_is_left_out(tmp_path)
         "left out: for validation: 1 (candle/Data/Images/Normal/0.JPG)"
     )
     assert "--data" in error_of(read_root, tmp_path / "candle")  # the CSV lies above
-    for text in (b"image,label\nx,y\n", b"", b"object,split,label,image,mask\n\xff\xff\n"):
+    for text in (b"image,label\nx,y\n", b"", ROWS[0].encode(), b"object,split,label,image,mask\n\xff\xff\n"):
         (tmp_path / "split_csv/1cls.csv").write_bytes(text)
         assert "1cls.csv" in error_of(categories, tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ("cap/", None, "", "cap\\", "realiad_256/cap/"))
-@pytest.mark.parametrize("path", ("OK/{}.jpg", "OK\\{}.jpg", "cap/OK/{}.jpg", "realiad_256/cap/ok/{}.JPG"))
+@pytest.mark.parametrize(
+    "path", ("OK/{}.jpg", "OK\\{}.jpg", "cap/OK/{}.jpg", "realiad_256/cap/ok/{}.JPG", "D:\\x\\cap\\OK\\{}.jpg")
+)
 def test_real_iads_paths_are_found_from_wherever_they_are_written(prefix, path, tmp_path):
     put(*(tmp_path / f"realiad_256/cap/OK/{i}.jpg" for i in range(3)))
     entries = [entry(path.format(i), ("ok", " good ", "OK")[i], float("nan")) for i in range(3)]
@@ -232,7 +240,7 @@ def test_real_iads_paths_are_found_from_wherever_they_are_written(prefix, path, 
     assert dataset.left_out == {"for validation": ["realiad_256/cap/OK/2.jpg"]}
 
 
-@pytest.mark.parametrize("word", (None, "", "null", float("nan")))
+@pytest.mark.parametrize("word", (None, "", "null", float("nan"), []))
 def test_an_entry_without_a_class_is_refused_by_name(word, tmp_path):
     put_realiad(tmp_path, [entry("OK/0.jpg"), entry("OK/1.jpg", word)], [])
     assert "cap.json, train 1 (OK/1.jpg)" in error_of(load_category, tmp_path, "cap")

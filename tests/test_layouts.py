@@ -102,6 +102,27 @@ SETS = {
             {"in train, defective by their folder": 1},
         ),
     ),
+    "categories below the parts": (
+        "{train,test}/{a,b}/good/0.png test/a/{cut,hole}/0.png masks/a/cut/0-mask.png",
+        ("mvtec a b", 1, 0, 1, "test/a/cut/0.png masks/a/cut/0-mask.png test/a/hole/0.png -", {}),
+    ),
+    "masks that lie in no kind's folder, or by the images": (
+        "a/train/good/{0,1}.png a/test/{cut,hole}/{images,anomaly_mask}/0.png a/test/dent/1{,_seg}.png a/test/x/2.png "
+        "a/ground_truth/2.png a/test/bad_label/mask_3.png a/test/bad_label/3.png a/train/good/u/masks/0.png",
+        (
+            "mvtec a",
+            *(2, 0, 0),
+            "a/test/bad_label/3.png a/test/bad_label/mask_3.png "
+            "a/test/cut/images/0.png a/test/cut/anomaly_mask/0.png a/test/dent/1.png a/test/dent/1_seg.png "
+            "a/test/hole/images/0.png a/test/hole/anomaly_mask/0.png a/test/x/2.png a/ground_truth/2.png",
+            {"masks of normal images": 1},
+        ),
+    ),
+    "other words for normal and defective": (
+        "a/training/{gut,Ausschuss}/0.png a/testing/{gut,No_Defect,OK_01,不良品}/0.png b/train/良品/0.png "
+        "c/train/i.O./0.png",
+        ("mvtec a b c", 1, 0, 3, "a/testing/不良品/0.png -", {"in train, defective by their folder": 1}),
+    ),
     "categories that are called like parts": (
         "{test,mask}/train/good/0.png {test,mask}/test/cut/0.png {test,mask}/ground_truth/cut/0_mask.png",
         ("mvtec mask test", 1, 0, 0, "mask/test/cut/0.png mask/ground_truth/cut/0_mask.png", {}),
@@ -151,7 +172,20 @@ REFUSED = {
     "ok beside not ok": ("{ok,not_ok}/{0,1}.png", "ok/ beside not_ok/"),
     "good beside kinds": ("x/{good,cut,hole}/{0,1}.png", "x/good/ beside x/cut/"),
     "good beside images": ("good/{0,1}.png 2.png", "good/ beside 2.png"),
-    "a folder of defects": ("{0,1}.png defects/0.png", "defects/ beside 0.png"),
+    "a folder of defects": ("{0,1}.png x/defects/0.png", "defects in x/defects/ (1 of the images)"),
+    "classes of other names": ("MT_{Blowhole,Free}/0.jpg", "MT_Blowhole/"),
+    "in German": ("{iO,niO}/0.png", "iO/ beside niO/", "{root}/iO"),
+    "in Chinese": ("{合格,不合格}/0.png", "{root}/合格"),
+    "a word for not": ("{nonDefective,Defective}/0.png", "{root}/nonDefective"),
+    "yes and no": ("{yes,no}/0.png", "no/ beside yes/"),
+    "templates": ("x/{0,1}_{temp,test}.jpg", "templates beside x/0_test.jpg"),
+    "labels in names": ("cast_{ok,def}_0.png", "cast_ok_0.png and cast_def_0.png"),
+    "masks in camel case": ("{JPEGImages,SegmentationClass}/0.png", "masks in SegmentationClass/"),
+    "years in names": ("{train2017,val2017}/0.png", "{root}/train2017"),
+    "masks in parts, too": ("{gtFine,leftImg8bit}/{train,val}/0.png", "{root}/leftImg8bit/train,"),
+    "kinds in train": ("{train,test}/{ok_front,def_front}/0.png", "{root}/train/ok_front,"),
+    "defects in train/good": ("a/train/good/{OK,NG}/0.png", "a/train/good/NG: OK/ beside NG/", "--layout mvtec"),
+    "masks in train/good": ("a/train/good/{0,1}.{jpg,png}", "a/train/good: two files of one name"),
     "one level too high": ("mvtec/a/train/good/0.png", "{root}/mvtec (mvtec)"),
     "two levels too high": ("x/y/kos01/Part0{,_label}.jpg", "{root}/x/y (ksdd)"),
     "two sets": ("x/a/train/good/0.png y/a/Data/Images/Normal/0.jpg", "{root}/x (mvtec)", "{root}/y (visa)"),
@@ -174,6 +208,7 @@ def test_a_tree_that_looks_like_more_than_a_folder_of_images_is_refused_in_one_l
         read_root(tmp_path)
     assert all(word.format(root=tmp_path) in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
+    assert name != "defects in train/good" or len(read_root(tmp_path, "mvtec").sets["a"][0]) == 2
     if "looks like" in str(caught.value):  # said outright, every image is one for training
         dataset = load_category(read_root(tmp_path, "folder"), tmp_path.name)
         assert len(dataset.train) == len(spelled(files)) and {record.label for record in dataset.train} == {None}
@@ -181,6 +216,10 @@ def test_a_tree_that_looks_like_more_than_a_folder_of_images_is_refused_in_one_l
 
 def test_folders_that_say_nothing_of_defects_are_a_plain_folder(tmp_path):
     plant(tmp_path, "cams/ok_cam{1,2}/0.png monday/{a,b}.png train/0.jpg gold/maskless.png 0.{png,jpg} labels.csv=")
+    plant(
+        tmp_path,
+        "{inox,nonwoven,wireless,no_flash,2024-05-01,clean_room,pass_2,Nr_1}/SN1_ok.png",
+    )
     assert read_root(tmp_path).layout == "folder"
 
 
