@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,6 +137,8 @@ def _restore(checkpoints: Checkpoints, **items) -> dict[str, Any]:
     except (MemoryError, PermissionError):
         raise
     except Exception:  # by file and damage it is nearly any
+        # of what Orbax has begun and leaves undone Python would warn
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         whole = False
     if not whole:
         raise UserError(f"{checkpoints.folder}: the checkpoint is damaged or not whole; train again with --overwrite")

@@ -90,11 +90,13 @@ def test_a_damaged_or_half_copied_checkpoint_is_refused(copy, capfd):
     shutil.copytree(folder, copy / "whole")
     flipped = bytearray(arrays.read_bytes())
     flipped[len(flipped) // 2] ^= 1
+    names = (folder / "state" / "_METADATA").read_text()
     for damage in (
         lambda: arrays.write_bytes(flipped),
         lambda: arrays.write_bytes(flipped[:99]),
         lambda: shutil.rmtree(folder / "state"),
         lambda: (folder / "state" / "_METADATA").unlink(),
+        lambda: (folder / "state" / "_METADATA").write_text("np.other".join(names.rsplit("np.ndarray", 1))),
         lambda: (folder / "meta" / "metadata").write_text("{"),
         lambda: (folder / "meta" / "metadata").unlink(),
     ):
