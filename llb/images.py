@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 # Pillow takes an image of 90 megapixels for an attack and warns; line-scan cameras deliver more. Our limits are errors.
 Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", module="PIL")  # of damaged files; llb says what is wrong
 MEGAPIXELS, DEEP_MEGAPIXELS = 1000, 250  # 4 GB each: colours take 4 bytes a pixel, a deep image up to 16
 SMALL_MEGAPIXELS = 100  # the size of a larger file must be credible
 # Pillow knows more formats, but some start other programs (EPS starts Ghostscript), and none is for photographs.

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import LATER, ROOT, TILE, child, contents, dates, refuse, succeed
+from helpers import LATER, ROOT, TILE, dates, refuse, succeed
 
 import llb.encoders
 import llb.run
@@ -20,56 +19,10 @@ from llb.device import silence_checkpoints
 from llb.encoders.weights import write_tree
 from llb.files import UserError, discard
 
-# stage 1 with a checkpoint after each step; arguments: a signal that ends it, after which call of what function, flags
-ENDED = """
-import importlib, itertools, os, signal, sys
-import llb.console, llb.train, stage1_partition
-ending, call, module, name = sys.argv[1:5]
-sys.argv[:5] = ["stage1_partition.py"]
-module, calls = importlib.import_module(module), itertools.count(1)
-seldom = ending == "TERM"
-function = getattr(module, name)
-
-def ended(*arguments, **options):
-    result = function(*arguments, **options)
-    if next(calls) == int(call):
-        if module.__name__ == "numpy": os.truncate(arguments[0], 100)  # as if in the middle of it
-        os.kill(os.getpid(), signal.Signals["SIG" + ending])
-    return result
-setattr(module, name, ended)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-llb.train.SAVE_SECONDS, llb.train.SAVE_FRACTION = 1e9 if seldom else 0.0, 1e9
-llb.console.run_script(stage1_partition.main)
-"""
-# while features are written; in a step, which must be saved; while a checkpoint is written, twice; when only
-# purified.txt is missing
-PLACES = """KILL 1 numpy save, TERM 2 llb.train train_step, KILL 1 llb.train save, INT 1 llb.train save,
-    KILL 1 stage1_partition write_scores"""
-
 
 @pytest.fixture
 def copy(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
-def test_a_killed_and_interrupted_run_ends_with_the_files_of_an_undisturbed_one(data, tmp_path):
-    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    flags = ("--data", data, "--out", run, *TILE)
-    steps = []
-    for place in PLACES.split(","):
-        ended = child("-c", ENDED, *place.split(), *flags)
-        steps += [int(step) for step in re.findall(r"continues from step (\d+)", ended.stdout)]
-        status, word = {"INT": (130, "interrupted"), "TERM": (143, "terminated")}.get(place.split()[0], (-9, None))
-        assert ended.returncode == status, ended.stderr
-        if word:
-            assert ended.stderr.strip() == f"{word}: the same command continues from here"
-    assert steps[0] == 2 and steps[1] in (2, 3)
-    for out in (run, undisturbed):
-        last = child(ROOT / "stage1_partition.py", *flags, "--out", out)
-        assert last.returncode == 0 and not list(out.rglob(".*")), last.stderr
-    assert contents(run) == contents(undisturbed)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows allows no such names")

@@ -11,10 +11,14 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="forks with limits an
 @linux
 @pytest.mark.slow
 def test_disturbed_runs_end_with_the_files_of_an_undisturbed_one():
-    """Both training stages are killed, and the disk is full in the evaluation."""
-    one_each = ("--kills", 1, "--most", 1)
-    done = child("-m", "tests.faults", "--only", "kill", "--only", "full", *one_each, timeout=600)
-    assert done.returncode == 0 and "full disk (" in done.stdout, done.stdout + done.stderr
+    """Each way to kill or interrupt a command and each place for a full disk is tried once."""
+    kinds = ("kill", "interrupt", "full")
+    done = child(
+        "-m", "tests.faults", *[word for kind in kinds for word in ("--only", kind)], "--kills", 1, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for fault in ("kill -9 at a write", "SIGTERM, in training", "Ctrl-C, in training", "full disk (checkpoint)"):
+        assert fault in done.stdout, done.stdout
 
 
 @linux
