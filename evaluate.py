@@ -25,7 +25,7 @@ from llb.console import run_script, say
 from llb.data import Dataset, Record
 from llb.device import start_jax
 from llb.features import Fetch, make_encode
-from llb.files import atomic, discard_files, write_json, writing
+from llb.files import UserError, atomic, discard_files, write_json, writing
 from llb.images import load_image, load_masks
 from llb.lock import hold
 from llb.metrics import PixelCounts, accumulate, image_metrics, pixel_metrics_error, pixel_metrics_of, purification
@@ -84,7 +84,7 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
 
     for name, dataset in datasets.items():
         for train_on, stage in stages.items():
-            if train_on in tables.read_metrics(run).get(name, {}) and evaluated(run / name, train_on, settings):
+            if train_on in tables.read_metrics(run).get(name, {}) and evaluated(run / name, stage, dataset):
                 say(f"{name}: {train_on} is evaluated; --overwrite scores again")
                 continue
             values = evaluate(stage, dataset)
@@ -197,10 +197,16 @@ def map_names(records: Sequence[Record]) -> list[str]:
     return [f"{record.path}.png" for record in records]
 
 
-def evaluated(folder: Path, train_on: str, settings: Evaluate) -> bool:
+def evaluated(folder: Path, stage: Stage, dataset: Dataset) -> bool:
     """Whether nothing is left to do for this detector."""
-    done = (folder / f"predictions-{train_on}.csv").exists()
-    return done and not settings.overwrite and (not settings.save_maps or (folder / f"maps-{train_on}").exists())
+    settings, train_on = stage.settings, stage.settings.train_on
+    if settings.overwrite or (settings.save_maps and not (folder / f"maps-{train_on}").exists()):
+        return False
+    try:
+        rows = tables.read_table(folder / f"predictions-{train_on}.csv", ("path", "score", "label"))
+    except UserError:  # damaged: written again
+        return False
+    return [row["path"] for row in rows] == [record.path for record in dataset.test or dataset.train]
 
 
 def purification_facts(dataset: Dataset, purified: tables.Choice, folder: Path) -> dict[str, Any]:

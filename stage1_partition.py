@@ -22,11 +22,11 @@ from llb.data import Dataset, choose_categories, describe, load_category, readin
 from llb.device import start_jax
 from llb.encoders import load_encoder
 from llb.features import Fetch, make_encode
-from llb.files import UserError, atomic, typed, write_json
+from llb.files import UserError, atomic, typed
 from llb.images import load_image, white_line
 from llb.layouts import read_root
 from llb.lock import hold
-from llb.manifest import record_images
+from llb.manifest import record_images, stage1_command, write_config
 from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
 from llb.purify import aggregate, keep_auto, keep_lowest, partition
@@ -42,7 +42,7 @@ from llb.run import (
 )
 from llb.score import heat_maps, score_all
 from llb.tables import Stage1Result, purification_line, stage1_finished, write_purified, write_scores
-from llb.train import Submodels, submodel_keys, train
+from llb.train import Submodels, check_memory, submodel_keys, train
 
 SUSPECTS = 24  # images on the contact sheet
 
@@ -69,6 +69,8 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     say(reading_line(reading))
     encoder = load_encoder(settings.encoder, settings.weights, settings.image_size, settings.precision)
     settings = dataclasses.replace(settings, image_size=encoder.image_size)
+    training = stage_training(encoder, vars(settings))
+    check_memory(training, encoder, settings.submodels)
 
     # ---- the run; images that have changed since it began end the script before any training ----
     facts = {"data_given": settings.data, "reading": reading} | environment(device)
@@ -76,11 +78,11 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     datasets = with_white(datasets, config)
     for line in filter(None, map(white_line, datasets)):
         say(line)
-    record_images(run, datasets, settings.verify, config["command"])
-    write_json(run / "config.json", config)  # not before: images of another place may be others
+    record_images(run, datasets, settings.verify, stage1_command(run, config))
+    write_config(run, config)  # not before: images of another place may be others
 
     # ---- all categories share the encoder and the compiled steps ----
-    stage = Stage(run, settings, encoder, make_encode(encoder), stage_training(encoder, vars(settings)))
+    stage = Stage(run, settings, encoder, make_encode(encoder), training)
     for dataset in datasets:
         folder = run / dataset.category
         if stage1_finished(folder):
@@ -119,7 +121,8 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
     result = Stage1Result(subset, scores, aggregated, kept)
     write_scores(folder, dataset.train, result)
     write_suspects(stage, dataset, result, params, fetch)
-    write_purified(folder, dataset.train, kept)
+    if not (folder / "purified.txt").exists():  # it may be edited, and another of the three files lost
+        write_purified(folder, dataset.train, kept)
     facts = purification([record.label for record in dataset.train], aggregated, kept)
     say(f"{name}: {purification_line(facts)}")
 

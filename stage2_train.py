@@ -20,6 +20,7 @@ from llb.device import start_jax
 from llb.features import make_encode
 from llb.files import UserError, typed
 from llb.lock import hold
+from llb.manifest import stage1_command
 from llb.run import (
     Stage,
     begin_stage2,
@@ -32,7 +33,7 @@ from llb.run import (
     stage_training,
 )
 from llb.tables import Choice, choose_images, stage1_finished
-from llb.train import Submodels, submodel_keys, train
+from llb.train import Submodels, check_memory, submodel_keys, train
 
 
 def main() -> None:
@@ -62,12 +63,13 @@ def run_stage2(run: Path, settings: Stage2) -> None:
         folder = run / dataset.category
         if not stage1_finished(folder):
             problem = f"stage 1 is not finished for {dataset.category}"
-            raise UserError(f"--run {run}: {problem}; continue with: {config['command']}")
+            raise UserError(f"--run {run}: {problem}; continue with: {stage1_command(run, config)}")
         choices.append(choose_images(settings.train_on, folder, dataset))
     encoder = run_encoder(run, config)
+    training = stage_training(encoder, config | vars(settings))
+    check_memory(training, encoder, 1)
     begin_stage2(run, settings, config["categories"])
 
-    training = stage_training(encoder, config | vars(settings))
     stage = Stage(run, settings, encoder, make_encode(encoder), training)
     for dataset, choice in zip(datasets, choices):
         stage2(stage, dataset, choice, config["seed"])

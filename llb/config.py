@@ -12,6 +12,7 @@ from typing import Any
 
 from llb.detectors.recipes import RECIPES
 from llb.device import default_precision
+from llb.files import UserError
 from llb.layouts import LAYOUTS
 from llb.purify import AGGREGATES
 from llb.tables import TRAIN_ON
@@ -182,7 +183,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors."""
 
     def error(self, message: str):
-        line = " ".join(message.removeprefix("argument ").split())
+        line = UserError(message.removeprefix("argument "))
         self.exit(2, f"error: {line} (--help lists every flag)\n")
 
 

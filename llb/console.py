@@ -112,6 +112,7 @@ def run_script(main: Callable[[], None], resumable: bool = True) -> None:
 
     resumable: whether the same command continues an interrupted run.
     """
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: None
     for stream in (sys.stdout, sys.stderr):
         # the old code page of a Windows console has no "→" or "×": print a substitute instead of failing
         stream.reconfigure(errors="replace")

@@ -32,8 +32,8 @@ def start_jax(settings=None) -> str:
     processes.join(settings)
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or "its driver does not start"
         raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: no such device ({reason})") from None
     together = f", in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     if devices[0].platform == "cpu":

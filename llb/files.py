@@ -22,13 +22,15 @@ from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: NumPy's and Pillow's errors have no number
 NOT_IN_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # line ends and control characters, in names of files
+LONGEST_LINE = 4000  # characters of a message, which may quote a damaged file
 
 
 class UserError(Exception):
     """Bad input: one line that names the file or flag and the fix. The scripts print it and exit with status 2."""
 
     def __str__(self) -> str:
-        return NOT_IN_A_LINE.sub(lambda found: ascii(found[0])[1:-1], super().__str__())
+        line = NOT_IN_A_LINE.sub(lambda found: ascii(found[0])[1:-1], super().__str__())
+        return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
 
 
 def is_writer() -> bool:
@@ -167,7 +169,7 @@ def read_json(path: Path | str, advice: str) -> Any:
     """Read JSON that llb wrote. A damaged file raises a UserError that ends with `advice`."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); {advice}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -39,7 +39,7 @@ FORMATS = [name for name in "PNG JPEG BMP TIFF WEBP JPEG2000 GIF PPM AVIF TGA".s
 LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 PREVIEWS = 16  # smaller pages behind the first of a TIFF, at most
 HEADER = 2**16  # bytes of a file in which its header lies
-TEXT_BYTES, TEXT_COMMENTS = 2**24, 100  # of a PNM whose pixels are text, at most
+TEXT_BYTES, TEXT_COMMENTS, SCANS = 2**24, 100, 100  # of a PNM whose pixels are text, and of a JPEG, at most
 BITS, PHOTOMETRIC, SAMPLES, PLANES = 258, 262, 277, 284  # tags of a TIFF
 WHITE = {"integer": [2**bits - 1 for bits in (8, 10, 12, 14, 16)], "float": [1, 255, 65535]}
 FAINT = 32  # smallest value of a mask that is no trace of a compression
@@ -66,8 +66,7 @@ def load_image(path: Path | str, size: int, white: Mapping[str, int] | None = No
     of a TIFF, the maxval of a PGM, sBIT of a PNG), else what `white` says for "integer" or "float" pixels, else the
     smallest that holds the file's values: of 8, 10, 12, 14 or 16 bits, or 1.0, 255.0 or 65535.0.
 
-    A UserError is raised if the file is missing, truncated or no image, is of none of FORMATS, has several images, or
-    its values or its size are out of range.
+    A UserError is raised if the file is missing, damaged, of none of FORMATS or of several images, or out of range.
     """
     with _opened(path) as image:
         image = _to_rgb(_with_8_bits(image, path, white or {}, np.rint), "white")
@@ -83,8 +82,7 @@ def find_white(dataset: Any) -> Any:
         with _opened(path) as image:
             if not (_is_deep(image) or _is_wide(image)) or _declared_white(image, path):
                 return {}
-            kind, own = _kind_and_white(image, path)
-            return {kind: own}
+            return dict([_kind_and_white(image, path)])
 
     with ThreadPoolExecutor(WORKERS) as pool:
         found = list(pool.map(white_of, (*dataset.train, *dataset.test)))
@@ -209,6 +207,8 @@ def _decode(image: Image.Image) -> Image.Image:
     if image.format == "TIFF" and image.tag_v2.get(PLANES) == 2 and image.tile[0].codec_name == "raw":
         if image.tag_v2.get(SAMPLES, 1) > 1 and max(image.tag_v2[BITS]) > 8:  # Pillow would take each byte for a pixel
             raise ValueError("colours of 16 bits in separate planes, not compressed")
+    if image.format in ("JPEG", "MPO") and Path(image.filename).read_bytes().count(b"\xff\xda") > SCANS:
+        raise ValueError(f"it has more than {SCANS} scans")  # empty ones take as long as others
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     return image
@@ -223,9 +223,8 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _is_wide(image: Image.Image) -> bool:
-    """Whether a file that is not decoded has colours of 16 bits a channel. Pillow holds their high bytes."""
-    modes = str([tile.args for tile in image.tile[:1]])  # none of a file that is decoded
-    return not _is_deep(image) and image.format in ("PNG", "TIFF", "PPM") and ";16" in modes
+    """Whether a file that is not decoded, and so has tiles, has colours of 16 bits. Pillow holds their high bytes."""
+    return not _is_deep(image) and image.format in ("PNG", "TIFF", "PPM") and ";16" in str(image.tile[:1])
 
 
 def _declared_white(image: Image.Image, path: Path | str) -> int | None:
@@ -317,27 +316,28 @@ def _defective(path: Path | str) -> np.ndarray:
 
     If compression has left traces (`_has_traces`), a pixel is defective above half of the largest value. If no colour
     of a palette is black, its first colour is the background. A UserError is raised for a compressed mask whose largest
-    value is below FAINT, a JPEG 2000 of which more is grey than marked, and an inverted mask: one that marks the whole
-    border and more than half of the image, but not all.
+    value is below FAINT, a JPEG 2000 of which more is grey than marked, and an inverted mask or one whose background is
+    not black: it marks the whole border and more than half of the image, but is not all of one colour.
     """
     with _opened(path) as image:
-        with open(path, "rb") as file:
-            lossy = image.format in LOSSY and not (image.format == "WEBP" and b"VP8L" in file.read(HEADER))
+        lossy = image.format in LOSSY and not (image.format == "WEBP" and b"VP8L" in Path(path).read_bytes()[:HEADER])
         indices = np.asarray(_decode(image)) if image.mode == "P" else None  # (H, W)
         pixels = np.asarray(_to_rgb(_with_8_bits(image, path, {}, np.ceil), "black"))
     levels = pixels if pixels.ndim == 2 else pixels.max(axis=2)  # (H, W)
     largest = int(levels.max())
     if lossy and 0 < largest < FAINT:
         raise UserError(f"{path}: its largest value of {largest} may be a trace of the compression; save it as PNG")
-    defect = levels > (largest // 2 if lossy or _has_traces(levels, largest) else 0)
+    lossy |= _has_traces(levels, largest)
+    defect = levels > (largest // 2 if lossy else 0)
     grey = np.count_nonzero((levels > largest // 4) & (levels <= 3 * largest // 4))
     if image.format == "JPEG2000" and grey > np.count_nonzero(defect):
         raise UserError(f"{path} is compressed too much to tell the defects; save it as PNG")
     if indices is not None and defect.all() and indices.any():
         defect = indices > 0
     border = [defect[0], defect[-1], defect[:, 0], defect[:, -1]]
-    if all(side.all() for side in border) and 0.5 < defect.mean() < 1:
-        raise UserError(f"{path} marks the whole border of the image; invert it (defects are bright) or delete it")
+    one_colour = defect.all() if lossy else (pixels == pixels[0, 0]).all()
+    if all(side.all() for side in border) and defect.mean() > 0.5 and not one_colour:
+        raise UserError(f"{path} marks the whole border of the image; make what is normal black, or delete it")
     return defect
 
 

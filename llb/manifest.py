@@ -1,31 +1,92 @@
-"""What belongs to a run: its images, by their contents, and the files that llb wrote, by their names.
+"""What belongs to a run: config.json, its images, by their contents, and the files that llb wrote, by their names.
 
+RUN/config.json              settings and facts, see llb.run; "llb" marks a run, "checksum" is of all else
 RUN/<category>/images.csv    path, bytes, modified_ns, sha256 of every image and mask; stage 1 writes it first
 
-A copied folder is the same data, a changed image is not. Nothing is deleted but what the second part names.
+A copied folder is the same data, a changed image is not. Nothing is deleted but what the last part names.
 """
 
 import csv
 import hashlib
+import json
 import os
+import re
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llb.console import progress
 from llb.data import Dataset
 from llb.features import prefetch
-from llb.files import UserError, discard, discard_files, is_writer, write_csv, write_json
+from llb.files import UserError, discard, discard_files, is_writer, read_json, typed, write_csv, write_json
 from llb.processes import agreed
 from llb.tables import METRICS_FILE, TRAIN_ON, read_metrics, read_table
 
+VERSION = 1  # of the files of a run: config.json's "llb"
 IMAGES_FILE = "images.csv"
 COLUMNS = ["path", "bytes", "modified_ns", "sha256"]
 READERS, AHEAD = 8, 256  # threads, and files that wait for their turn
 SHOWN = 3  # paths that a message names
 
 State = tuple[int, int, str]  # size in bytes, time of change in ns, SHA-256; "" if the size alone shows the change
+
+
+# ---- config.json ----
+
+
+def own_config(run: Path, where: str) -> dict[str, Any]:
+    """RUN/config.json if llb wrote it, as far as it is whole. A UserError is raised if it is another program's or of
+    another version of llb. where: names the run in messages."""
+    try:
+        text = (run / "config.json").read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: config.json cannot be read ({error.strerror}): give another folder") from None
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = {"llb": VERSION} if b'"llb": ' in text else None
+    if isinstance(config, dict) and config.get("llb") == VERSION:
+        return config
+    if isinstance(config, dict) and ("llb" in config or {"submodels", "sources"} <= config.keys()):
+        raise UserError(f"{where} was made by another version of llb: make it again with another --out")
+    raise UserError(f"{where} holds other files (config.json is not llb's, or empty): give another folder")
+
+
+def read_config(run: Path, where: str, advice: str) -> dict[str, Any]:
+    """RUN/config.json of a run. A UserError is raised as by `own_config`, or if it is not what `write_config` wrote.
+
+    where: names the run in messages; advice: ends the one on a damaged file.
+    """
+    own_config(run, where)
+    config = read_json(run / "config.json", advice)
+    if config.get("checksum") != _checksum(config):
+        raise UserError(f"{where}: config.json is damaged, edited or of another version of llb; {advice}")
+    return config
+
+
+def write_config(run: Path, config: dict[str, Any]) -> None:
+    """Write config.json with a checksum: with one digit changed, it would be of another run."""
+    write_json(run / "config.json", config | {"checksum": _checksum(config)})
+
+
+def _checksum(config: dict[str, Any]) -> str:
+    rest = {name: value for name, value in config.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def stage1_command(run: Path, config: dict[str, Any]) -> str:
+    """The command of stage 1 of a run. The run, its images and its weights may have moved since it was given."""
+    places = {"--data": config["data"], "--weights": config["weights"], "--out": run}
+    words, kept = iter(shlex.split(config["command"])), []
+    for word in words:
+        if word.partition("=")[0] not in places:
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return " ".join([shlex.join(kept), *(f"{flag} {typed(place)}" for flag, place in places.items() if place)])
 
 
 # ---- the images ----
@@ -35,7 +96,8 @@ def record_images(run: Path, datasets: Sequence[Dataset], verify: bool, command:
     """Write images.csv of each category that has not begun, and compare the images of all with it."""
     for dataset in datasets:
         folder = run / dataset.category
-        if not any((folder / name).exists() for name in (IMAGES_FILE, "stage1", "scores.csv")):
+        written = (folder / name for name in (IMAGES_FILE, "scores.csv"))
+        if not any([*checkpoints_in(folder / "stage1"), *(file for file in written if file.exists())]):
             write_manifest(folder, dataset)
     check_manifest(run, datasets, verify, command)
 
@@ -154,7 +216,9 @@ def clear_run(run: Path, categories: Sequence[str]) -> None:
     for name in categories:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise UserError(f"{run / 'config.json'}: {name!r} is not the name of a folder; give another --out")
-    for folder in (run / name for name in categories):
+    folders = [run / name for name in categories]
+    check_checkpoints([folder / part for folder in folders for part in ("stage1", *map(stage2_folder, TRAIN_ON))])
+    for folder in folders:
         discard_files(folder, ("scores.csv", "suspects.png", "purified.txt"))
         clear_checkpoints(folder / "stage1")
         for train_on in TRAIN_ON:
@@ -165,6 +229,7 @@ def clear_run(run: Path, categories: Sequence[str]) -> None:
 
 def clear_stage2(run: Path, categories: Sequence[str], train_on: str) -> None:
     """Delete a final detector and its evaluation."""
+    check_checkpoints([run / name / stage2_folder(train_on) for name in categories])
     metrics = read_metrics(run)
     if any([metrics.get(name, {}).pop(train_on, None) is not None for name in categories]):
         write_json(run / METRICS_FILE, metrics)
@@ -174,7 +239,7 @@ def clear_stage2(run: Path, categories: Sequence[str], train_on: str) -> None:
 
 def clear_detector(folder: Path, train_on: str) -> None:
     """Delete a final detector of one category, its maps and its tables. folder: RUN/<category>."""
-    clear_checkpoints(folder / f"stage2-{train_on}")
+    clear_checkpoints(folder / stage2_folder(train_on))
     paths = set()
     with suppress(UserError):  # damaged or not there
         paths |= read_manifest(folder).keys()
@@ -185,10 +250,29 @@ def clear_detector(folder: Path, train_on: str) -> None:
     discard_files(folder, (f"predictions-{train_on}.csv", f"examples-{train_on}.png"))
 
 
+def stage2_folder(train_on: str) -> str:
+    return f"stage2-{train_on}"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, finished or not: their names are steps, or of Orbax's temporary folders."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    # see `discard`
+    steps = {name: name.removeprefix(".").removesuffix(".old").split(".orbax-checkpoint-tmp")[0] for name in names}
+    return [folder / name for name, step in steps.items() if step.isdecimal()]
+
+
+def check_checkpoints(folders: Iterable[Path]) -> None:
+    """Raise a UserError if something that Orbax has not written would be deleted with a finished checkpoint."""
+    everything = (checkpoint for folder in folders for checkpoint in checkpoints_in(folder))
+    for checkpoint in (checkpoint for checkpoint in everything if checkpoint.name.isdecimal()):
+        inner = os.listdir(checkpoint) if checkpoint.is_dir() else [""]
+        strange = [name for name in inner if not re.match(r"_|(state|meta|commit_success)\b", name)]
+        if strange:
+            raise UserError(f"{checkpoint / strange[0]} is not llb's: move it away and give the same command again")
+
+
 def clear_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints in a folder, finished or not: their names are steps, or of Orbax's temporary folders."""
-    for name in os.listdir(folder) if folder.is_dir() else ():
-        step = name.removeprefix(".").removesuffix(".old").split(".orbax-checkpoint-tmp")[0]  # see `discard`
-        if step.isdecimal():
-            discard(folder / name)
+    """Delete the checkpoints in a folder, and the folder if nothing else is left in it."""
+    discard(*checkpoints_in(folder))
     discard_files(folder, ())

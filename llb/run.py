@@ -6,7 +6,6 @@ RUN/cache/               features, and the demo set; may be deleted
 """
 
 import dataclasses
-import json
 import os
 import platform
 import shlex
@@ -27,15 +26,23 @@ from llb.demo import write_demo
 from llb.detectors.recipes import RECIPES
 from llb.encoders import Encoder, load_encoder
 from llb.features import Encode, Fetch, cached_features, streamed_features
-from llb.files import UserError, check_writable, digest_of_files, is_writer, read_json, typed, write_json
+from llb.files import UserError, check_writable, digest_of_files, is_writer, typed
 from llb.images import ImageFiles, find_white
 from llb.layouts import read_root
 from llb.lock import turn
-from llb.manifest import check_manifest, clear_run, clear_stage2
+from llb.manifest import (
+    VERSION,
+    check_manifest,
+    clear_run,
+    clear_stage2,
+    own_config,
+    read_config,
+    stage1_command,
+    write_config,
+)
 from llb.processes import process_0_first
 from llb.train import Training, make_training
 
-VERSION = 1  # of the files of a run: config.json's "llb", by which a run is recognised
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "scikit-learn", "scipy")
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("stage1_partition.py", "stage2_train.py", "evaluate.py")
@@ -133,8 +140,9 @@ def open_run(
     places = {name: now[name] and os.path.abspath(now[name]) for name in ("data", "weights")}
     now |= places
     if settings.overwrite and file.exists():
+        listed = own_config(run, where).get("categories")
         # a damaged file names no categories: those of this command are cleared
-        clear_run(run, own_config(run, where).get("categories", now["categories"]))
+        clear_run(run, listed if isinstance(listed, list) else now["categories"])
     if file.exists():
         config = read_config(run, where, advice)
         for name, new in places.items():  # one place has many spellings, and a project may move: contents decide
@@ -148,7 +156,7 @@ def open_run(
         white = {dataset.category: dict(find_white(dataset).white) for dataset in datasets}
         known = {"white": {name: values for name, values in white.items() if values}, "command": command_line()}
         config = {"llb": VERSION} | now | known | {"weights_digest": encoder.weights_digest} | facts
-        write_json(file, config)
+        write_config(run, config)
     else:
         raise UserError(f"{where}: process 0 has written it, but this process cannot see it; share the folder")
     return config
@@ -190,44 +198,12 @@ def read_run(run: Path) -> dict[str, Any]:
     with turn(run):
         config = read_config(run, f"--run {run}", _make_again(run))
         if note_sources(config, run):
-            write_json(run / "config.json", config)
+            write_config(run, config)
     return config
 
 
 def _make_again(run: Path | str) -> str:
     return f"make the run again: python stage1_partition.py --out {typed(run)} --overwrite, with the flags it had"
-
-
-def own_config(run: Path, where: str) -> dict[str, Any]:
-    """RUN/config.json if llb wrote it, as far as it is whole. A UserError is raised if it is another program's or of
-    another version of llb. where: names the run in messages."""
-    try:
-        text = (run / "config.json").read_bytes()
-    except OSError as error:
-        raise UserError(f"{where}: config.json cannot be read ({error.strerror}): give another folder") from None
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError):
-        config = {"llb": VERSION} if b'"llb": ' in text else None
-    if isinstance(config, dict) and config.get("llb") == VERSION:
-        return config
-    if isinstance(config, dict) and ("llb" in config or {"submodels", "sources"} <= config.keys()):
-        raise UserError(f"{where} was made by another version of llb: make it again with another --out")
-    raise UserError(f"{where} holds other files (config.json is not llb's): give another folder")
-
-
-def read_config(run: Path, where: str, advice: str) -> dict[str, Any]:
-    """RUN/config.json of a run. A UserError is raised as by `own_config`, or if it is damaged or lacks a setting.
-
-    where: names the run in messages; advice: ends the one on a damaged file.
-    """
-    own_config(run, where)
-    config = read_json(run / "config.json", advice)
-    missing = sorted((influential(Stage1()).keys() | {"weights_digest", "sources", "white"}) - config.keys())
-    if missing:
-        problem = f"{where} was made by another version of llb (config.json has no {', '.join(missing)})"
-        raise UserError(f"{problem}: make it again with: {config.get('command')} --overwrite")
-    return config
 
 
 def note_sources(config: dict[str, Any], run: Path) -> bool:
@@ -242,9 +218,9 @@ def note_sources(config: dict[str, Any], run: Path) -> bool:
 
 def run_encoder(run: Path, config: dict[str, Any]) -> Encoder:
     """The encoder that stage 1 used. A UserError is raised if its weights are missing, or others are in their place."""
-    check_there(run, "the encoder's weights", config["weights"])
+    check_there(run, config, "the encoder's weights", config["weights"])
     encoder = load_encoder(config["encoder"], config["weights"], config["image_size"], config["precision"])
-    advice = f"put the old ones back, or begin again: {config['command']} --overwrite"
+    advice = f"put the old ones back, or begin again: {stage1_command(run, config)} --overwrite"
     check_weights(config, encoder, f"--run {run}", advice)
     return encoder
 
@@ -253,18 +229,23 @@ def load_datasets(run: Path, config: dict[str, Any], verify: bool) -> list[Datas
     """The categories as stage 1 saw them. Images that are not there, or others, raise a UserError."""
     given = config.get("data_given")  # in this folder: if all was moved to another place, images.csv decides
     data = given if given and os.path.exists(given) and not os.path.exists(config["data"]) else config["data"]
-    check_there(run, "its images", data)
-    root = read_root(demo_or_given_root(run, data), config["layout"] if data else None)
-    settings = (config["noise_ratio"], config["seed"])
-    datasets = with_white([load_category(root, name, *settings) for name in config["categories"]], config)
-    check_manifest(run, datasets, verify, config["command"])
+    check_there(run, config, "its images", data)
+    settings, command = (config["noise_ratio"], config["seed"]), stage1_command(run, config)
+    try:
+        root = read_root(demo_or_given_root(run, data), config["layout"] if data else None)
+        datasets = with_white([load_category(root, name, *settings) for name in config["categories"]], config)
+    except UserError as error:
+        problem = f"--run {run}: its images cannot be read as stage 1 read them ({error})"
+        raise UserError(f"{problem}; put the old files back, or begin again: {command} --overwrite") from None
+    check_manifest(run, datasets, verify, command)
     return datasets
 
 
-def check_there(run: Path, name: str, path: str | None) -> None:
+def check_there(run: Path, config: dict[str, Any], name: str, path: str | None) -> None:
     """Raise a UserError if a path that stage 1 was given no longer exists. name: what lies there, for the message."""
     if path and not Path(path).exists():
-        raise UserError(f"--run {run}: {name}, {path}, are not there; put them back")
+        advice = f"put them back, or give stage 1 their new place: {stage1_command(run, config)}"
+        raise UserError(f"--run {run}: {name}, {path}, are not there; {advice}")
 
 
 @process_0_first("begin stage 2")
@@ -277,7 +258,7 @@ def begin_stage2(run: Path, settings: Stage2, categories: list[str]) -> None:
     if settings.overwrite:
         clear_stage2(run, categories, settings.train_on)
     with turn(run):
-        config = read_json(run / "config.json", "run stage 1 with --overwrite")
+        config = read_config(run, f"--run {run}", _make_again(run))
         recorded = config.setdefault("stage2", {})
         old, new = recorded.get(settings.train_on), influential(settings)
         if old is not None and not settings.overwrite:
@@ -285,7 +266,7 @@ def begin_stage2(run: Path, settings: Stage2, categories: list[str]) -> None:
             refuse_differences(old, new, where, "give the same, or --overwrite to train again")
         if old != new:
             recorded[settings.train_on] = new
-            write_json(run / "config.json", config)
+            write_config(run, config)
 
 
 def final_checkpoints(run: Path, dataset: Dataset, train_on: str, indices: np.ndarray) -> CheckpointFolder:

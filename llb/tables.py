@@ -7,6 +7,7 @@ RUN/metrics.json, metrics.csv                  how well each final detector find
 """
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,9 @@ METRICS_FILE = "metrics.json"
 UNDEFINED = "–"
 COLUMN_TYPES = {
     "path": str,
-    "score": float,
-    "kept": lambda text: text == "1",
-    "label": lambda text: int(text) if text else None,
+    "score": lambda text: float(text) if math.isfinite(float(text)) else COLUMN_TYPES[text],
+    "kept": {"0": False, "1": True}.__getitem__,
+    "label": {"0": 0, "1": 1, "": None}.__getitem__,
 }
 
 
@@ -68,12 +69,12 @@ def write_purified(folder: Path, records: Sequence[Record], kept: np.ndarray) ->
 
 
 def stage1_finished(folder: Path) -> bool:
-    return all((folder / name).exists() for name in ("scores.csv", "suspects.png", "purified.txt"))
+    return all((folder / name).is_file() for name in ("scores.csv", "suspects.png", "purified.txt"))
 
 
 def read_table(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of a scores or predictions table, typed; [] without the file. A damaged table raises a UserError."""
-    if not file.exists():
+    if not file.is_file():  # a pipe would be waited for
         return []
     try:
         with open(file, newline="", encoding="utf-8") as opened:
@@ -83,11 +84,11 @@ def read_table(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def read_scores(folder: Path, dataset: Dataset) -> dict[str, np.ndarray]:
-    """scores.csv by column: score float (N,), kept bool (N,). A table of other training images raises a UserError."""
+    """scores.csv by column: score float (N,), kept bool (N,). A UserError is raised if it lacks an image."""
     file = folder / "scores.csv"
     rows = read_table(file, ("path", "score", "kept"))
     if [row["path"] for row in rows] != [record.path for record in dataset.train]:
-        raise UserError(f"{file}: the training images have changed since; run stage 1 with --overwrite")
+        raise UserError(f"{file} is damaged (its rows are not the training images): delete it and run stage 1 again")
     return {name: np.array([row[name] for row in rows]) for name in ("score", "kept")}
 
 
@@ -99,10 +100,10 @@ def read_purified(folder: Path, dataset: Dataset) -> Choice:
     """
     file = folder / "purified.txt"
     position = {record.path: index for index, record in enumerate(dataset.train)}
+    if not file.is_file():
+        raise UserError(f"{file} is not there: run stage 1 again, which writes it")
     try:
         text = file.read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
-    except FileNotFoundError:
-        raise UserError(f"{file} is not there: run stage 1 again, which writes it") from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8 again") from None
     listed = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -145,8 +146,23 @@ def write_predictions(folder: Path, train_on: str, records: Sequence[Record], sc
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
-    """The metrics so far, as metrics.json holds them; {} before the first evaluation."""
-    return read_json(run / METRICS_FILE, "delete it") if (run / METRICS_FILE).exists() else {}
+    """The metrics so far, as metrics.json holds them; {} before the first evaluation. A damaged one: UserError."""
+    file, advice = run / METRICS_FILE, "delete it and run evaluate.py again"
+    if not file.is_file():
+        return {}
+    metrics = read_json(file, advice)
+    entries = list(metrics.values()) if isinstance(metrics, dict) else [None]
+    if not all(isinstance(entry, dict) and all(map(_are_facts, entry, entry.values())) for entry in entries):
+        raise UserError(f"{file} is damaged; {advice}")
+    return metrics
+
+
+def _are_facts(name: str, facts: Any) -> bool:
+    """Whether this may stand in an entry of metrics.json: numbers by name, or the paths of images without masks."""
+    if name == "missing_masks":
+        return isinstance(facts, list) and all(isinstance(path, str) for path in facts)
+    known = isinstance(facts, dict) and (name != "purification" or facts.keys() == set(PURIFICATION))
+    return known and all(v is None or (type(v) in (int, float) and math.isfinite(v)) for v in facts.values())
 
 
 def write_missing_masks(run: Path, category: str, paths: Sequence[str]) -> None:

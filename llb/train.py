@@ -10,6 +10,7 @@ same sub-model trained without them. Stage 2 is the same with K = 1. On the devi
 (llb.placement).
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ from llb.processes import agreed
 SAVE_SECONDS = 10.0  # minimum time between two checkpoints
 SAVE_FRACTION = 0.05  # maximum fraction of the time that is spent on saving
 PREPARING = 2  # batches that threads prepare meanwhile; for ViT-B/14 a thread needs 57 ms, an H200's step 55 ms
+STEP_ARRAYS = 25  # float32 (T, D) that a step keeps for each decoder block and image: XLA reports 33 to 36
 UNREAD_LOSSES = 2  # reading a loss waits for the device, so the newest steps' stay unread while the device works
 State = dict[str, Params]  # {"params": …, "opt": …}
 
@@ -72,6 +74,17 @@ def make_training(
         precision=encoder.precision,
     )
     return Training(model, encoder.image_size, recipe, learning_rate, steps, batch_size)
+
+
+def check_memory(training: Training, encoder: Encoder, submodels: int) -> None:
+    """Raise a UserError if a step needs more memory than a CPU has: Linux ends such a process without a word."""
+    if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
+        arrays = submodels * training.batch_size * training.model.depth * STEP_ARRAYS
+        needed = arrays * encoder.tokens_per_image * encoder.spec.width * 4
+        there = jax.process_count() * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > there:
+            room = f"a step needs about {needed >> 30} GiB of memory, and this machine has {there >> 30}"
+            raise UserError(f"{room}: give a smaller --batch-size, --image-size or --submodels")
 
 
 @dataclass(frozen=True)

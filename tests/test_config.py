@@ -26,7 +26,8 @@ REFUSED = {
     "--out=  ": "--out: the value is empty",
     "--layout=": "--layout: the value is empty",
     "--ste 3": "unrecognized arguments: --ste 3",
-    "--a\nb": "unrecognized arguments: --a b",
+    "--a\nb\x1b": "unrecognized arguments: --a\\nb\\x1b",
+    f"--a{'b' * 10**5}": "bbb … bbb",
 }
 
 

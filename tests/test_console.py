@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llb.console import handled_signals, run_script, stop_later
+from llb.console import handled_signals, run_script, say, stop_later
 from llb.files import UserError
 
 # exception → what its line must mention
@@ -39,6 +39,14 @@ def test_what_the_machine_cannot_do_is_one_line_and_status_2(name, capsys):
         run_script(main)
     (line,) = capsys.readouterr().err.splitlines()
     assert mention in line
+
+
+def test_a_script_works_with_closed_streams(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    run_script(lambda: say("done"))
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
 
 
 def test_an_error_of_the_program_keeps_its_traceback():

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from llb.checkpoint import open_checkpoints, restore_params, save
 from llb.device import silence_checkpoints
 from llb.encoders.weights import write_tree
 from llb.files import UserError, discard
+from llb.manifest import write_config
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ def test_later_stages_take_encoder_and_images_from_the_run_or_name_them(copy):
     encoder = llb.run.run_encoder(copy, config | {"precision": "bfloat16"})
     assert (encoder.spec.name, encoder.image_size, encoder.precision) == ("tiny", 32, "bfloat16")
     for name, mention in (("data", "its images, gone, are not"), ("weights", "encoder's weights, gone, are not")):
-        (copy / "config.json").write_text(json.dumps(config | {name: "gone", "data_given": "gone"}))
+        write_config(copy, config | {name: "gone", "data_given": "gone"})
         for line in (("stage2_train", "--steps", 3), ("evaluate",)):
             assert mention in refuse(*line, "--run", copy)
 
@@ -170,7 +172,7 @@ def test_the_digest_covers_the_scripts_and_the_core_only(project):
 def test_a_run_that_continues_with_other_sources_says_so_and_records_them(copy, project):
     note, began = "note: the sources of llb have changed", llb.run.sources_digest()
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"sources": [began]}))
+    write_config(copy, config | {"sources": [began]})
     assert note not in succeed("evaluate", "--run", copy)
     (project / "llb" / "score.py").write_text("")
     for flags in (("stage2_train", "--steps", 3), ("evaluate",)):
@@ -189,12 +191,15 @@ def test_a_run_records_the_commit_and_whether_files_differ_from_it(project):
     assert before["git_commit"] is None and len(committed["git_commit"]) == 40
 
 
-def test_stage_2_trains_on_an_edited_list_and_the_report_says_so(copy):
+def test_stage_2_trains_on_an_edited_list_and_the_report_says_so(copy, data):
     purified, stage2 = copy / "tile" / "purified.txt", ("stage2_train", "--run", copy, "--steps", 3)
     lines = purified.read_text().splitlines()
     purified.write_bytes("\r\n".join(lines).encode("utf-8-sig"))  # as some editors save it
     assert "stage 2 on purified is finished" in succeed(*stage2)
     purified.write_text("\n".join(lines[1:]))
+    (copy / "tile" / "suspects.png").unlink()  # stage 1 draws it again, and leaves the list as it is
+    succeed("stage1_partition", "--data", data, "--out", copy, *TILE)
+    assert (copy / "tile" / "suspects.png").exists() and purified.read_text() == "\n".join(lines[1:])
     for line in (stage2, ("evaluate", "--run", copy)):
         assert "has changed since this was trained; train again with --overwrite" in refuse(*line)
     succeed("evaluate", "--run", copy, "--train-on", "all")
@@ -205,19 +210,34 @@ def test_stage_2_trains_on_an_edited_list_and_the_report_says_so(copy):
 
 
 def test_a_damaged_file_is_named(copy):
-    table = (copy / "tile" / "scores.csv").read_bytes()
+    table, config = (copy / "tile" / "scores.csv").read_bytes(), (copy / "config.json").read_bytes()
+    metrics = json.loads((copy / "metrics.json").read_text())
     for name, damaged, mention in (
         ("tile/scores.csv", table.replace(b",", b";"), "scores.csv"),
         ("tile/scores.csv", table.replace(b"0.", b"0,"), "scores.csv"),
         ("tile/scores.csv", b"path,score\n", "scores.csv"),
+        ("tile/scores.csv", re.sub(rb",[^,]+(,\d+,\d,\d\n)", rb",inf\1", table), "scores.csv is damaged ('inf')"),
+        ("tile/scores.csv", re.sub(rb"\d(,\d\n)", rb"x\1", table), "scores.csv is damaged ('x')"),
         ("tile/purified.txt", "no.png".encode("utf-16"), "purified.txt is not UTF-8"),
         ("tile/purified.txt", b"no.png\n", "line 1: no.png is not among"),
         ("tile/purified.txt", None, "stage 1"),
         ("config.json", b"{", "config.json is not llb's"),
-        ("config.json", (copy / "config.json").read_bytes()[:-9], "config.json is not valid JSON"),
+        ("config.json", config[:-9], "config.json is not valid JSON"),
+        ("config.json", config.replace(b'"seed": 0', b'"seed": ' + b"9" * 5000), "config.json is not valid JSON"),
+        ("config.json", config.replace(b'"seed": 0', b'"seed": 1'), "config.json is damaged, edited or of"),
+        ("metrics.json", b"[]", "metrics.json is damaged; delete it"),
+        *(
+            ("metrics.json", json.dumps(metrics | {"tile": metrics["tile"] | part}).encode(), "metrics.json is damaged")
+            for part in ({"all": None}, {"all": {"image_auroc": "1"}}, {"missing_masks": 3}, {"purification": {}})
+        ),
     ):
         whole = (copy / name).read_bytes()
         (copy / name).unlink() if damaged is None else (copy / name).write_bytes(damaged)
-        for script in LATER:
+        for script in LATER[name == "metrics.json" :]:
             assert mention in refuse(script, "--run", copy)
         (copy / name).write_bytes(whole)
+    predictions = copy / "tile" / "predictions-all.csv"  # evaluation writes a damaged one again
+    whole = predictions.read_bytes()
+    predictions.write_bytes(whole[:40])
+    succeed("evaluate", "--run", copy)
+    assert predictions.read_bytes() == whole

@@ -247,6 +247,7 @@ PAGES = {"save_all": True, "append_images": [Image.fromarray(RAMP.T)]}
         ("rgba.png", png16(np.dstack([TWELVE] * 4)), {}, "transparency, and values up to 4095 in 16 bits"),
         ("clear.png", png16(np.dstack([TWELVE] * 3), chunk(b"tRNS", bytes(6))), {}, "transparency, and values"),
         ("lab.tif", Image.new("LAB", (4, 4)), {}, "LAB"),
+        ("scans.jpg", RAMP, {"comment": b"\xff\xda" * 101}, "more than 100 scans"),
         *(("a.tif", np.full((4, 4), value, np.float32), {}, "has values from") for value in (-1, 1e6, np.nan)),
         ("a.tif", np.full((4, 4), 65536, np.int32), {}, "has values from"),
     ],
@@ -327,6 +328,7 @@ def test_every_positive_pixel_of_a_mask_is_defective_but_no_trace_of_a_compressi
         ("faint.jpg", FAINT, {}, "largest value of . may be a trace"),
         ("tiny.jp2", FAINT * 255, {"quality_mode": "rates", "quality_layers": [40]}, "compressed too much"),
         ("inverted.png", 255 - FAINT * 255, {}, "the whole border"),
+        ("grey.png", 128 + FAINT * 127, {}, "the whole border"),
     ],
 )
 def test_a_mask_that_cannot_be_told_from_its_background_is_refused(name, mask, options, message, tmp_path):

@@ -15,7 +15,7 @@ from llb.data import Dataset
 from llb.files import UserError, atomic, write_csv, write_text
 from llb.layouts import Record
 from llb.lock import hold, turn
-from llb.manifest import clear_run, clear_stage2
+from llb.manifest import clear_run, clear_stage2, write_config
 from llb.tables import choose_images, read_purified
 
 OWN = ("notes.txt", "tile/marks.csv", "tile/stage1/why.txt", "tile/maps-all/best/000.png", "cache/mine.npy", "x/1.png")
@@ -25,8 +25,7 @@ OWN = ("notes.txt", "tile/marks.csv", "tile/stage1/why.txt", "tile/maps-all/best
 def moved(finished, data, tmp_path):
     """A finished run and its images, copied to another place."""
     run, root = shutil.copytree(finished, tmp_path / "run"), shutil.copytree(data, tmp_path / "data")
-    config = json.loads((run / "config.json").read_text()) | {"data": str(root), "data_given": "data"}
-    (run / "config.json").write_text(json.dumps(config))
+    write_config(run, json.loads((run / "config.json").read_text()) | {"data": str(root), "data_given": "data"})
     return run, root
 
 
@@ -55,6 +54,12 @@ def test_overwrite_deletes_what_llb_wrote_and_nothing_else(moved):
     outside[0].touch()
     rows = [[path, 0.5, 0] for path in (*paths, "../../../a", str(outside[1])[:-4])]
     write_csv(run / "tile" / "predictions-all.csv", ["path", "score", "label"], rows)
+    write_text(run / "tile" / "stage1" / "0" / "mine.txt", "looks like a checkpoint")
+    before = files_below(run)
+    with pytest.raises(UserError, match="stage1/0/mine.txt is not llb's: move it away"):
+        clear_run(run, ["tile"])
+    assert files_below(run) == before
+    shutil.rmtree(run / "tile" / "stage1" / "0")
     clear_run(run, ["tile"])
     assert files_below(run) == cached | set(OWN)
     assert files_below(root) == images and all(file.exists() for file in outside)
@@ -142,7 +147,8 @@ def test_images_that_changed_since_stage_1_are_named_by_every_command(moved):
         change(name)
         for command in commands:
             line = refuse(*command, *more)
-            assert mention in line and line.endswith("--overwrite") and "python stage1_partition.py" in line
+            # of this run and these images, not of those that were copied
+            assert mention in line and line.endswith(f" --data {root} --out {run} --overwrite")
         file.unlink(missing_ok=True)
         if before:
             file.write_bytes(before)

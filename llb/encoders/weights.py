@@ -230,9 +230,10 @@ def download_weights(spec: Spec) -> Path:
     If the hub cannot be reached, a UserError says which file to download and how to pass it.
     """
     import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)  # it tells of every try without a network
     reason = None
     for name in ("model.safetensors", "pytorch_model.bin"):  # some repositories of DINO v1 have only the latter
         try:
