@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from llb.console import progress
-from llb.data import Dataset
+from llb.data import Dataset, Record
 from llb.features import prefetch
 from llb.files import UserError, discard, discard_files, is_writer, read_json, typed, write_csv, write_json
+from llb.images import load_image, load_masks
 from llb.processes import agreed
 from llb.tables import METRICS_FILE, TRAIN_ON, read_metrics, read_table
 
@@ -98,8 +99,24 @@ def record_images(run: Path, datasets: Sequence[Dataset], verify: bool, command:
         folder = run / dataset.category
         written = (folder / name for name in (IMAGES_FILE, "scores.csv"))
         if not any([*checkpoints_in(folder / "stage1"), *(file for file in written if file.exists())]):
+            check_readable(dataset)
             write_manifest(folder, dataset)
     check_manifest(run, datasets, verify, command)
+
+
+def check_readable(dataset: Dataset) -> None:
+    """Decode the test images and masks. Only the evaluation reads them, and then it is too late to replace one.
+
+    A UserError is raised for the first that cannot be read.
+    """
+
+    def decode(record: Record) -> None:
+        load_image(dataset.root / record.path, 1, dataset.white)
+        load_masks(dataset.root, [record], 1)
+
+    with progress(total=len(dataset.test), desc=f"{dataset.category}, test images", unit="image") as bar:
+        for _ in prefetch(decode, dataset.test, READERS, AHEAD):
+            bar.update()
 
 
 def write_manifest(folder: Path, dataset: Dataset) -> None:

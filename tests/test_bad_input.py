@@ -10,6 +10,7 @@ CASES = {
     "missing folder": ("--data nowhere", "nowhere"),
     "one image": ("--data single", "single"),
     "truncated image": ("--data truncated", "2.png"),
+    "truncated mask": ("--data late", "005_mask.png"),
     "a category that is not there": ("--category bottle", "tile"),
     "an image outside the root": ("--data realiad --noise-ratio 0.1", "lies elsewhere"),
     "a category named like a file of the run": ("--data mean", "rename"),
@@ -49,8 +50,9 @@ def bad(tmp_path_factory):
     for i in range(4):
         draw(root / "truncated" / f"{i}.png", i)
         draw(root / "mean" / f"{i}.png", i)
-    file = root / "truncated" / "2.png"
-    file.write_bytes(file.read_bytes()[:600])
+    mask = draw_mvtec(root / "late") / "tile" / "ground_truth" / "square" / "005_mask.png"
+    for file, size in ((root / "truncated" / "2.png", 600), (mask, 60)):
+        file.write_bytes(file.read_bytes()[:size])
     (root / "file").touch()
     (root / "link").symlink_to("good")
     draw(root / "realiad" / "realiad_256" / "cap" / "0.jpg", 0)

@@ -149,6 +149,7 @@ def test_images_that_changed_since_stage_1_are_named_by_every_command(moved):
             line = refuse(*command, *more)
             # of this run and these images, not of those that were copied
             assert mention in line and line.endswith(f" --data {root} --out {run} --overwrite")
+            assert line.count("--out") == 1
         file.unlink(missing_ok=True)
         if before:
             file.write_bytes(before)
