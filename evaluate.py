@@ -24,25 +24,26 @@ from llb.config import Evaluate, parse_flags
 from llb.console import run_script, say
 from llb.data import Dataset, Record
 from llb.device import start_jax
-from llb.features import Fetch, make_encode
+from llb.features import Features
 from llb.files import UserError, atomic, discard_files, write_json, writing
-from llb.images import load_image, load_masks
+from llb.images import load_image
 from llb.lock import hold
-from llb.metrics import PixelCounts, accumulate, image_metrics, pixel_metrics_error, pixel_metrics_of, purification
-from llb.pictures import contact_sheet
-from llb.report import write_report
-from llb.run import (
-    Stage,
-    fetch_features,
-    final_checkpoints,
-    find_run,
-    finished_detectors,
-    load_datasets,
-    read_run,
-    run_encoder,
-    stage_training,
+from llb.masks import MaskRule, load_masks
+from llb.metrics import (
+    PixelCounts,
+    accumulate,
+    image_metrics,
+    pixel_metrics_error,
+    pixel_metrics_of,
+    purification,
+    sample_auroc,
 )
+from llb.pictures import contact_sheet
+from llb.protocols import PROTOCOLS, mask_rule
+from llb.report import write_report
+from llb.run import final_checkpoints, find_run, finished_detectors, load_datasets, read_run, run_encoder, steps_in
 from llb.score import heat_maps, score
+from llb.stage import Stage, load_features, make_stage
 
 EXAMPLES = 24  # images on the sheet of test examples
 PIXEL_ERROR = 1e-5  # a larger error of the pixel metrics is reported
@@ -62,20 +63,20 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     names = config["categories"]
     detectors = finished_detectors(run, config, settings.train_on)
     encoder = run_encoder(run, config)
-    encode = make_encode(encoder)
     stages = {}
-    for train_on in detectors:
-        training = stage_training(encoder, config | config["stage2"][train_on])
-        stages[train_on] = Stage(run, dataclasses.replace(settings, train_on=train_on), encoder, encode, training)
+    for final in detectors:
+        stage = make_stage(run, settings, encoder, config | config["stage2"][final])
+        stages[final] = dataclasses.replace(stage, final=final)
 
     datasets = dict(zip(names, load_datasets(run, config, settings.verify)))
     facts, notes = {}, {}
     for name, dataset in datasets.items():
         purified = tables.read_purified(run / name, dataset)
-        if "purified" in detectors:
-            # a purified.txt that was edited after the detector was trained ends the script
-            at = final_checkpoints(run, dataset, "purified", purified.indices)
-            check_finished(at, stages["purified"].training.steps)
+        for final in stages:
+            if config["stage2"][final]["train_on"] == "purified":
+                # a purified.txt that was edited after the detector was trained ends the script
+                steps = steps_in(config["stage2"][final], name)
+                check_finished(final_checkpoints(run, dataset, final, purified.indices), steps)
         facts[name] = purification_facts(dataset, purified, run / name)
         notes[name] = [purified.note] if purified.note else []
         if not dataset.test:
@@ -83,14 +84,14 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
             say(f"{name}: {notes[name][-1]}")
 
     for name, dataset in datasets.items():
-        for train_on, stage in stages.items():
-            if train_on in tables.read_metrics(run).get(name, {}) and evaluated(run / name, stage, dataset):
-                say(f"{name}: {train_on} is evaluated; --overwrite scores again")
+        for final, stage in stages.items():
+            if final in tables.read_metrics(run).get(name, {}) and evaluated(run / name, stage, dataset):
+                say(f"{name}: {final} is evaluated; --overwrite scores again")
                 continue
-            values = evaluate(stage, dataset)
+            values = evaluate(stage, dataset, mask_rule(PROTOCOLS.get(config["protocol"]), config["resize"]))
             # written after each detector: an interrupted evaluation continues with the next one
             metrics = tables.read_metrics(run)
-            metrics.setdefault(name, {})[train_on] = values
+            metrics.setdefault(name, {})[final] = values
             write_json(run / tables.METRICS_FILE, metrics)
 
     metrics = tables.read_metrics(run)
@@ -103,28 +104,28 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     say(f"report: {run / 'report.html'}")
 
 
-def evaluate(stage: Stage, dataset: Dataset) -> dict[str, float | None]:
+def evaluate(stage: Stage, dataset: Dataset, rule: MaskRule) -> dict[str, float | None]:
     """Maps, scores and metrics of one final detector on one category. Writes predictions, examples and maps."""
-    name, train_on = dataset.category, stage.settings.train_on
-    folder, size = stage.run / name, stage.encoder.image_size
+    name, final = dataset.category, stage.final
+    folder, size = stage.run / name, stage.setup.image_size
     # a plain folder has no test set: score the images it was trained on, and the dropped ones too
     part = "test" if dataset.test else "train"
     records = getattr(dataset, part)
-    fetch = fetch_features(stage, dataset, part)
-    with open_checkpoints(folder / f"stage2-{train_on}") as checkpoints:
+    features = load_features(stage, dataset, part)
+    with open_checkpoints(folder / f"stage2-{final}") as checkpoints:
         params = restore_params(checkpoints)
 
     # ---- scores; only one batch of maps is in memory: it is counted together with its masks ----
     scores, counts = np.empty(len(records), np.float32), PixelCounts()
     no_mask = []  # paths of defective images: their pixels are not counted
-    maps_folder = folder / f"maps-{train_on}"
+    maps_folder = folder / f"maps-{final}"
     unfinished = maps_folder.with_name(f".{maps_folder.name}.tmp")
     discard_files(unfinished, map_names(records))
-    everything, title = np.arange(len(records)), f"{name}, test on {train_on}"
-    for positions, score_k, maps_k in score(params, stage.training, fetch, everything, title, with_maps=True):
+    everything, title = np.arange(len(records)), f"{name}, test on {final}"
+    for positions, score_k, maps_k in score(params, stage.setup, features, everything, title, with_maps=True):
         batch, maps = [records[i] for i in positions], maps_k[:, 0]  # maps: float32 (b, S, S)
         scores[positions] = score_k[:, 0]
-        masks, judged = load_masks(dataset.root, batch, size)
+        masks, judged = load_masks(dataset.root, batch, size, rule)
         counts = accumulate(counts, masks[judged], maps[judged])
         no_mask += [record.path for record, known in zip(batch, judged) if record.label == 1 and not known]
         if stage.settings.save_maps:
@@ -132,19 +133,20 @@ def evaluate(stage: Stage, dataset: Dataset) -> dict[str, float | None]:
 
     # ---- metrics ----
     labels = [record.label for record in records]
-    metrics = image_metrics(labels, scores) | pixel_metrics_of(counts)
+    samples = sample_auroc([record.path for record in records], labels, scores, dataset.layout)
+    metrics = image_metrics(labels, scores) | samples | pixel_metrics_of(counts)
     tables.write_missing_masks(stage.run, name, no_mask)
     if no_mask:
         say_once(f"{name}: {tables.missing_masks_line(no_mask, labels.count(1))}")
     error = max(pixel_metrics_error(counts).values())
     if error > PIXEL_ERROR:
-        say(f"{name}: so many scores are nearly equal that pixel metrics on {train_on} may be off by {error:.1g}")
+        say(f"{name}: so many scores are nearly equal that pixel metrics on {final} may be off by {error:.1g}")
 
     # ---- write ----
-    write_examples(stage, dataset, part, scores, params, fetch)
+    write_examples(stage, dataset, part, scores, params, features)
     if stage.settings.save_maps:
         replace_maps(unfinished, maps_folder, records)
-    tables.write_predictions(folder, train_on, records, scores)
+    tables.write_predictions(folder, final, records, scores)
     return metrics
 
 
@@ -154,19 +156,21 @@ def say_once(line: str) -> None:
     say(line)
 
 
-def write_examples(stage: Stage, dataset: Dataset, part: str, scores: np.ndarray, params: Params, fetch: Fetch) -> None:
-    """examples-<train-on>.png: EXAMPLES images at equal distances in the ranking, from the highest score down."""
+def write_examples(
+    stage: Stage, dataset: Dataset, part: str, scores: np.ndarray, params: Params, features: Features
+) -> None:
+    """examples-<final>.png: EXAMPLES images at equal distances in the ranking, from the highest score down."""
     records = getattr(dataset, part)
     order = np.argsort(-scores, kind="stable")
     shown = order[np.unique(np.linspace(0, len(order) - 1, EXAMPLES).round().astype(int))]
     tiles = []
-    for index, heat in heat_maps(params, stage.training, fetch, shown, "examples"):
+    for index, heat in heat_maps(params, stage.setup, features, shown, "examples"):
         record = records[index]
         caption = (f"{scores[index]:.4f} {record.kind}", record.path)
-        image = load_image(dataset.root / record.path, stage.encoder.image_size, dataset.white)
+        image = load_image(dataset.root / record.path, stage.setup.image_size, dataset.white, dataset.resize)
         tiles.append((image, heat, caption))
-    folder, train_on = stage.run / dataset.category, stage.settings.train_on
-    atomic(folder / f"examples-{train_on}.png", contact_sheet(tiles).save)
+    folder, final = stage.run / dataset.category, stage.final
+    atomic(folder / f"examples-{final}.png", contact_sheet(tiles).save)
 
 
 def write_maps(folder: Path, records: list[Record], maps: np.ndarray) -> None:
@@ -199,11 +203,11 @@ def map_names(records: Sequence[Record]) -> list[str]:
 
 def evaluated(folder: Path, stage: Stage, dataset: Dataset) -> bool:
     """Whether nothing is left to do for this detector."""
-    settings, train_on = stage.settings, stage.settings.train_on
-    if settings.overwrite or (settings.save_maps and not (folder / f"maps-{train_on}").exists()):
+    settings, final = stage.settings, stage.final
+    if settings.overwrite or (settings.save_maps and not (folder / f"maps-{final}").exists()):
         return False
     try:
-        rows = tables.read_table(folder / f"predictions-{train_on}.csv", ("path", "score", "label"))
+        rows = tables.read_table(folder / f"predictions-{final}.csv", ("path", "score", "label"))
     except UserError:  # damaged: written again
         return False
     return [row["path"] for row in rows] == [record.path for record in dataset.test or dataset.train]

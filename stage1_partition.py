@@ -8,7 +8,6 @@ are few and unlike each other. So: split the training set into K subsets, train 
 sub-model score every image, and keep the images with the lowest scores. Labels, if there are any, are only reported.
 """
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -16,33 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from llb.checkpoint import CheckpointFolder, Params, paths_digest
-from llb.config import Stage1, parse_flags, resolve
+from llb.config import Stage1, parse_flags
 from llb.console import run_script, say
 from llb.data import Dataset, choose_categories, describe, load_category, reading_line
+from llb.defaults import resolve, with_sizes
 from llb.device import start_jax
 from llb.encoders import load_encoder
-from llb.features import Fetch, make_encode
+from llb.features import Features
 from llb.files import UserError, atomic, typed
+from llb.fit import learn
 from llb.images import load_image, white_line
 from llb.layouts import read_root
 from llb.lock import hold
 from llb.manifest import record_images, stage1_command, write_config
 from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
-from llb.purify import aggregate, keep_auto, keep_lowest, partition
-from llb.run import (
-    Stage,
-    demo_or_given_root,
-    environment,
-    fetch_features,
-    open_run,
-    place_run,
-    stage_training,
-    with_white,
-)
+from llb.purify import aggregate, keep_auto, keep_lowest, partition, seen_by, standardised
+from llb.run import as_shown, demo_or_given_root, environment, open_run, place_run
 from llb.score import heat_maps, score_all
+from llb.stage import Stage, check_step, load_features, make_stage
 from llb.tables import Stage1Result, purification_line, stage1_finished, write_purified, write_scores
-from llb.train import Submodels, check_memory, submodel_keys, train
+from llb.train import Submodels, submodel_keys
 
 SUSPECTS = 24  # images on the contact sheet
 
@@ -68,21 +61,20 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     reading = describe(root, datasets)
     say(reading_line(reading))
     encoder = load_encoder(settings.encoder, settings.weights, settings.image_size, settings.precision)
-    settings = dataclasses.replace(settings, image_size=encoder.image_size)
-    training = stage_training(encoder, vars(settings))
-    check_memory(training, encoder, settings.submodels)
+    settings = with_sizes(settings, encoder.image_size)
+    stage = make_stage(run, settings, encoder, vars(settings))
+    check_step(stage.setup, settings.submodels)
 
     # ---- the run; images that have changed since it began end the script before any training ----
     facts = {"data_given": settings.data, "reading": reading} | environment(device)
     config = open_run(run, settings, datasets, encoder, facts)
-    datasets = with_white(datasets, config)
+    datasets = as_shown(datasets, config)
     for line in filter(None, map(white_line, datasets)):
         say(line)
     record_images(run, datasets, settings.verify, stage1_command(run, config))
     write_config(run, config)  # not before: images of another place may be others
 
     # ---- all categories share the encoder and the compiled steps ----
-    stage = Stage(run, settings, encoder, make_encode(encoder), training)
     for dataset in datasets:
         folder = run / dataset.category
         if stage1_finished(folder):
@@ -105,14 +97,17 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
     say(f"{name}: {images} images in {settings.submodels} subsets of {' or '.join(map(str, sizes))}")
 
     # ---- train the K sub-models together, on features that are computed once ----
-    fetch = fetch_features(stage, dataset, "train")
-    submodels = Submodels(subsets, submodel_keys(models_key, settings.submodels))
+    features = load_features(stage, dataset, "train")
+    others = settings.folds == "others"  # each learns from all subsets but its own
+    submodels = Submodels(subsets, submodel_keys(models_key, settings.submodels), others)
     at = CheckpointFolder(folder / "stage1", paths_digest([record.path for record in dataset.train]))
-    params = train(stage.training, fetch, submodels, at, f"{name}, {settings.submodels} sub-models")
+    params = learn(stage.setup, features, submodels, at, f"{name}, {settings.submodels} sub-models")
 
     # ---- score every image with every sub-model, and aggregate ----
-    scores = score_all(params, stage.training, fetch, images, f"{name}, scoring")  # (N, K)
-    aggregated = np.asarray(aggregate(jnp.asarray(scores), jnp.asarray(subset), settings.aggregate))  # (N,)
+    scores = score_all(params, stage.setup, features, images, f"{name}, scoring")  # (N, K)
+    seen = jnp.asarray(seen_by(subset, settings.submodels, others))  # (N, K)
+    comparable = jnp.asarray(scores) if settings.standardise == "no" else standardised(jnp.asarray(scores), seen)
+    aggregated = np.asarray(aggregate(comparable, seen, settings.aggregate))  # (N,)
 
     # ---- select ----
     kept = keep_auto(aggregated) if settings.keep == "auto" else keep_lowest(aggregated, settings.keep)  # (N,) bool
@@ -120,7 +115,7 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
     # ---- write; each score stands beside the path of its image ----
     result = Stage1Result(subset, scores, aggregated, kept)
     write_scores(folder, dataset.train, result)
-    write_suspects(stage, dataset, result, params, fetch)
+    write_suspects(stage, dataset, result, params, features)
     if not (folder / "purified.txt").exists():  # it may be edited, and another of the three files lost
         write_purified(folder, dataset.train, kept)
     facts = purification([record.label for record in dataset.train], aggregated, kept)
@@ -138,19 +133,21 @@ def check(dataset: Dataset, settings: Stage1) -> None:
     if settings.aggregate == "out-of-fold" and settings.submodels == 1:
         need = "a sub-model that was not trained on the image"
         raise UserError(f"--aggregate out-of-fold needs {need}: give --submodels 2 or more")
+    if settings.folds == "others" and settings.submodels == 1:
+        raise UserError("--folds others: one sub-model has no others to learn from; give --submodels 2 or more")
     if settings.aggregate == "max-var" and settings.submodels == 1:
         raise UserError("--aggregate max-var: one sub-model's scores have no variance; give --submodels 2 or more")
 
 
-def write_suspects(stage: Stage, dataset: Dataset, result: Stage1Result, params: Params, fetch: Fetch) -> None:
+def write_suspects(stage: Stage, dataset: Dataset, result: Stage1Result, params: Params, features: Features) -> None:
     """suspects.png: the highest-scoring training images, each with its map (the mean over the sub-models)."""
     highest = np.argsort(ranks(result.aggregated))[:SUSPECTS]
     tiles = []
-    for index, heat in heat_maps(params, stage.training, fetch, highest, "suspects"):
+    for index, heat in heat_maps(params, stage.setup, features, highest, "suspects"):
         path = dataset.train[index].path
         verdict = "kept" if result.kept[index] else "dropped"
         headline = f"{len(tiles) + 1}. {result.aggregated[index]:.4f} {verdict}"
-        image = load_image(dataset.root / path, stage.encoder.image_size, dataset.white)
+        image = load_image(dataset.root / path, stage.setup.image_size, dataset.white, dataset.resize)
         tiles.append((image, heat, (headline, path)))
     atomic(stage.run / dataset.category / "suspects.png", contact_sheet(tiles).save)
 

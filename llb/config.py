@@ -1,6 +1,6 @@
 """Settings: one dataclass for each script defines its flags, its --help and its part of RUN/config.json.
 
-A setting whose default depends on others (the demo set needs fewer steps) is None until `resolve` fills it in, and
+A setting whose default depends on others is None until llb.defaults fills it in, and
 RUN/config.json holds the filled-in value. A later command for the same run must give the same settings.
 """
 
@@ -10,18 +10,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from llb.detectors import DETECTORS
+from llb.detectors.common import SCORES
 from llb.detectors.recipes import RECIPES
-from llb.device import default_precision
 from llb.files import UserError
 from llb.layouts import LAYOUTS
+from llb.protocols import PROTOCOLS
 from llb.purify import AGGREGATES
 from llb.tables import TRAIN_ON
 
-DETECTORS, ENCODER = ("dinomaly",), "dinov2_vitb14_reg"
+ENCODER = "dinov2_vitb14_reg"
 LARGEST_SEED = 2**32 - 1  # JAX keys do not distinguish larger ones
 STEPS, FINAL_STEPS, BATCH = 1000, 5000, 16
 DEMO_STEPS, DEMO_FINAL_STEPS, DEMO_BATCH = 100, 400, 8  # a few minutes on two CPU cores
-PRECISIONS = ("float32", "bfloat16")
+FLAGGED = ("recipe", "dropout")  # settings of a detector that have flags of their own
+PRECISIONS, FOLDS, YES_NO = ("float32", "bfloat16"), ("own", "others"), ("yes", "no")
 # bounds far above any use, below what JAX, NumPy or the machine fails at without a word of help
 MOST, LARGEST_BATCH, LARGEST_SIDE, MOST_SUBMODELS = 10**7, 2**16, 2**12, 10**4
 
@@ -93,6 +96,10 @@ verify_flag = partial(flag, False, VERIFY, affects=False)
 no_cache_flag = partial(flag, False, STREAMED, affects=False)
 coordinator_flag = partial(flag, None, TOGETHER, shown="from srun or mpirun, else one process", affects=False)
 with_coordinator = partial(flag, None, shown="likewise", affects=False)
+SETS = "the detector's own settings, NAME=VALUE,… (another NAME lists them)"
+SCORED = "what of a map is the score of an image"
+set_flag = partial(flag, None, SETS, shown="as published")
+image_score_flag = partial(flag, None, SCORED, choices=tuple(SCORES), shown="the detector's")
 processes_flag = partial(with_coordinator, "with --coordinator: how many processes", whole(1))
 process_id_flag = partial(with_coordinator, "with --coordinator: number of this process", whole(0))
 
@@ -116,27 +123,55 @@ class Stage1:
     )
     out: str = flag("runs/demo", "folder of the run", affects=False)
     encoder: str | None = flag(
-        None, "tiny, dino_vit{s,b}{16,8} or dinov2_vit{s,b,l}14[_reg]", shown=f"tiny for the demo set, else {ENCODER}"
+        None,
+        "tiny; dino_vit{s,b}{16,8}, dinov2_vit{s,b,l}14[_reg]; resnet18, wide_resnet50_2, efficientnet_{b4,lite0}",
+        shown=f"tiny for the demo set, else {ENCODER}",
     )
     weights: str | None = flag(
         None, "model.safetensors from Hugging Face or the original release's .pth", shown="downloaded from the hub once"
     )
     image_size: int | None = flag(
-        None, "side in pixels, a multiple of the patch size", SIDE, shown="392, 384 for patch 16, 112 for tiny"
+        None, "side in pixels, a multiple of the patch size", SIDE, shown="392, 384 for patch 16, 224 CNNs, 112 tiny"
     )
-    submodels: int = flag(3, "K, the number of subsets and sub-models", whole(1, MOST_SUBMODELS))
-    steps: int | None = flag(None, "steps of each sub-model", whole(1), shown=f"{STEPS}, demo set {DEMO_STEPS}")
+    resize: int | None = flag(
+        None, "side of a larger square, of which the centre is taken", SIDE, shown="the image size: nothing is cut off"
+    )
+    protocol: str | None = flag(
+        None,
+        "a published evaluation's settings; flags that are given still win",
+        choices=tuple(PROTOCOLS),
+        shown="none",
+    )
+    submodels: int | None = flag(None, "K, the number of subsets and sub-models", whole(1, MOST_SUBMODELS), shown="3")
+    folds: str | None = flag(
+        None, "each sub-model learns from its own subset, or from all others", choices=FOLDS, shown="the detector's"
+    )
+    steps: int | None = flag(
+        None, "steps of each sub-model", whole(1), shown=f"the detector's, or {STEPS}, demo set {DEMO_STEPS}"
+    )
     batch_size: int | None = flag(None, "images per step, sub-model", IMAGES, shown=f"{BATCH}, demo set {DEMO_BATCH}")
-    learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="llbnad 0.005, dinomaly 0.002")
-    dropout: float | None = flag(None, "bottleneck's rate", real(0, 1), shown="0.2; dinomaly on Real-IAD 0.4")
+    learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="the detector's and recipe's")
+    dropout: float | None = flag(None, "Dinomaly's bottleneck's rate", real(0, 1), shown="0.2")
     seed: int = flag(0, "determines all random numbers", whole(0, LARGEST_SEED))
-    recipe: str = flag("dinomaly", "optimiser, schedule, initialisation and hard mining", choices=tuple(RECIPES))
-    aggregate: str = flag("mean", "combines the K scores of an image into one", choices=AGGREGATES)
-    keep: str | float = flag("auto", "share of images to keep; auto: by the scores", SHARE)
+    recipe: str | None = flag(
+        None, "Dinomaly's optimiser, schedule, initialisation, hard mining", choices=tuple(RECIPES), shown="dinomaly"
+    )
+    aggregate: str | None = flag(
+        None, "combines the K scores of an image into one", choices=AGGREGATES, shown="the detector's"
+    )
+    standardise: str | None = flag(
+        None,
+        "bring the sub-models' scores to one scale before they are combined",
+        choices=YES_NO,
+        shown="yes, dinomaly no",
+    )
+    image_score: str | None = image_score_flag()
+    keep: str | float | None = flag(None, "share of images to keep; auto: by the scores", SHARE, shown="auto")
     precision: str | None = flag(
         None, "matrix products round operands to this", choices=PRECISIONS, shown="float32 on a CPU, else bfloat16"
     )
     detector: str = flag("dinomaly", "the anomaly detector", choices=DETECTORS)
+    set: Any = set_flag()
     cache_gib: float = cache_gib_flag()
     no_cache: bool = no_cache_flag()
     coordinator: str | None = coordinator_flag()
@@ -151,10 +186,14 @@ class Stage2:
     """Train the final detector from scratch on what stage 1 kept."""
 
     run: str = flag("runs/demo", "folder of the run that stage 1 made", affects=False)
-    train_on: str = flag(
-        "purified", "purified: by stage 1; all: no purification; clean: by the labels", choices=TRAIN_ON, affects=False
+    train_on: str = flag("purified", "purified: by stage 1; all: unpurified; clean: by the labels", choices=TRAIN_ON)
+    detector: str | None = flag(None, "the final detector", choices=DETECTORS, shown="stage 1's")
+    set: Any = set_flag()
+    image_score: str | None = image_score_flag()
+    steps: int | None = flag(
+        None, "optimiser steps", whole(1), shown=f"the detector's, or {FINAL_STEPS}, demo set {DEMO_FINAL_STEPS}"
     )
-    steps: int | None = flag(None, "optimiser steps", whole(1), shown=f"{FINAL_STEPS}, demo set {DEMO_FINAL_STEPS}")
+    passes: int | None = flag(None, "passes over the images, in place of --steps", whole(1), shown="see --steps")
     batch_size: int | None = flag(None, "images per step", IMAGES, shown="stage 1's")
     learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="stage 1's")
     cache_gib: float = cache_gib_flag()
@@ -214,23 +253,3 @@ def parse_flags(settings: type, argv: list[str] | None = None):
 def influential(settings) -> dict[str, Any]:
     """The settings that results depend on, by name."""
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["affects"]}
-
-
-def resolve(settings: Stage1, layout: str) -> Stage1:
-    """Fill in the defaults that depend on the data, on the device and on each other.
-
-    layout: "demo", or how `llb.layouts.read_root` has read the root.
-    """
-    demo, recipe = layout == "demo", RECIPES[settings.recipe]
-    defaults = {
-        "layout": layout,
-        "noise_ratio": 0.2 if demo else 0.0,
-        "encoder": "tiny" if demo else ENCODER,
-        "steps": DEMO_STEPS if demo else STEPS,
-        "batch_size": DEMO_BATCH if demo else BATCH,
-        "learning_rate": recipe.learning_rate,
-        "dropout": 0.4 if recipe.name == "dinomaly" and layout.startswith("real-iad") else recipe.dropout,
-        "precision": default_precision(),
-    }
-    missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
-    return dataclasses.replace(settings, **missing)

@@ -17,8 +17,8 @@ import numpy as np
 
 from llb import lists
 from llb.files import UserError
-from llb.images import is_black
 from llb.layouts import Record, Root, Split, read_root
+from llb.masks import is_black
 from llb.tree import OTHER, count, fold, summary
 
 
@@ -35,6 +35,7 @@ class Dataset:
         default_factory=dict
     )  # kind of deep image → the value shown as white (llb.images)
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by the category's list: reason → paths
+    resize: int | None = None  # side of the square of which the centre is shown
 
 
 def categories(root: Root | Path | str) -> list[str]:

@@ -1,8 +1,9 @@
 """Features of the frozen encoder, computed once: neither stage augments, so an image's features never change.
 
     image     uint8   (S, S, 3)
-    tokens    float32 (B, T, D) from every block of the encoder
-    features  float16 (N, 2, T, D): the means of the two groups of blocks that Dinomaly reconstructs (Encoder.features)
+    features  float16 (N, 2, T, D) of a ViT: the means of two groups of its blocks; (N, L) of a CNN: its stages in a row
+
+A detector that damages images gets them in place of features; they lie in the cache alike.
 
 Training and scoring get a function `fetch(indices) → features`. `cached_features` looks them up, `streamed_features`
 computes them each time. Both round to float16, so both give the same scores. (float16 halves disk and traffic; its
@@ -32,6 +33,7 @@ import numpy as np
 from llb import processes
 from llb.console import progress, say
 from llb.encoders import Encoder
+from llb.encoders.specs import CnnSpec
 from llb.files import UserError, atomic, digest_of_files, discard_files, is_writer, read_json, write_json
 from llb.images import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, load_image
 
@@ -41,8 +43,53 @@ SHARD_BYTES = 2**24  # of features in one file: an interruption costs at most th
 OPEN_SHARDS = 64  # a process may have few files open
 CONTENT = "features.json"  # describes what a cache holds
 
-Encode = Callable[[np.ndarray], np.ndarray]  # uint8 (b, S, S, 3) → float16 (b, 2, T, D)
-Fetch = Callable[[np.ndarray], np.ndarray]  # image indices int (…) → float16 (…, 2, T, D)
+Encode = Callable[[np.ndarray], np.ndarray]  # uint8 (b, S, S, 3) → float16 (b, …)
+Fetch = Callable[[np.ndarray], np.ndarray]  # image indices int (…) → float16 (…, …)
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a detector gets of a list of images."""
+
+    fetch: Fetch
+    shape: tuple[int, ...]  # of one image's features
+    frozen: Any = None  # the encoder's parameters, for a detector that gets images
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """How images become features."""
+
+    encoder: Encoder
+    encode: Encode
+    images: bool = False  # they stay images
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image's features."""
+        side = self.encoder.image_size
+        return (side, side, 3) if self.images else self.encoder.feature_shape
+
+    @property
+    def name(self) -> str:
+        """Names the features among others of the same encoder; empty for a ViT's usual ones."""
+        if self.images:
+            return "images"
+        if isinstance(self.encoder.spec, CnnSpec):
+            return "strides-" + "-".join(map(str, self.encoder.strides))
+        return "" if len(self.encoder.spec.groups) == 2 else "blocks"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.images else np.float16)
+
+    def features(self, fetch: Fetch) -> Features:
+        return Features(fetch, self.shape, self.encoder.params if self.images else None)
+
+
+def make_source(encoder: Encoder, images: bool = False) -> Source:
+    """images: for a detector that gets images, which it encodes itself."""
+    return Source(encoder, np.asarray if images else make_encode(encoder), images)
 
 
 def normalise(images: jax.Array) -> jax.Array:
@@ -51,7 +98,7 @@ def normalise(images: jax.Array) -> jax.Array:
 
 
 def make_encode(encoder: Encoder) -> Encode:
-    """The compiled map from images to features: uint8 (b, S, S, 3), b ≤ ENCODE_BATCH → float16 (b, 2, T, D).
+    """The compiled map from images to features: uint8 (b, S, S, 3), b ≤ ENCODE_BATCH → float16 (b, …).
 
     Blocks after the last group are not computed, since nothing reads them.
 
@@ -68,8 +115,9 @@ def make_encode(encoder: Encoder) -> Encode:
     one_at_a_time = Lock()  # two threads may ask: --no-cache encodes while the next batch is prepared
 
     def features_of(params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        features = by_image(partial(encoder.features, params))(normalise(images)).astype(jnp.float16)  # (b, 2, T, D)
-        return features, jnp.isfinite(features).all(axis=(1, 2, 3))  # on the device: NumPy is slow in float16
+        features = by_image(partial(encoder.features, params))(normalise(images)).astype(jnp.float16)  # (b, …)
+        finite = jnp.isfinite(features).reshape(len(features), -1).all(axis=1)
+        return features, finite  # on the device: NumPy is slow in float16
 
     compiled = jax.jit(on_devices(features_of, mesh))
 
@@ -93,8 +141,12 @@ def image_mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
 
 
 def on_devices(function: Callable[[Any, jax.Array], Any], mesh: jax.sharding.Mesh) -> Callable[[Any, jax.Array], Any]:
-    """The same function (parameters, images) → results, where each device of the mesh does its part of the images."""
-    return jax.shard_map(function, mesh=mesh, in_specs=(jax.P(), jax.P("images")), out_specs=jax.P("images"))
+    """The same function (parameters, images) → results, where each device of the mesh does its part of the images.
+
+    Unchecked: a loop that begins with a constant, which JAX takes for equal on all devices, would be refused.
+    """
+    specs = {"in_specs": (jax.P(), jax.P("images")), "out_specs": jax.P("images"), "check_vma": False}
+    return jax.shard_map(function, mesh=mesh, **specs)
 
 
 def by_image(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
@@ -110,7 +162,7 @@ def by_image(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]
 
 def load_batches(files: ImageFiles, size: int) -> Iterator[np.ndarray]:
     """Decode and resize in worker threads, two batches ahead of the reader: uint8 (≤ ENCODE_BATCH, S, S, 3)."""
-    load = partial(load_image, size=size, white=files.white)
+    load = partial(load_image, size=size, white=files.white, resize=files.resize)
     images = (image for _, image in prefetch(load, files.paths, min(8, os.cpu_count() or 1), 2 * ENCODE_BATCH))
     while batch := list(islice(images, ENCODE_BATCH)):
         yield np.stack(batch)
@@ -133,41 +185,35 @@ def prefetch(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def feature_shape(encoder: Encoder) -> tuple[int, int, int]:
-    return (2, encoder.tokens_per_image, encoder.spec.width)  # (2, T, D) of one image
-
-
-def streamed_features(encoder: Encoder, encode: Encode, files: ImageFiles) -> Fetch:
+def streamed_features(source: Source, files: ImageFiles) -> Features:
     """`--no-cache`: decode and encode the images each time they are asked for."""
 
     def fetch(indices: np.ndarray) -> np.ndarray:
         wanted = dataclasses.replace(files, paths=tuple(files.paths[index] for index in indices.ravel()))
-        features = np.concatenate([encode(images) for images in load_batches(wanted, encoder.image_size)])
-        return features.reshape(*indices.shape, *feature_shape(encoder))
+        batches = load_batches(wanted, source.encoder.image_size)
+        return np.concatenate([source.encode(images) for images in batches]).reshape(*indices.shape, *source.shape)
 
-    return fetch
+    return source.features(fetch)
 
 
-def cached_features(
-    encoder: Encoder, encode: Encode, files: ImageFiles, folder: Path, memory_gib: float, title: str
-) -> Fetch:
+def cached_features(source: Source, files: ImageFiles, folder: Path, memory_gib: float, title: str) -> Features:
     """Features of all files, computed at most once for a run and shared by its stages.
 
-    They lie in `folder` as shards (00000.npy …, float16 (n, 2, T, D), and a checksum). Up to `memory_gib` they are read
+    They lie in `folder` as shards (00000.npy …, float16 (n, …), and a checksum). Up to `memory_gib` they are read
     into memory; beyond that the shards are memory-mapped. If the disk has no room for them, they are computed each
     time, as by `streamed_features`. A shard is complete or absent, so an interrupted computation continues with the
     next one; a damaged one is computed again. Several processes compute every P-th shard each. A UserError is raised
     if an image cannot be read, or a shard cannot be written.
     """
     paths = files.paths
-    shape = (len(paths), *feature_shape(encoder))
-    image_bytes = int(np.prod(shape[1:])) * 2
+    shape = (len(paths), *source.shape)
+    image_bytes = int(np.prod(source.shape)) * source.dtype.itemsize
     size = len(paths) * image_bytes
     in_shard = max(1, SHARD_BYTES // image_bytes // ENCODE_BATCH) * ENCODE_BATCH  # images
     starts = range(0, len(paths), in_shard)
     shards = [folder / f"{number:05}.npy" for number in range(len(starts))]
     with processes.process_0_first(f"{title}: cache"):
-        content = {"fingerprint": _fingerprint(encoder, files), "images in a shard": in_shard}
+        content = {"fingerprint": _fingerprint(source, files), "images in a shard": in_shard}
         if _content_of(folder) != content:
             if not is_writer():
                 raise UserError(f"{title}: process 0 sees other images, or another {folder}; share the files")
@@ -181,7 +227,7 @@ def cached_features(
     if processes.agreed(needed > free):
         space = f"on the disk of {folder} they need {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free"
         say(f"{title}: features of {len(paths)} images are computed each time they are needed: {space}")
-        return streamed_features(encoder, encode, files)
+        return streamed_features(source, files)
     state = "to compute" if missing else "already computed"
     place = "in memory" if size <= memory_gib * GIB else "read from disk"
     say(f"{title}: features of {len(paths)} images, {state}, {size / GIB:.2f} GiB, {place}")
@@ -189,31 +235,31 @@ def cached_features(
     own = [number for number in missing if number % jax.process_count() == jax.process_index()]
     wanted = tuple(path for number in own for path in paths[starts[number] : starts[number] + in_shard])
     with progress(total=len(wanted), desc=title, unit="image") as bar:
-        batches = load_batches(dataclasses.replace(files, paths=wanted), encoder.image_size)
+        batches = load_batches(dataclasses.replace(files, paths=wanted), source.encoder.image_size)
         for number in own:
             parts = []
             for images in islice(batches, in_shard // ENCODE_BATCH):  # fewer in the last shard
-                parts.append(encode(images))
+                parts.append(source.encode(images))
                 bar.update(len(images))
             write = partial(_save_shard, features=np.concatenate(parts))
             atomic(shards[number], write, by_any_process=True, size=needed)
     processes.wait(f"{title}: shards")
 
     if size <= memory_gib * GIB:
-        everything = np.empty(shape, np.float16)
+        everything = np.empty(shape, source.dtype)
         for start, shard in zip(starts, shards):
             everything[start : start + in_shard] = np.load(shard)
-        return everything.__getitem__
+        return source.features(everything.__getitem__)
     opened = lru_cache(maxsize=OPEN_SHARDS)(partial(np.load, mmap_mode="r"))
 
     def fetch(indices: np.ndarray) -> np.ndarray:
-        features = np.empty((*indices.shape, *shape[1:]), np.float16)
+        features = np.empty((*indices.shape, *source.shape), source.dtype)
         for number in np.unique(indices // in_shard):
             here = indices // in_shard == number
             features[here] = opened(shards[number])[indices[here] % in_shard]
         return features
 
-    return fetch
+    return source.features(fetch)
 
 
 def _save_shard(file: Path, features: np.ndarray) -> None:
@@ -247,13 +293,14 @@ def _content_of(cache: Path) -> Any:
         return None
 
 
-def _fingerprint(encoder: Encoder, files: ImageFiles) -> str:
-    """A digest of what the features depend on: the encoder, its weights and code, what is shown as white, and each
+def _fingerprint(source: Source, files: ImageFiles) -> str:
+    """A digest of what the features depend on: the encoder, its weights and code, how images are shown, and each
     image's path, size and date."""
+    encoder = source.encoder
     here = Path(__file__).parent
     code = digest_of_files([Path(__file__), here / "images.py", *sorted((here / "encoders").glob("*.py"))], here)
     about = f"{encoder.spec} {encoder.image_size} {encoder.weights_digest} {encoder.precision} {code}"
-    about += json.dumps(dict(files.white), sort_keys=True)
+    about += f" {encoder.strides} {source.images} {files.resize} {json.dumps(dict(files.white), sort_keys=True)}"
     digest = hashlib.sha256(about.encode())
     for path in files.paths:
         try:

@@ -1,7 +1,6 @@
-"""Reading pictures and masks. No JAX.
+"""Reading pictures. No JAX.
 
-image   uint8 (S, S, 3)     any picture file → RGB, resized to a square
-mask    bool (S, S)         True where defective
+image   uint8 (S, S, 3)     any picture file → RGB, resized to a square (llb.masks reads masks)
 
 Before Pillow decodes a file, its kind, format, size and number of pages are checked. Whatever Pillow raises becomes a
 UserError that names the file. Which value of deep images is white is decided for a whole category (`find_white`): a
@@ -13,7 +12,7 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,13 +35,11 @@ SMALL_MEGAPIXELS = 100  # the size of a larger file must be credible
 # Pillow knows more formats, but some start other programs (EPS starts Ghostscript), and none is for photographs.
 Image.init()
 FORMATS = [name for name in "PNG JPEG BMP TIFF WEBP JPEG2000 GIF PPM AVIF TGA".split() if name in Image.OPEN]
-LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 PREVIEWS = 16  # smaller pages behind the first of a TIFF, at most
 HEADER = 2**16  # bytes of a file in which its header lies
 TEXT_BYTES, TEXT_COMMENTS, SCANS = 2**24, 100, 100  # of a PNM whose pixels are text, and of a JPEG, at most
 BITS, PHOTOMETRIC, SAMPLES, PLANES = 258, 262, 277, 284  # tags of a TIFF
 WHITE = {"integer": [2**bits - 1 for bits in (8, 10, 12, 14, 16)], "float": [1, 255, 65535]}
-FAINT = 32  # smallest value of a mask that is no trace of a compression
 WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -52,10 +49,15 @@ class ImageFiles:
 
     paths: tuple[Path, ...]
     white: Mapping[str, int] = field(default_factory=dict)
+    resize: int | None = None  # side of the square of which the centre is shown
 
 
-def load_image(path: Path | str, size: int, white: Mapping[str, int] | None = None) -> np.ndarray:
+def load_image(
+    path: Path | str, size: int, white: Mapping[str, int] | None = None, resize: int | None = None
+) -> np.ndarray:
     """Read any image as RGB and resize it: uint8 (size, size, 3), Pillow's bilinear filter (averaging as it shrinks).
+
+    resize: side of a larger square, of which the centre is taken; None: size, the whole image is shown.
 
     EXIF rotation is applied. Greyscale is repeated in the three channels. Transparent pixels lie on white, but an alpha
     channel that is zero everywhere, or nowhere, cuts nothing out: the colours stay. The first image of an MPO is read
@@ -68,9 +70,17 @@ def load_image(path: Path | str, size: int, white: Mapping[str, int] | None = No
 
     A UserError is raised if the file is missing, damaged, of none of FORMATS or of several images, or out of range.
     """
-    with _opened(path) as image:
-        image = _to_rgb(_with_8_bits(image, path, white or {}, np.rint), "white")
-        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR).convert("RGB"))  # (S, S, 3)
+    with opened(path) as image:
+        image = to_rgb(with_8_bits(image, path, white or {}, np.rint), "white")
+        side = resize or size
+        pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR).convert("RGB"))
+        return centre(pixels, size)  # (S, S, 3)
+
+
+def centre(pixels: np.ndarray, size: int) -> np.ndarray:
+    """(side, side, …) → (size, size, …), side ≥ size; an odd rest is cut as torchvision's CenterCrop cuts it."""
+    start = round((len(pixels) - size) / 2)
+    return pixels[start : start + size, start : start + size]
 
 
 def find_white(dataset: Any) -> Any:
@@ -79,7 +89,7 @@ def find_white(dataset: Any) -> Any:
 
     def white_of(record: Record) -> dict[str, int]:
         path = dataset.root / record.path
-        with _opened(path) as image:
+        with opened(path) as image:
             if not (_is_deep(image) or _is_wide(image)) or _declared_white(image, path):
                 return {}
             return dict([_kind_and_white(image, path)])
@@ -99,46 +109,11 @@ def white_line(dataset: Any) -> str | None:
     return f"{dataset.category}: {', '.join(parts)}" if parts else None
 
 
-def load_mask(path: Path | str, size: int) -> np.ndarray:
-    """Read a defect mask: bool (size, size), True where at least half of the pixel's surroundings are defective.
-
-    Which pixels of the file are defective: `_defective`. EXIF rotation is applied. The size may differ from the
-    image's. The bilinear filter gives the defective share of a pixel's surroundings. If no pixel reaches one half,
-    those with the largest share stay, so that every defective image keeps a mask. A small defect beside a larger one
-    may vanish. A UserError is raised as by `load_image`, and for a mask that cannot be told from its background.
-    """
-    defect = _defective(path)
-    share = Image.fromarray(defect.astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)
-    share = np.asarray(share)  # (S, S), 0…1
-    return share >= min(0.5, share.max()) if defect.any() else np.zeros((size, size), bool)
-
-
-def load_masks(root: Path, records: Sequence[Record], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The masks of images, and which images have pixels to judge.
-
-    masks: bool (b, size, size), all False for a normal image. Several masks of an image are united.
-    judged: bool (b,), False if the label is unknown, or the image is defective and has no mask or only black ones.
-    """
-
-    def load(record: Record) -> np.ndarray:
-        masks = [load_mask(root / path, size) for path in record.masks] if record.label == 1 else []
-        return np.any(masks, axis=0) if masks else np.zeros((size, size), bool)
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        masks = np.stack(list(pool.map(load, records)))
-    return masks, np.array([r.label == 0 or (r.label == 1 and mask.any()) for r, mask in zip(records, masks)], bool)
-
-
-def is_black(path: Path | str) -> bool:
-    """Whether a mask marks nothing as defective."""
-    return not _defective(path).any()
-
-
 # ---- files ----
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
+def opened(path: Path | str) -> Iterator[Image.Image]:
     """An image, not decoded yet, whose header is checked. Any error, also of the caller's work, becomes a UserError."""
     try:
         status = os.stat(path)
@@ -200,7 +175,7 @@ def _has_pages(image: Image.Image) -> bool:
     return True
 
 
-def _decode(image: Image.Image) -> Image.Image:
+def decode(image: Image.Image) -> Image.Image:
     """The same image, decoded and turned upright."""
     if image.mode == "LAB":
         raise ValueError("colour space LAB, not RGB")
@@ -243,11 +218,11 @@ def _declared_white(image: Image.Image, path: Path | str) -> int | None:
 def _kind_and_white(image: Image.Image, path: Path | str) -> tuple[str, int]:
     """Decode a deep or wide image: "integer" or "float", and the smallest white that holds its values."""
     if _is_wide(image):
-        _decode(image)
+        decode(image)
         levels = [high for band, (_, high) in zip(image.getbands(), image.getextrema()) if band != "A"]
         kind, low, high = "integer", 0.0, 256.0 * max(levels) + 255
     else:
-        pixels = np.asarray(_decode(image))
+        pixels = np.asarray(decode(image))
         kind, low, high = "float" if pixels.dtype.kind == "f" else "integer", float(pixels.min()), float(pixels.max())
     tolerance = 0.01 if kind == "float" else 0.0  # resampling exceeds the range of an image a little
     white = next((white for white in WHITE[kind] if high <= (1 + tolerance) * white), None)
@@ -256,11 +231,11 @@ def _kind_and_white(image: Image.Image, path: Path | str) -> tuple[str, int]:
     return kind, white
 
 
-def _with_8_bits(image: Image.Image, path: Path | str, white: Mapping[str, int], to_integer: Callable) -> Image.Image:
+def with_8_bits(image: Image.Image, path: Path | str, white: Mapping[str, int], to_integer: Callable) -> Image.Image:
     """Decode an image; a deep or wide one is scaled to 8 bits, and `to_integer` rounds its pixels."""
     wide = _is_wide(image)
     if not wide and not _is_deep(image):
-        return _decode(image)
+        return decode(image)
     declared = _declared_white(image, path)
     kind, own = _kind_and_white(image, path)
     scale = declared or white.get(kind, own)
@@ -284,11 +259,11 @@ def _with_8_bits(image: Image.Image, path: Path | str, white: Mapping[str, int],
 def _low_bytes(path: Path | str) -> np.ndarray:
     """The low bytes of colours of 16 bits, uint8 (H, W, C): Pillow takes them for the high ones in the wrong order."""
     opposite = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-    with _opened(path) as image:
+    with opened(path) as image:
         for index, tile in enumerate(image.tile):
             mode, *rest = [tile.args] if isinstance(tile.args, str) else tile.args
             image.tile[index] = tile._replace(args=(mode[:-1] + opposite[mode[-1]], *rest))
-        return np.asarray(_decode(image))
+        return np.asarray(decode(image))
 
 
 def _scaled(pixels: np.ndarray, white: int, to_integer: Callable, inverted: bool = False) -> np.ndarray:
@@ -298,7 +273,7 @@ def _scaled(pixels: np.ndarray, white: int, to_integer: Callable, inverted: bool
     return to_integer(255 - levels if inverted else levels).astype(np.uint8)
 
 
-def _to_rgb(image: Image.Image, ground: str) -> Image.Image:
+def to_rgb(image: Image.Image, ground: str) -> Image.Image:
     """The image in RGB or L, the transparent pixels of one that is not transparent as a whole on a ground."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -306,45 +281,3 @@ def _to_rgb(image: Image.Image, ground: str) -> Image.Image:
         if lowest == 0 < highest:
             image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
-
-
-# ---- masks ----
-
-
-def _defective(path: Path | str) -> np.ndarray:
-    """The pixels that a mask file marks: bool (H, W). Black and transparent pixels are normal; others are defective.
-
-    If compression has left traces (`_has_traces`), a pixel is defective above half of the largest value. If no colour
-    of a palette is black, its first colour is the background. A UserError is raised for a compressed mask whose largest
-    value is below FAINT, a JPEG 2000 of which more is grey than marked, and an inverted mask or one whose background is
-    not black: it marks the whole border and more than half of the image, but is not all of one colour.
-    """
-    with _opened(path) as image:
-        lossy = image.format in LOSSY and not (image.format == "WEBP" and b"VP8L" in Path(path).read_bytes()[:HEADER])
-        indices = np.asarray(_decode(image)) if image.mode == "P" else None  # (H, W)
-        pixels = np.asarray(_to_rgb(_with_8_bits(image, path, {}, np.ceil), "black"))
-    levels = pixels if pixels.ndim == 2 else pixels.max(axis=2)  # (H, W)
-    largest = int(levels.max())
-    if lossy and 0 < largest < FAINT:
-        raise UserError(f"{path}: its largest value of {largest} may be a trace of the compression; save it as PNG")
-    lossy |= _has_traces(levels, largest)
-    defect = levels > (largest // 2 if lossy else 0)
-    grey = np.count_nonzero((levels > largest // 4) & (levels <= 3 * largest // 4))
-    if image.format == "JPEG2000" and grey > np.count_nonzero(defect):
-        raise UserError(f"{path} is compressed too much to tell the defects; save it as PNG")
-    if indices is not None and defect.all() and indices.any():
-        defect = indices > 0
-    border = [defect[0], defect[-1], defect[:, 0], defect[:, -1]]
-    one_colour = defect.all() if lossy else (pixels == pixels[0, 0]).all()
-    if all(side.all() for side in border) and defect.mean() > 0.5 and not one_colour:
-        raise UserError(f"{path} marks the whole border of the image; make what is normal black, or delete it")
-    return defect
-
-
-def _has_traces(levels: np.ndarray, largest: int) -> bool:
-    """Whether a mask was probably saved as JPEG before: of the pixels between 0 and the largest value, most lie within
-    an eighth of it from either end, some at each, and they have four grey levels or more."""
-    between = Image.fromarray(levels).histogram()[1:largest]
-    dark, bright = between[: largest // 8], between[len(between) - largest // 8 :]
-    near = any(dark) and any(bright) and sum(dark + bright) > sum(between) / 2
-    return largest >= FAINT and near and np.count_nonzero(between) >= 4

@@ -20,9 +20,11 @@ from typing import Any
 
 from llb.console import progress
 from llb.data import Dataset, Record
+from llb.detectors import DETECTORS
 from llb.features import prefetch
 from llb.files import UserError, discard, discard_files, is_writer, read_json, typed, write_csv, write_json
-from llb.images import load_image, load_masks
+from llb.images import load_image
+from llb.masks import load_masks
 from llb.processes import agreed
 from llb.tables import METRICS_FILE, TRAIN_ON, read_metrics, read_table
 
@@ -234,41 +236,46 @@ def clear_run(run: Path, categories: Sequence[str]) -> None:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise UserError(f"{run / 'config.json'}: {name!r} is not the name of a folder; give another --out")
     folders = [run / name for name in categories]
-    check_checkpoints([folder / part for folder in folders for part in ("stage1", *map(stage2_folder, TRAIN_ON))])
+    check_checkpoints([folder / part for folder in folders for part in ("stage1", *map(stage2_folder, finals()))])
     for folder in folders:
         discard_files(folder, ("scores.csv", "suspects.png", "purified.txt"))
         clear_checkpoints(folder / "stage1")
-        for train_on in TRAIN_ON:
-            clear_detector(folder, train_on)
+        for final in finals():
+            clear_detector(folder, final)
         discard_files(folder, [IMAGES_FILE])
     discard_files(run, (METRICS_FILE, "metrics.csv", "report.html", "config.json"))
 
 
-def clear_stage2(run: Path, categories: Sequence[str], train_on: str) -> None:
+def clear_stage2(run: Path, categories: Sequence[str], final: str) -> None:
     """Delete a final detector and its evaluation."""
-    check_checkpoints([run / name / stage2_folder(train_on) for name in categories])
+    check_checkpoints([run / name / stage2_folder(final) for name in categories])
     metrics = read_metrics(run)
-    if any([metrics.get(name, {}).pop(train_on, None) is not None for name in categories]):
+    if any([metrics.get(name, {}).pop(final, None) is not None for name in categories]):
         write_json(run / METRICS_FILE, metrics)
     for name in categories:
-        clear_detector(run / name, train_on)
+        clear_detector(run / name, final)
 
 
-def clear_detector(folder: Path, train_on: str) -> None:
+def clear_detector(folder: Path, final: str) -> None:
     """Delete a final detector of one category, its maps and its tables. folder: RUN/<category>."""
-    clear_checkpoints(folder / stage2_folder(train_on))
+    clear_checkpoints(folder / stage2_folder(final))
     paths = set()
     with suppress(UserError):  # damaged or not there
         paths |= read_manifest(folder).keys()
     with suppress(UserError):
-        paths |= {row["path"] for row in read_table(folder / f"predictions-{train_on}.csv", ["path"])}
-    for maps in (f"maps-{train_on}", f".maps-{train_on}.tmp"):
+        paths |= {row["path"] for row in read_table(folder / f"predictions-{final}.csv", ["path"])}
+    for maps in (f"maps-{final}", f".maps-{final}.tmp"):
         discard_files(folder / maps, (f"{path}.png" for path in paths))
-    discard_files(folder, (f"predictions-{train_on}.csv", f"examples-{train_on}.png"))
+    discard_files(folder, (f"predictions-{final}.csv", f"examples-{final}.png"))
 
 
-def stage2_folder(train_on: str) -> str:
-    return f"stage2-{train_on}"
+def stage2_folder(final: str) -> str:
+    return f"stage2-{final}"
+
+
+def finals() -> list[str]:
+    """The names that final detectors may have."""
+    return [*TRAIN_ON, *(f"{train_on}-{detector}" for train_on in TRAIN_ON for detector in DETECTORS)]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""How well scores rank defects: AUROC, AP and F1-max of images and of pixels, AUPRO of pixels.
+"""How well scores rank defects: AUROC, AP and F1-max of images and of pixels, AUPRO of pixels, AUROC of samples.
 
 Each distinct score is a threshold, and equal scores pass it together. The curves bend only at the scores of *defective*
 images or pixels, so only these are computed. Between two of them a falling threshold only adds false positives: the ROC
@@ -10,9 +10,10 @@ PixelCounts is a histogram of the scores, whose size does not depend on the imag
 value (about 1e-6 on smooth maps).
 
 Sources: AUPRO: Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, and Real-IAD (CVPR 2024). AP and
-F1-max: precision and recall at every threshold, AP without interpolation.
+F1-max: precision and recall at every threshold, AP without interpolation. S-AUROC: Real-IAD.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,7 @@ from scipy import ndimage
 from llb.files import UserError
 
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max")
+SAMPLE_METRICS = ("sample_auroc",)  # of Real-IAD alone
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro")
 AUPRO_LIMIT = 0.3  # the false-positive rate up to which the per-region overlap is averaged
 BINS = 2**22  # of a PixelCounts, at most: 100 MB (and at least 2**16, one for each page)
@@ -46,6 +48,30 @@ def image_metrics(labels: Sequence[int | None] | np.ndarray, scores: np.ndarray)
     defective = np.array(labels, bool)
     positives, negatives = np.sort(scores[defective]), np.sort(scores[~defective])
     return dict(zip(IMAGE_METRICS, _ranking(*_counts(positives, negatives), len(positives), len(negatives))))
+
+
+def sample_auroc(
+    paths: Sequence[str], labels: Sequence[int | None], scores: np.ndarray, layout: str
+) -> dict[str, float | None]:
+    """Real-IAD's S-AUROC, 0..1: the image AUROC of samples in place of images.
+
+    A sample is one object, photographed by five cameras: the images in one folder, OK/S0001 or NG/<code>/S0001. Its
+    score is the maximum over its views, and so is its label: one view that shows the defect makes the sample defective.
+    Views that are not among `paths` do not count. None if a label is unknown or a class is missing, for another layout,
+    and for "real-iad-sv", whose samples have one view.
+
+    paths: (N,), as in a Record; labels, scores: as for `image_metrics`; layout: of llb.layouts.LAYOUTS.
+    """
+    folders = [path.rpartition("/")[0] for path in paths]
+    views = layout == "real-iad" and all(re.search(r"/S\d+$", folder) for folder in folders)
+    if not views or any(label is None for label in labels):
+        return dict.fromkeys(SAMPLE_METRICS)
+    samples = {}
+    for folder, label, score in zip(folders, labels, np.asarray(scores), strict=True):
+        most = samples.get(folder, (0, -np.inf))
+        samples[folder] = max(most[0], label), max(most[1], score)
+    of_samples = image_metrics(*zip(*samples.values())) if samples else image_metrics((), np.empty(0))
+    return {"sample_auroc": of_samples["image_auroc"]}
 
 
 def pixel_metrics(masks: np.ndarray, maps: np.ndarray) -> dict[str, float | None]:
@@ -179,6 +205,8 @@ def why_undefined(metric: str, labels: Sequence[int | None]) -> str:
         return "it is not known which images are defective"
     if not any(labels):
         return "no image is defective"
+    if metric in SAMPLE_METRICS and 0 in labels:
+        return "no sample is normal, or the images do not lie in folders of samples"
     if metric.startswith("pixel_"):
         return "no defective image has a mask, or the masks leave no normal pixel"
     return "no image is normal"

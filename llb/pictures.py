@@ -33,8 +33,11 @@ MARGIN, LINE = 14, 18  # pixels between tiles, pixels per line of a caption
 def heat_overlay(image: np.ndarray, heat: np.ndarray, low: float, high: float) -> np.ndarray:
     """The image in grey with the anomaly map over it, the hotter, the more colour: uint8 (S, S, 3).
 
-    image: uint8 (S, S, 3); heat: float32 (S, S); low, high: the map's values at both ends of the colour scale.
+    image: uint8 (S, S, 3), resized if the map has another size; heat: float32 (S, S); low, high: the map's values at
+        both ends of the colour scale.
     """
+    if image.shape[:2] != heat.shape:
+        image = np.asarray(Image.fromarray(image).resize(heat.shape[::-1], Image.Resampling.BILINEAR))
     level = ((heat - low) / max(high - low, 1e-12)).clip(0, 1)  # (S, S)
     grey = image @ np.array([0.299, 0.587, 0.114])  # (S, S), ITU-R BT.601 luma
     opacity = (0.10 + 0.70 * np.sqrt(level))[..., None]

@@ -43,11 +43,15 @@ class Placement:
     def spread_features(self, fetch: Fetch, indices: np.ndarray, feature_shape: tuple[int, ...]) -> jax.Array:
         """Image indices, int (K, B) → their features (R, B, *feature_shape), each sub-model's on its device.
 
-        A process fetches only what its own devices need. feature_shape: (2, T, D).
+        A process fetches only what its own devices need. feature_shape: of one image.
         """
         indices = indices[self.model_of_row]
         shape = (*indices.shape, *feature_shape)
         return jax.make_array_from_callback(shape, self.sharding, lambda where: fetch(indices[where[0]]))
+
+    def copied(self, tree):
+        """A host tree → the same on every device; None stays None."""
+        return jax.device_put(tree, jax.NamedSharding(self.mesh, jax.P()))
 
     def gather(self, tree, submodels: int):
         """The reverse of `spread`: a host tree with leading axis K, in all processes."""

@@ -21,14 +21,31 @@ def partition(key: jax.Array, images: int, submodels: int) -> np.ndarray:
     return subset
 
 
-def aggregate(scores: jax.Array, subset: jax.Array, how: str) -> jax.Array:
+def seen_by(subset: np.ndarray, submodels: int, others: bool) -> np.ndarray:
+    """bool (N, K): whether a sub-model has learned from an image. others: from all subsets but its own."""
+    return (np.arange(submodels) == subset[:, None]) ^ others
+
+
+def standardised(scores: jax.Array, seen: jax.Array) -> jax.Array:
+    """Scores of sub-models whose scales differ, on one scale: float32 (N, K), finite.
+
+    Each column is shifted and stretched so that its median and its median absolute deviation, over the images that this
+    sub-model has not seen, become the means of all columns' medians and deviations.
+    """
+    unseen = jnp.where(seen, jnp.nan, scores)
+    middle = jnp.nanmedian(unseen, axis=0)  # (K,)
+    width = jnp.nanmedian(jnp.abs(unseen - middle), axis=0)
+    return (scores - middle) / jnp.where(width > 0, width, 1.0) * width.mean() + middle.mean()
+
+
+def aggregate(scores: jax.Array, seen: jax.Array, how: str) -> jax.Array:
     """Combine the K scores of each image into one: float32 (N,).
 
     Args:
         scores: float32 (N, K), image scores of the sub-models.
-        subset: int32 (N,), the sub-model that was trained on the image.
-        how: "mean" (the paper's); "median"; "max"; "out-of-fold", the mean over the sub-models that were not trained on
-            the image (K ≥ 2); "max-var", the maximum times the variance (the released code's).
+        seen: bool (N, K), of `seen_by`.
+        how: "mean" (the paper's); "median"; "max"; "out-of-fold", the mean over the sub-models that have not seen the
+            image (K ≥ 2); "max-var", the maximum times the variance (the released code's).
     """
     if how == "mean":
         return scores.mean(axis=1)
@@ -39,8 +56,7 @@ def aggregate(scores: jax.Array, subset: jax.Array, how: str) -> jax.Array:
     if how == "max-var":
         return scores.max(axis=1) * scores.var(axis=1)
     if how == "out-of-fold":
-        unseen = jnp.arange(scores.shape[1]) != subset[:, None]  # (N, K)
-        return jnp.where(unseen, scores, 0.0).sum(axis=1) / unseen.sum(axis=1)
+        return jnp.where(seen, 0.0, scores).sum(axis=1) / (~seen).sum(axis=1)
     raise ValueError(f"aggregate is one of {AGGREGATES}, not {how!r}")
 
 
@@ -61,11 +77,12 @@ def keep_auto(scores: np.ndarray, width: float = 2.5) -> np.ndarray:
         keep where log s ≤ c + 2.5 w
 
     No ratio is set: with many defects it drops many images, without any it keeps nearly all, unless the scores of
-    normal images have a long upper tail. It needs some dozens of images: of two, it always drops the higher.
+    normal images have a long upper tail. It needs some dozens of images: of two, it always drops the higher. Scores
+    that may be negative have no logarithm and are taken as they are.
     """
-    if scores.min() < 0:
-        raise ValueError("keep_auto takes the logarithm of the scores, so no aggregated score may be negative")
-    logs = np.log(np.maximum(scores, np.finfo(np.float32).tiny).astype(np.float64))
+    logs = np.asarray(scores, np.float64)
+    if logs.min() >= 0:
+        logs = np.log(np.maximum(logs, np.finfo(np.float32).tiny))
     ordered = np.sort(logs)
     half = (len(ordered) + 1) // 2
     start = np.argmin(ordered[half - 1 :] - ordered[: len(ordered) - half + 1])

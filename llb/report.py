@@ -34,7 +34,8 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
     names = config.get("categories") or tables.category_names(metrics)
     notes = dict.fromkeys(names, []) | (notes or {})
     categories = [category_facts(run / name, name, metrics.get(name, {}), notes[name]) for name in names]
-    rows, reasons = metric_rows(categories, metrics.get("mean", {}))
+    shown = tables.shown_metrics(tables.detector_entries(metrics))
+    rows, reasons = metric_rows(categories, metrics.get("mean", {}), shown)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -46,6 +47,7 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
         reading=reading_line(config["reading"]) if config.get("reading") else None,
         categories=categories,
         rows=rows,
+        titles=[tables.TITLES[name.partition("_")[2]] for name in shown],
         reasons=reasons,
         measured=any(value != tables.UNDEFINED for row in rows for value, _ in row["cells"]),
         settings=shown_settings(config),
@@ -61,8 +63,7 @@ def category_facts(folder: Path, name: str, entry: dict[str, Any], notes: list[s
     scores = tables.read_table(folder / "scores.csv", ("path", "score", "kept", "label"))
     detectors = [
         detector_facts(folder, train_on, entry.get(train_on))
-        for train_on in tables.TRAIN_ON
-        if train_on in entry or (folder / f"predictions-{train_on}.csv").exists()
+        for train_on in tables.detector_names(entry | dict.fromkeys(predicted(folder)))
     ]
     if entry.get("missing_masks") and detectors:
         notes = [*notes, tables.missing_masks_line(entry["missing_masks"], detectors[0]["labels"].count(1))]
@@ -77,6 +78,11 @@ def category_facts(folder: Path, name: str, entry: dict[str, Any], notes: list[s
         "suspects": inlined(folder / "suspects.png"),
         "detectors": detectors,
     }
+
+
+def predicted(folder: Path) -> list[str]:
+    """The final detectors whose predictions are there."""
+    return [file.stem.removeprefix("predictions-") for file in folder.glob("predictions-*.csv")]
 
 
 def detector_facts(folder: Path, train_on: str, metrics: dict[str, float | None] | None) -> dict[str, Any]:
@@ -94,7 +100,9 @@ def highest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["score"])[:LISTED]
 
 
-def metric_rows(categories: list[dict[str, Any]], mean: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+def metric_rows(
+    categories: list[dict[str, Any]], mean: dict[str, Any], shown: tuple[str, ...]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of the metrics table, each value with the number of its footnote (0: none), and the footnotes."""
     groups = []
     for category in categories:
@@ -106,7 +114,7 @@ def metric_rows(categories: list[dict[str, Any]], mean: dict[str, Any]) -> tuple
     for name, detectors in groups:
         for place, (train_on, metrics, labels) in enumerate(detectors):
             cells = []
-            for metric in tables.METRICS:
+            for metric in shown:
                 value, note = metrics.get(metric), 0
                 if value is None:
                     reason = "in no category is it defined" if labels is None else why_undefined(metric, labels)

@@ -11,7 +11,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,13 @@ from typing import Any
 import numpy as np
 
 from llb.checkpoint import CheckpointFolder, paths_digest
-from llb.config import Evaluate, Stage1, Stage2, influential
+from llb.config import Stage1, Stage2, influential
 from llb.console import say
 from llb.data import Dataset, load_category
 from llb.demo import write_demo
-from llb.detectors.recipes import RECIPES
 from llb.encoders import Encoder, load_encoder
-from llb.features import Encode, Fetch, cached_features, streamed_features
 from llb.files import UserError, check_writable, digest_of_files, is_writer, typed
-from llb.images import ImageFiles, find_white
+from llb.images import find_white
 from llb.layouts import read_root
 from llb.lock import turn
 from llb.manifest import (
@@ -41,28 +38,10 @@ from llb.manifest import (
     write_config,
 )
 from llb.processes import process_0_first
-from llb.train import Training, make_training
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "scikit-learn", "scipy")
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("stage1_partition.py", "stage2_train.py", "evaluate.py")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a stage needs for every category. It is made once."""
-
-    run: Path
-    settings: Stage1 | Stage2 | Evaluate
-    encoder: Encoder
-    encode: Encode
-    training: Training
-
-
-def stage_training(encoder: Encoder, settings: dict[str, Any]) -> Training:
-    """The training of a stage. settings, by name: those of stage 1; for a final detector stage 2's replace some."""
-    names = ("learning_rate", "dropout", "steps", "batch_size")
-    return make_training(encoder, RECIPES[settings["recipe"]], **{name: settings[name] for name in names})
 
 
 def demo_or_given_root(run: Path, data: str | None) -> Path:
@@ -73,16 +52,6 @@ def demo_or_given_root(run: Path, data: str | None) -> Path:
     with process_0_first("demo set"):
         write_demo(demo)
     return demo
-
-
-def fetch_features(stage: Stage, dataset: Dataset, part: str) -> Fetch:
-    """Features of a category's "train" or "test" images: from RUN/cache, or with --no-cache computed each time."""
-    files = ImageFiles(tuple(dataset.root / record.path for record in getattr(dataset, part)), dataset.white)
-    if stage.settings.no_cache:
-        return streamed_features(stage.encoder, stage.encode, files)
-    folder = stage.run / "cache" / dataset.category / part
-    title = f"{dataset.category}, {part}"
-    return cached_features(stage.encoder, stage.encode, files, folder, stage.settings.cache_gib, title)
 
 
 # ---- stage 1 begins a run ----
@@ -162,9 +131,13 @@ def open_run(
     return config
 
 
-def with_white(datasets: list[Dataset], config: dict[str, Any]) -> list[Dataset]:
-    """The data sets with what is shown as white in deep images, as stage 1 has found it."""
-    return [dataclasses.replace(dataset, white=config["white"].get(dataset.category, {})) for dataset in datasets]
+def as_shown(datasets: list[Dataset], config: dict[str, Any]) -> list[Dataset]:
+    """The data sets with how their images are shown: white in deep images, as stage 1 has found it, and --resize."""
+    white = config["white"]
+    return [
+        dataclasses.replace(dataset, white=white.get(dataset.category, {}), resize=config["resize"])
+        for dataset in datasets
+    ]
 
 
 def refuse_differences(old: dict[str, Any], new: dict[str, Any], where: str, advice: str) -> None:
@@ -233,7 +206,7 @@ def load_datasets(run: Path, config: dict[str, Any], verify: bool) -> list[Datas
     settings, command = (config["noise_ratio"], config["seed"]), stage1_command(run, config)
     try:
         root = read_root(demo_or_given_root(run, data), config["layout"] if data else None)
-        datasets = with_white([load_category(root, name, *settings) for name in config["categories"]], config)
+        datasets = as_shown([load_category(root, name, *settings) for name in config["categories"]], config)
     except UserError as error:
         problem = f"--run {run}: its images cannot be read as stage 1 read them ({error})"
         raise UserError(f"{problem}; put the old files back, or begin again: {command} --overwrite") from None
@@ -248,43 +221,61 @@ def check_there(run: Path, config: dict[str, Any], name: str, path: str | None) 
         raise UserError(f"--run {run}: {name}, {path}, are not there; {advice}")
 
 
+def final_name(train_on: str, detector: str, config: dict[str, Any]) -> str:
+    """The name of a final detector in a run's files and tables: "purified"; "purified-padim" if it is not stage 1's."""
+    return train_on if detector == config["detector"] else f"{train_on}-{detector}"
+
+
 @process_0_first("begin stage 2")
-def begin_stage2(run: Path, settings: Stage2, categories: list[str]) -> None:
+def begin_stage2(run: Path, settings: Stage2, final: str, steps: dict[str, int]) -> None:
     """Write the settings of a final detector to config.json, or refuse those that differ from the recorded ones.
 
-    With --overwrite the old detector is deleted first. The file is read here: stage 2 with another --train-on may have
-    changed it since this command started.
+    steps: of each category.
+
+    With --overwrite the old detector is deleted first. The file is read here: another stage 2 may have changed it since
+    this command started.
     """
     if settings.overwrite:
-        clear_stage2(run, categories, settings.train_on)
+        clear_stage2(run, list(steps), final)
     with turn(run):
         config = read_config(run, f"--run {run}", _make_again(run))
         recorded = config.setdefault("stage2", {})
-        old, new = recorded.get(settings.train_on), influential(settings)
+        old, new = recorded.get(final), influential(settings) | {"category_steps": None if settings.steps else steps}
         if old is not None and not settings.overwrite:
-            where = f"--run {run}: stage 2 on {settings.train_on}"
+            where = f"--run {run}: stage 2 on {final}"
             refuse_differences(old, new, where, "give the same, or --overwrite to train again")
         if old != new:
-            recorded[settings.train_on] = new
+            recorded[final] = new
             write_config(run, config)
 
 
-def final_checkpoints(run: Path, dataset: Dataset, train_on: str, indices: np.ndarray) -> CheckpointFolder:
+def steps_in(settings: dict[str, Any], category: str) -> int:
+    """The steps of a final detector. settings: in config.json; with --passes each category has its own number."""
+    return settings["steps"] or settings["category_steps"][category]
+
+
+def final_checkpoints(run: Path, dataset: Dataset, final: str, indices: np.ndarray) -> CheckpointFolder:
     """Where a final detector is saved, with the digest of its training images. indices: int (n,), into dataset.train"""
     digest = paths_digest([dataset.train[index].path for index in indices])
-    return CheckpointFolder(run / dataset.category / f"stage2-{train_on}", digest)
+    return CheckpointFolder(run / dataset.category / f"stage2-{final}", digest)
 
 
 def finished_detectors(run: Path, config: dict[str, Any], wanted: str | None) -> list[str]:
-    """Each --train-on (or the wanted one) whose detector is finished for every category. None raises a UserError."""
+    """Each final detector that is finished for every category. A UserError is raised if there is none.
+
+    wanted: a --train-on, or None for all.
+    """
     finished = []
-    for train_on, settings in config.get("stage2", {}).items():
-        folders = [run / name / f"stage2-{train_on}" / str(settings["steps"]) for name in config["categories"]]
-        if wanted in (None, train_on) and all(folder.is_dir() for folder in folders):
-            finished.append(train_on)
+    for final, settings in config.get("stage2", {}).items():
+        folders = [run / name / f"stage2-{final}" / str(steps_in(settings, name)) for name in config["categories"]]
+        if wanted not in (None, settings["train_on"]):
+            continue
+        if all(folder.is_dir() for folder in folders):
+            finished.append(final)
         elif wanted is None:
-            command = f"python stage2_train.py --run {typed(run)} --train-on {train_on}"
-            say(f"{train_on} is not finished and left out: {command}")
+            detector = "" if final == settings["train_on"] else f" --detector {settings['detector']}"
+            command = f"python stage2_train.py --run {typed(run)} --train-on {settings['train_on']}{detector}"
+            say(f"{final} is not finished and left out: {command}")
     if not finished:
         choice = f" --train-on {wanted}" if wanted else ""
         raise UserError(f"--run {run}: no finished detector; first: python stage2_train.py --run {typed(run)}{choice}")

@@ -12,39 +12,45 @@ import numpy as np
 
 from llb.checkpoint import Params
 from llb.console import progress
-from llb.detectors.dinomaly import anomaly_map, cosine_distance, image_score, patch_targets
-from llb.features import Fetch, by_image, image_mesh, on_devices, prefetch
+from llb.detectors import DETECTORS, is_trained
+from llb.detectors.common import SCORES, Setup, anomaly_map
+from llb.features import Features, by_image, image_mesh, on_devices, prefetch
 from llb.processes import joined, part_of
-from llb.train import Training
 
 SCORE_BATCH = 16  # images per compiled call, filled up to a multiple of the devices
 
 
-@partial(jax.jit, static_argnames=("training", "mesh"))
+@partial(jax.jit, static_argnames=("setup", "mesh"))
 def score_step(
-    params: Params, features: jax.Array, training: Training, mesh: jax.sharding.Mesh
+    params: Params, features: jax.Array, setup: Setup, mesh: jax.sharding.Mesh, frozen: Params | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """All sub-models on the same images.
 
-    params: stacked (K, …); features: (b, 2, T, D) → maps float32 (b, K, S, S), scores float32 (b, K).
+    params: stacked (K, …); features: (b, …); frozen: of `Features`.
+    Returns maps float32 (b, K, S, S), scores float32 (b, K).
     """
-    model = training.model
+    distance_of = DETECTORS[setup.detector].distance
 
-    def of_images(params: Params, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-        target = patch_targets(features, model.patches)
+    def of_images(params: Params, frozen: Params | None, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs = features if frozen is None else (features, frozen)
 
         def of_one_submodel(params: Params) -> tuple[jax.Array, jax.Array]:
-            distance = cosine_distance(model.apply({"params": params}, features), target)
-            maps = anomaly_map(distance, training.image_size)
-            return maps, image_score(maps)
+            distance = distance_of(setup, params, inputs)
+            maps = anomaly_map(distance, setup.image_size, setup.map_rule)
+            return maps, SCORES[setup.score](distance, maps)
 
         return jax.vmap(of_one_submodel, out_axes=1)(params)  # (b, K, …)
 
-    return on_devices(lambda params, features: by_image(partial(of_images, params))(features), mesh)(params, features)
+    def of_batch(both: tuple, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        work = partial(of_images, *both)
+        # a fitted detector reads its whole bank for each call, however few images it gets
+        return (by_image(work) if is_trained(setup.detector) else work)(features)
+
+    return on_devices(of_batch, mesh)((params, frozen), features)
 
 
 def score(
-    params: Params, training: Training, fetch: Fetch, indices: np.ndarray, title: str, with_maps: bool = False
+    params: Params, setup: Setup, features: Features, indices: np.ndarray, title: str, with_maps: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Score images in batches of one size; the last batch is filled up, and its surplus results are dropped.
 
@@ -58,34 +64,34 @@ def score(
     """
     mesh = image_mesh(jax.local_devices())
     size = -(-SCORE_BATCH // mesh.size) * mesh.size
-    params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+    params, frozen = jax.device_put((params, features.frozen), jax.NamedSharding(mesh, jax.P()))
     shared_out = jax.NamedSharding(mesh, jax.P("images"))
     batches = [np.arange(start, min(start + size, len(indices))) for start in range(0, len(indices), size)]
 
-    def features_of(positions: np.ndarray) -> jax.Array:
-        return jax.device_put(fetch(indices[np.resize(positions, size)]), shared_out)  # filled up by repetition
+    def batch_of(positions: np.ndarray) -> jax.Array:
+        return jax.device_put(features.fetch(indices[np.resize(positions, size)]), shared_out)  # filled by repetition
 
-    for positions, features in progress(prefetch(features_of, batches), total=len(batches), desc=title, unit="batch"):
-        maps, scores = score_step(params, features, training=training, mesh=mesh)
+    for positions, batch in progress(prefetch(batch_of, batches), total=len(batches), desc=title, unit="batch"):
+        maps, scores = score_step(params, batch, setup=setup, mesh=mesh, frozen=frozen)
         count = len(positions)
         yield positions, np.asarray(scores)[:count], np.asarray(maps)[:count] if with_maps else None
 
 
-def score_all(params: Params, training: Training, fetch: Fetch, count: int, title: str) -> np.ndarray:
+def score_all(params: Params, setup: Setup, features: Features, count: int, title: str) -> np.ndarray:
     """Every image by every sub-model: float32 (N, K); row i belongs to image i."""
     submodels = len(jax.tree.leaves(params)[0])
-    own = [scores for _, scores, _ in score(params, training, fetch, part_of(count), title)]
+    own = [scores for _, scores, _ in score(params, setup, features, part_of(count), title)]
     scores = joined(np.concatenate([np.empty((0, submodels), np.float32), *own]), count)
     assert scores.shape == (count, submodels) and not np.isnan(scores).any()
     return scores
 
 
 def heat_maps(
-    params: Params, training: Training, fetch: Fetch, indices: np.ndarray, title: str
+    params: Params, setup: Setup, features: Features, indices: np.ndarray, title: str
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The maps of a few images, for a picture: each index with float32 (S, S), the mean over the sub-models.
 
     Only the finished ranking tells which images to show, so these few are scored a second time.
     """
-    for positions, _, maps in score(params, training, fetch, indices, title, with_maps=True):
+    for positions, _, maps in score(params, setup, features, indices, title, with_maps=True):
         yield from zip(indices[positions], maps.mean(axis=1))

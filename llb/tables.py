@@ -8,7 +8,7 @@ RUN/metrics.json, metrics.csv                  how well each final detector find
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import numpy as np
 
 from llb.data import Dataset, Record
 from llb.files import UserError, read_json, write_csv, write_json, write_text
-from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, ranks
+from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, SAMPLE_METRICS, ranks
 from llb.pictures import printable
 
 TRAIN_ON = ("purified", "all", "clean")  # the images that a final detector may be trained on, in the order of tables
-METRICS = IMAGE_METRICS + PIXEL_METRICS
+METRICS = IMAGE_METRICS + PIXEL_METRICS  # the samples' are shown where they are defined (`shown_metrics`)
+TITLES = {"auroc": "AUROC", "ap": "AP", "f1_max": "F1-max", "aupro": "AUPRO"}
 PURIFICATION = ("n", "kept", "contamination_before", "contamination_after", "train_auroc")  # the last: ranking AUROC
 METRICS_FILE = "metrics.json"
 UNDEFINED = "–"
@@ -186,17 +187,28 @@ def category_names(metrics: dict[str, Any]) -> list[str]:
 
 
 def detector_names(entry: dict[str, Any]) -> list[str]:
-    """The --train-on values in an entry of metrics.json, in the order of tables."""
-    return [name for name in TRAIN_ON if name in entry]
+    """The final detectors in an entry of metrics.json, in the order of tables (names: `llb.run.final_name`)."""
+    names = [name for name in entry if name.partition("-")[0] in TRAIN_ON]
+    return sorted(names, key=lambda name: (name.partition("-")[2], TRAIN_ON.index(name.partition("-")[0])))
+
+
+def shown_metrics(entries: Iterable[dict[str, float | None]]) -> tuple[str, ...]:
+    """The names of the metrics for a table: METRICS, and the samples' in their midst if an entry defines them."""
+    sample = SAMPLE_METRICS if any(entry.get(SAMPLE_METRICS[0]) is not None for entry in entries) else ()
+    return IMAGE_METRICS + sample + PIXEL_METRICS
+
+
+def detector_entries(metrics: dict[str, Any]) -> list[dict[str, float | None]]:
+    """The metrics of all detectors in metrics.json."""
+    return [entry[train_on] for entry in metrics.values() for train_on in detector_names(entry)]
 
 
 def mean_metrics(metrics: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """For each --train-on and metric the mean over the categories where it is defined; None if there is none."""
+    """For each final detector and metric the mean over the categories where it is defined; None if there is none."""
     means = {}
-    for train_on in TRAIN_ON:
-        entries = [metrics[name][train_on] for name in names if train_on in metrics.get(name, {})]
-        if entries:
-            means[train_on] = mean_defined([{m: entry.get(m) for m in METRICS} for entry in entries])
+    for final in detector_names({final: None for name in names for final in metrics.get(name, {})}):
+        entries = [metrics[name][final] for name in names if final in metrics.get(name, {})]
+        means[final] = mean_defined([{m: entry.get(m) for m in shown_metrics(entries)} for entry in entries])
     return means
 
 
@@ -208,13 +220,13 @@ def mean_defined(entries: Sequence[dict[str, float | None]]) -> dict[str, float 
 
 def write_metrics_csv(file: Path, metrics: dict[str, Any]) -> None:
     """metrics.json as a table, a row for each category and --train-on; undefined values are empty."""
-    rows = []
+    rows, shown = [], shown_metrics(detector_entries(metrics))
     for name, entry in metrics.items():
         facts = entry.get("purification") or {}
         for train_on in detector_names(entry):
-            values = [entry[train_on].get(m) for m in METRICS] + [facts.get(fact) for fact in PURIFICATION]
+            values = [entry[train_on].get(m) for m in shown] + [facts.get(fact) for fact in PURIFICATION]
             rows.append([name, train_on, *("" if value is None else value for value in values)])
-    write_csv(file, ["category", "train_on", *METRICS, *(f"purification_{fact}" for fact in PURIFICATION)], rows)
+    write_csv(file, ["category", "train_on", *shown, *(f"purification_{fact}" for fact in PURIFICATION)], rows)
 
 
 def number(value: float | None) -> str:
@@ -244,13 +256,19 @@ def summary_table(metrics: dict[str, Any]) -> str:
     names = category_names(metrics)
     shown = names + (["mean"] if len(names) > 1 else [])
     width = min(23, max([8, *map(len, shown)]))
-    titles = "".join(f"{title:<7}" for title in ("AUROC", "AP", "F1", "AUROC", "AP", "F1", "AUPRO")).rstrip()
-    lines = [f"{'':<{width + 11}}{'image':<21}pixel", f"{'category':<{width}} {'train on':<10}{titles}"]
+    columns = shown_metrics(detector_entries(metrics))
+    titles = "".join(f"{TITLES[m.partition('_')[2]].removesuffix('-max'):<7}" for m in columns).rstrip()
+    sample = f"{'sample':<7}" if SAMPLE_METRICS[0] in columns else ""
+    wide = 1 + max([9, *(len(final) for entry in metrics.values() for final in detector_names(entry))])
+    lines = [
+        f"{'':<{width + 1 + wide}}{'image':<21}{sample}pixel",
+        f"{'category':<{width}} {'train on':<{wide}}{titles}",
+    ]
     for name in shown:
         entry = metrics.get(name) or {}
-        for train_on in detector_names(entry):
-            values = "".join(f"{number(entry[train_on].get(m)):<7}" for m in METRICS)
-            lines.append(f"{shorten(name, width):<{width}} {train_on:<10}{values}".rstrip())
+        for final in detector_names(entry):
+            values = "".join(f"{number(entry[final].get(m)):<7}" for m in columns)
+            lines.append(f"{shorten(name, width):<{width}} {final:<{wide}}{values}".rstrip())
     purified = {name: metrics[name]["purification"] for name in names if metrics[name].get("purification")}
     if purified:
         lines += ["", f"{'category':<{width}} purification"]

@@ -1,13 +1,13 @@
 """Train K sub-models as one: every leaf of the state is stacked on a leading axis of length K.
 
     params, optimiser state   (K, …)
-    features                  (K, B, 2, T, D)   row k holds images of subset k only
+    features                  (K, B, …)   row k holds images of sub-model k only
     loss                      (K,)
 
 One step is written for ONE sub-model and vmapped. So the clipped gradient norm, the optimiser's moments, the dropout
 mask and the hard-mining quantile belong to each sub-model, and a sub-model that is trained beside others equals the
 same sub-model trained without them. Stage 2 is the same with K = 1. On the devices the axis has R ≥ K rows
-(llb.placement).
+(llb.placement). Detectors in closed form are fitted by llb.fit.
 """
 
 import os
@@ -33,10 +33,9 @@ from llb.checkpoint import (
     save,
 )
 from llb.console import progress, say, stop_later
-from llb.detectors.dinomaly import Dinomaly, patch_targets, reconstruction_loss
-from llb.detectors.recipes import Recipe, hard_positions, make_optimizer
-from llb.encoders import Encoder
-from llb.features import Fetch, prefetch
+from llb.detectors import DETECTORS
+from llb.detectors.common import Setup
+from llb.features import Features, prefetch
 from llb.files import UserError
 from llb.placement import Placement, place_submodels
 from llb.processes import agreed
@@ -44,43 +43,16 @@ from llb.processes import agreed
 SAVE_SECONDS = 10.0  # minimum time between two checkpoints
 SAVE_FRACTION = 0.05  # maximum fraction of the time that is spent on saving
 PREPARING = 2  # batches that threads prepare meanwhile; for ViT-B/14 a thread needs 57 ms, an H200's step 55 ms
-STEP_ARRAYS = 25  # float32 (T, D) that a step keeps for each decoder block and image: XLA reports 33 to 36
 UNREAD_LOSSES = 2  # reading a loss waits for the device, so the newest steps' stay unread while the device works
 State = dict[str, Params]  # {"params": …, "opt": …}
 
 
-@dataclass(frozen=True)
-class Training:
-    """The settings of a training. The compiled step depends on all of them."""
+def check_memory(needed: int) -> None:
+    """Raise a UserError if a step needs more memory than a CPU has: Linux ends such a process without a word.
 
-    model: Dinomaly
-    image_size: int  # side of the anomaly maps, pixels
-    recipe: Recipe
-    learning_rate: float  # peak
-    steps: int
-    batch_size: int  # images a step, for each sub-model
-
-
-def make_training(
-    encoder: Encoder, recipe: Recipe, *, learning_rate: float, dropout: float, steps: int, batch_size: int
-) -> Training:
-    """Dinomaly in the size of the encoder: as many decoder blocks as encoder blocks are reconstructed, equal heads."""
-    model = Dinomaly(
-        depth=sum(len(group) for group in encoder.spec.groups),
-        heads=encoder.spec.heads,
-        patches=encoder.grid**2,
-        dropout=dropout,
-        linear_init=recipe.linear_init,
-        precision=encoder.precision,
-    )
-    return Training(model, encoder.image_size, recipe, learning_rate, steps, batch_size)
-
-
-def check_memory(training: Training, encoder: Encoder, submodels: int) -> None:
-    """Raise a UserError if a step needs more memory than a CPU has: Linux ends such a process without a word."""
+    needed: bytes, of all sub-models.
+    """
     if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
-        arrays = submodels * training.batch_size * training.model.depth * STEP_ARRAYS
-        needed = arrays * encoder.tokens_per_image * encoder.spec.width * 4
         there = jax.process_count() * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > there:
             room = f"a step needs about {needed >> 30} GiB of memory, and this machine has {there >> 30}"
@@ -93,6 +65,15 @@ class Submodels:
 
     subsets: Sequence[np.ndarray]  # K × int (n_k,), image indices
     keys: jax.Array  # (K,)
+    others: bool = False  # each learns from all subsets but its own
+
+    @property
+    def images(self) -> Sequence[np.ndarray]:
+        """K × int (m_k,): the images that each learns from."""
+        if not self.others:
+            return self.subsets
+        everything = np.sort(np.concatenate(self.subsets))
+        return [np.setdiff1d(everything, subset) for subset in self.subsets]
 
 
 def submodel_keys(key: jax.Array, submodels: int) -> jax.Array:
@@ -101,8 +82,8 @@ def submodel_keys(key: jax.Array, submodels: int) -> jax.Array:
 
 
 def key_for(purpose: str, key: jax.Array) -> jax.Array:
-    """One sub-model's key for its initial "weights", for the order of its "batches", or for its "dropout" masks."""
-    return jax.random.split(key, 3)[("weights", "batches", "dropout").index(purpose)]
+    """One sub-model's key for its initial "weights", for the order of its "batches", or for its steps' "noise"."""
+    return jax.random.split(key, 3)[("weights", "batches", "noise").index(purpose)]
 
 
 def batch_stream(key: jax.Array, subset: np.ndarray, batch_size: int) -> Callable[[int], np.ndarray]:
@@ -124,70 +105,66 @@ def batch_stream(key: jax.Array, subset: np.ndarray, batch_size: int) -> Callabl
     return batch
 
 
-@partial(jax.jit, static_argnames=("training", "sharding"))
-def init_state(
-    keys: jax.Array, sample: jax.Array, training: Training, sharding: jax.NamedSharding | None = None
-) -> State:
-    """New sub-models. keys: (R,); sample: (1, 2, T, D), of which only the shape matters; sharding: of every leaf."""
+@partial(jax.jit, static_argnames=("setup", "sharding"))
+def init_state(keys: jax.Array, setup: Setup, sharding: jax.NamedSharding | None = None) -> State:
+    """New sub-models. keys: (R,); sharding: of every leaf."""
+    detector = DETECTORS[setup.detector]
 
     def one(key: jax.Array) -> State:
-        params = training.model.init(key_for("weights", key), sample)["params"]
-        return {"params": params, "opt": _optimizer(training, 1).init(params)}
+        params = detector.init(setup, key_for("weights", key))
+        return {"params": params, "opt": detector.optimizer(setup, 1).init(params["params"])}
 
     state = jax.vmap(one)(keys)
     return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
 
 
-@partial(jax.jit, static_argnames="training", donate_argnames="state")
+@partial(jax.jit, static_argnames="setup", donate_argnames="state")
 def train_step(
-    state: State, features: jax.Array, each: dict[str, jax.Array], step: jax.Array, hard: jax.Array, training: Training
+    state: State, features: jax.Array, frozen: Params | None, each: dict[str, jax.Array], step: jax.Array, setup: Setup
 ) -> tuple[State, jax.Array]:
     """One optimiser step of every sub-model.
 
     Args:
         state: every leaf (R, …); donated.
-        features: float16 (R, B, 2, T, D).
+        features: float16 (R, B, …); uint8 images for a detector that gets images.
+        frozen: of `Features`, shared by all.
         each: what every sub-model has of its own: "key" (R,), and "steps_per_pass" int (R,), batches in a pass over its
-            subset.
+            images.
         step: int scalar, 0-based.
-        hard: int scalar, see `llb.detectors.dinomaly.reconstruction_loss`.
 
     Returns:
         the state after the step, and the loss before it, float32 (R,).
     """
+    detector = DETECTORS[setup.detector]
 
     def one(state: State, features: jax.Array, own: dict[str, jax.Array]) -> tuple[State, jax.Array]:
-        dropout_key = jax.random.fold_in(key_for("dropout", own["key"]), step)
-        target = patch_targets(features, training.model.patches)
+        key = jax.random.fold_in(key_for("noise", own["key"]), step)
+        inputs = features if frozen is None else (features, frozen)
+        params = state["params"]
 
-        def loss_of(params: Params) -> jax.Array:
-            decoded = training.model.apply({"params": params}, features, train=True, rngs={"dropout": dropout_key})
-            return reconstruction_loss(decoded, target, hard, training.recipe.easy_factor)
+        def loss_of(trained: Params) -> tuple[jax.Array, Params]:
+            return detector.loss(setup, params | {"params": trained}, inputs, key, step)
 
-        loss, gradients = jax.value_and_grad(loss_of)(state["params"])
-        optimizer = _optimizer(training, own["steps_per_pass"])
-        updates, opt = optimizer.update(gradients, state["opt"], state["params"])
-        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, loss
+        (loss, changed), gradients = jax.value_and_grad(loss_of, has_aux=True)(params["params"])
+        optimizer = detector.optimizer(setup, own["steps_per_pass"])
+        updates, opt = optimizer.update(gradients, state["opt"], params["params"])
+        params = params | changed | {"params": optax.apply_updates(params["params"], updates)}
+        return {"params": params, "opt": opt}, loss
 
     return jax.vmap(one)(state, features, each)
 
 
-def _optimizer(training: Training, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:
-    return make_optimizer(training.recipe, training.learning_rate, training.steps, steps_per_pass)
-
-
 def train(
-    training: Training,
-    fetch: Fetch,
+    setup: Setup,
+    features: Features,
     submodels: Submodels,
     at: CheckpointFolder,
     title: str,
     devices: Sequence[jax.Device] | None = None,
 ) -> Params:
-    """Train one sub-model on each subset; continue from the last checkpoint, if there is one.
+    """Train every sub-model on its images; continue from the last checkpoint, if there is one.
 
     Args:
-        fetch: image indices (…) → float16 features (…, 2, T, D).
         at: where checkpoints are saved.
         title: names the training on the console.
         devices: where the sub-models are placed; all devices by default.
@@ -200,33 +177,33 @@ def train(
             be saved.
         KeyboardInterrupt: a signal has come; the state after the last step is saved.
     """
-    count, batch_size = len(submodels.subsets), training.batch_size
+    count, batch_size = len(submodels.subsets), setup.batch_size
     placement = place_submodels(count, devices)
-    passes = np.array([-(-len(subset) // batch_size) for subset in submodels.subsets], np.int32)
+    passes = np.array([-(-len(images) // batch_size) for images in submodels.images], np.int32)
     each = {"key": placement.spread_keys(submodels.keys), "steps_per_pass": placement.spread(passes)}
-    sample = fetch(np.zeros(1, int))  # (1, 2, T, D)
+    frozen = placement.copied(features.frozen)
 
     streams = [
-        batch_stream(key_for("batches", submodels.keys[k]), subset, batch_size)
-        for k, subset in enumerate(submodels.subsets)
+        batch_stream(key_for("batches", submodels.keys[k]), images, batch_size)
+        for k, images in enumerate(submodels.images)
     ]
 
-    def features_of(step: int) -> jax.Array:
+    def batch_of(step: int) -> jax.Array:
         indices = np.stack([stream(step) for stream in streams])  # (K, B)
-        return placement.spread_features(fetch, indices, sample.shape[1:])  # (R, B, 2, T, D)
+        return placement.spread_features(features.fetch, indices, features.shape)  # (R, B, …)
 
     with open_checkpoints(at.folder, tidy=True) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
             check_digest(checkpoints, at)
-        if start == training.steps:
+        if start == setup.steps:
             return restore_params(checkpoints)
         if start:
-            say(f"{title}: continues from step {start} of {training.steps}")
-            shapes = jax.eval_shape(partial(init_state, training=training), submodels.keys, sample)
+            say(f"{title}: continues from step {start} of {setup.steps}")
+            shapes = jax.eval_shape(partial(init_state, setup=setup), submodels.keys)
             state = placement.spread(restore_state(checkpoints, shapes))
         else:
-            state = init_state(each["key"], sample, training=training, sharding=placement.sharding)
+            state = init_state(each["key"], setup=setup, sharding=placement.sharding)
 
         def keep(step: int) -> None:
             host_state = placement.gather(state, count)
@@ -235,18 +212,15 @@ def train(
 
         unread, saved_at, save_cost = deque(), time.monotonic(), 0.0
         done = kept = start  # steps
-        with progress(total=training.steps, initial=start, desc=title, unit="step") as bar:
+        with progress(total=setup.steps, initial=start, desc=title, unit="step") as bar:
             try:
-                for step, features in prefetch(features_of, range(start, training.steps), PREPARING, PREPARING):
+                for step, batch in prefetch(batch_of, range(start, setup.steps), PREPARING, PREPARING):
                     with stop_later():  # no signal comes between a step, which takes the old state, and the new state
-                        hard = hard_positions(training.recipe, step, batch_size * training.model.patches)
-                        state, losses = train_step(
-                            state, features, each, np.int32(step), np.int32(hard), training=training
-                        )
+                        state, losses = train_step(state, batch, frozen, each, np.int32(step), setup=setup)
                         done = step + 1
                         unread.append((step, losses))
 
-                        last = done == training.steps
+                        last = done == setup.steps
                         save_now = agreed(time.monotonic() - saved_at > max(SAVE_SECONDS, save_cost / SAVE_FRACTION))
                         while len(unread) > (0 if save_now or last else UNREAD_LOSSES):
                             read_losses(*unread.popleft(), placement, bar)
@@ -260,7 +234,7 @@ def train(
                             kept, saved_at = done, time.monotonic()
                             save_cost = saved_at - began
             except KeyboardInterrupt:
-                if kept < done < training.steps and jax.process_count() == 1:  # several would have to agree
+                if kept < done < setup.steps and jax.process_count() == 1:  # several would have to agree
                     keep(done)
                 raise
     return params

@@ -27,8 +27,9 @@ import numpy as np
 from llb.data import choose_categories, load_category
 from llb.encoders.weights import read_tensors
 from llb.files import UserError
-from llb.images import load_image, load_mask
+from llb.images import load_image
 from llb.layouts import read_root
+from llb.masks import load_mask
 from tests import mutations as m
 from tests.mutations import Seeds
 

@@ -1,6 +1,7 @@
 """What several test files share: small images, the three scripts as a user runs them, the files of a run."""
 
 import csv
+import dataclasses
 import importlib
 import io
 import os
@@ -14,12 +15,23 @@ import pytest
 from PIL import Image
 
 from llb.console import run_script
+from llb.detectors import DETECTORS
+from llb.detectors.common import Setup
+from llb.encoders.specs import SPECS
 
 ROOT = Path(__file__).resolve().parent.parent
 LATER = ("stage2_train", "evaluate")
 # another size or another number of steps is another program to compile, so most tests share these
 SMALL = ("--encoder", "tiny", "--image-size", "32", "--batch-size", "2", "--steps", "4")
 TILE = ("--noise-ratio", "0.25", *SMALL)  # stage 1 of the fixture `finished`
+
+
+def small_setup(detector: str, side: int = 24, **others) -> Setup:
+    """A detector on features (2, 11, 8) of 9 patches (side 24 pixels), of a ViT with one register."""
+    sizes = {"width": 8, "heads": 2, "registers": 1, "groups": ((0,), (1,)), "filter_bank": False}
+    module = DETECTORS[detector]
+    known = {"settings": module.Settings(), "detector": detector, "score": module.SCORE, "map_rule": module.MAP}
+    return Setup(dataclasses.replace(SPECS["tiny"], **sizes), (), side, **known | others)
 
 
 def draw(file: Path, seed: int, defect: bool = False) -> None:

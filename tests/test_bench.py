@@ -1,7 +1,7 @@
 """llb.bench compares like with like: both ways get the same numbers, and it counts and reports them truly."""
 
 import json
-from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,30 +10,26 @@ import pytest
 
 from llb.bench import __main__ as bench
 from llb.bench import cpu, gpu, reference
-from llb.bench.common import Sizes, Timing, Way, draw_maps, multiply_adds, random_encoder, ratio, take_turns
+from llb.bench.common import Sizes, Timing, Way, draw_maps, make_setup, multiply_adds, random_encoder, ratio, take_turns
+from llb.bench.detectors import bank_ways
 from llb.bench.process import Task, other_process
 from llb.checkpoint import CheckpointFolder
-from llb.detectors.recipes import RECIPES, hard_positions
+from llb.detectors.dinomaly import network, recipe_of
+from llb.detectors.recipes import hard_positions
 from llb.encoders.specs import Spec
-from llb.features import make_encode
+from llb.features import make_source
 from llb.files import UserError
 from llb.metrics import pixel_metrics
 from llb.score import score_all
-from llb.train import Submodels, init_state, make_training, submodel_keys, train
+from llb.train import Submodels, init_state, submodel_keys, train
 
 VIT = {"width": 16, "depth": 3, "heads": 2, "registers": 2, "layer_scale": True, "groups": ((0,), (1,))}
 TOY = Spec(name="toy", patch=4, native_grid=5, antialias=True, image_size=24, **VIT)
 SIZES = Sizes(TOY, 24, images=7, submodels=2, batch_size=3, steps=2, maps=8, reference_maps=6, photo=32, product=8)
-STILL = replace(RECIPES["dinomaly"], dropout=0.0)  # the two ways draw their dropout differently
-
-
-def training_of(encoder):
-    return make_training(encoder, STILL, learning_rate=STILL.learning_rate, dropout=0.0, steps=2, batch_size=3)
 
 
 @pytest.mark.slow  # compiles encoder, step and scoring both ways
-def test_both_ways_agree_on_features_maps_and_scores(monkeypatch):
-    monkeypatch.setitem(RECIPES, "dinomaly", STILL)
+def test_both_ways_agree_on_features_maps_and_scores():
     results = cpu.measure(SIZES, "device: CPU", rounds=1)
     json.dumps(results, allow_nan=False)  # --json can write it
     differences = results["agreement"]["reference"]
@@ -45,24 +41,36 @@ def test_both_ways_agree_on_features_maps_and_scores(monkeypatch):
 @pytest.mark.slow
 def test_sub_models_trained_one_after_the_other_score_as_those_trained_together(tmp_path):
     encoder, images = random_encoder(TOY, 24), np.random.default_rng(0).integers(0, 256, (6, 24, 24, 3), np.uint8)
-    training = training_of(encoder)
+    setup = make_setup(encoder, 2, 3, dropout=0.0)  # the two ways draw their dropout differently
     submodels = Submodels([np.array([0, 2, 4]), np.array([1, 3, 5])], submodel_keys(jax.random.key(0), 2))
-    features = make_encode(encoder)(images)
-    together = train(training, features.__getitem__, submodels, CheckpointFolder(tmp_path, "digest"), "test")
-    expected = score_all(together, training, features.__getitem__, 6, "test")
+    source = make_source(encoder)
+    features = source.features(source.encode(images).__getitem__)
+    together = train(setup, features, submodels, CheckpointFolder(tmp_path, "digest"), "test")
+    expected = score_all(together, setup, features, 6, "test")
 
-    first = init_state(submodels.keys, features[:1], training=training)
+    first, positions = init_state(submodels.keys, setup=setup), 3 * network(setup).patches
     for k, subset in enumerate(submodels.subsets):  # as large as a batch: every step sees all of it
-        state = jax.tree.map(lambda leaf, k=k: jnp.array(leaf[k]), first)
-        for step in range(training.steps):
-            hard = np.int32(hard_positions(training.recipe, step, 3 * training.model.patches))
+        state = jax.tree.map(lambda leaf, k=k: jnp.array(leaf[k]), first | first["params"])
+        for step in range(setup.steps):
+            hard = np.int32(hard_positions(recipe_of(setup), step, positions))
             own = {"key": submodels.keys[k], "steps_per_pass": np.int32(1), "hard": hard}
-            state, _ = reference.train_step(encoder.params, state, images[subset], own, spec=TOY, training=training)
+            state, _ = reference.train_step(encoder.params, state, images[subset], own, setup=setup)
         params, halves = state["params"], (images[:3], images[3:])
-        scores = [reference.score(encoder.params, params, batch, TOY, training.model) for batch in halves]
+        scores = [reference.score(encoder.params, params, batch, setup) for batch in halves]
         np.testing.assert_allclose(np.concatenate(scores), expected[:, k], rtol=2e-3)
-    untrained = score_all(jax.device_get(first["params"]), training, features.__getitem__, 6, "test")
+    untrained = score_all(jax.device_get(first["params"]), setup, features, 6, "test")
     assert np.abs(untrained / expected - 1).max() > 0.01, "training changed the scores"
+
+
+@pytest.mark.slow  # compiles the detectors' loops
+def test_fitted_detectors_are_timed_beside_other_ways_and_judged(monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "bank_ways", partial(bank_ways, images=3, patches=9, fraction=0.5))
+    results = cpu.measure_detectors("device: CPU", rounds=1)
+    json.dumps(results, allow_nan=False)
+    printed = capsys.readouterr().out
+    for part in cpu.FITTED:
+        assert len(results["parts"][part]["llb"]["seconds"]) == 3 and f"{part} / NumPy" in results["targets"]
+        assert f"\n{part} " in printed and len(results["ratios"][part]["NumPy"]) == 3
 
 
 @pytest.mark.slow  # compiles the steps of one and two sub-models
@@ -94,8 +102,7 @@ def test_multiply_adds_are_counted_through_gradients_scans_and_convolutions():
 
 
 def test_the_counted_work_is_the_networks():
-    encoder = random_encoder(TOY, 24)
-    work = reference.count_work(encoder, training_of(encoder))
+    work = reference.count_work(make_setup(random_encoder(TOY, 24), 2, 3))
     tokens, patches, width, head = 39, 36, 16, 8  # 6 × 6 patches, class and 2 registers; two blocks of three are needed
     positions = 6 * 5 * 5 * width + 6 * 6 * 5 * width  # interpolated along one axis, then along the other
     embedding = patches * 4 * 4 * 3 * width
@@ -132,9 +139,7 @@ def test_a_failure_of_the_other_process_ends_the_benchmark_with_one_line(tmp_pat
         pass
 
 
-@pytest.mark.parametrize(
-    "flags", ["--encoder tiny", "--image-size 30", "--images 2", "--maps 4 --reference-maps 5", "--json .", "--gpu"]
-)
+@pytest.mark.parametrize("flags", ["--image-size 30", "--images 2", "--maps 4 --reference-maps 5", "--json .", "--gpu"])
 def test_bad_settings_end_with_one_line_before_anything_is_timed(flags, monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench", *flags.split()])
     with pytest.raises(UserError, match=" ".join(flags.split()[-2:])) as error:

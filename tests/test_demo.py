@@ -7,8 +7,8 @@ import pytest
 
 from llb.data import categories, load_category
 from llb.demo import COUNTS, KINDS, MARKER, SIDE, VISIBLE, draw, write_demo, write_set
-from llb.images import load_mask
 from llb.layouts import read_root
+from llb.masks import load_mask
 
 DIGEST = "dd99ea2b1a75eb1373955c80032bf1f0bd8d125e3932ed4df08e056d0aa26501"
 FEW = dict.fromkeys(COUNTS, 2)  # images of each kind: fast to draw

@@ -1,5 +1,6 @@
 """The detector equals an independent PyTorch implementation (tests/reference/make_dinomaly.py) to 1e-5."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -8,17 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers import small_setup
 from scipy.ndimage import gaussian_filter, zoom
 
-from llb.detectors.dinomaly import (
-    Dinomaly,
-    LinearAttention,
-    anomaly_map,
-    cosine_distance,
-    image_score,
-    patch_targets,
-    reconstruction_loss,
-)
+from llb.detectors import dinomaly
+from llb.detectors.common import SCORES, anomaly_map, cosine_distance
+from llb.detectors.decoder import Attention, Dinomaly
+from llb.detectors.dinomaly import MAP, Settings, patch_targets, reconstruction_loss
 
 STORED = dict(np.load(Path(__file__).parent / "reference" / "dinomaly.npz"))
 MODEL = Dinomaly(depth=4, heads=2, patches=16, dropout=0.2, linear_init="truncated")
@@ -83,7 +80,7 @@ def test_the_gradient_of_an_easy_position_is_zero_with_factor_zero():
 
 def test_linear_attention_is_finite_where_all_keys_vanish():
     # elu(x) + 1 underflows to 0 below about -17 in float32: without the term in the denominator this is 0 / 0
-    layer = LinearAttention(heads=1, linear_init="truncated", precision="float32")
+    layer = Attention("linear", heads=1, linear_init="truncated", precision="float32")
     x = jnp.ones((1, 3, 4))
     params = jax.jit(layer.init)(jax.random.key(0), x)
     params["params"]["qkv"]["dense"]["bias"] = jnp.full(12, -200.0)
@@ -94,11 +91,11 @@ def test_linear_attention_is_finite_where_all_keys_vanish():
 @pytest.mark.parametrize("size", (112, 392))
 def test_the_map_equals_upsampling_then_scipys_gaussian(size):
     distance = STORED[f"map_{size}/distance"]
-    maps = np.asarray(anomaly_map(distance, size))
-    np.testing.assert_allclose(maps[:, ::7, ::7], STORED[f"map_{size}/map"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(image_score(maps), STORED[f"map_{size}/score"], rtol=1e-5)
-    # and every pixel, against SciPy's own upsampling
     grids = distance.mean(axis=1).reshape(-1, 14, 14)
+    maps = np.asarray(anomaly_map(grids, size, MAP))
+    np.testing.assert_allclose(maps[:, ::7, ::7], STORED[f"map_{size}/map"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(SCORES[dinomaly.SCORE](grids, maps), STORED[f"map_{size}/score"], rtol=1e-5)
+    # and every pixel, against SciPy's own upsampling
     slow = np.stack(
         [gaussian_filter(zoom(grid.astype(np.float64), size / 14, order=1, mode="nearest"), sigma=4) for grid in grids]
     )
@@ -107,7 +104,7 @@ def test_the_map_equals_upsampling_then_scipys_gaussian(size):
 
 def test_the_image_score_is_the_mean_of_the_highest_percent():
     maps = np.random.default_rng(0).permutation(10_000).reshape(1, 100, 100).astype(np.float32)
-    assert image_score(maps)[0] == np.arange(9_900, 10_000).mean()
+    assert SCORES[dinomaly.SCORE](maps, maps)[0] == np.arange(9_900, 10_000).mean()
 
 
 def test_initialisations_have_the_statistics_of_the_originals():
@@ -143,3 +140,46 @@ def test_in_bfloat16_products_are_rounded_and_nothing_else_is():
     assert (decoded != decoded.astype(jnp.bfloat16)).mean() > 0.5  # none, were the residual stream rounded too
     error = np.linalg.norm(decoded - STORED["decoded"]) / np.linalg.norm(STORED["decoded"])
     assert 1e-4 < error < 2e-2  # bfloat16 has 8 bits: 2e-3 a rounding
+
+
+@pytest.mark.parametrize(
+    "changed",
+    (
+        {"attention": "softmax"},
+        {"groups": "one"},
+        {"groups": "layers"},
+        {"noise": "jitter"},
+        {"class_token": "subtract"},
+        {"class_token": "drop"},
+        {"easy_fraction": 0.5, "easy_factor": 0.7},
+    ),
+    ids=str,
+)
+def test_each_ablation_changes_the_training_and_nothing_becomes_undefined(changed):
+    """easy_… acts on the gradient alone."""
+    published, ablated = (small_setup("dinomaly", settings=s) for s in (Settings(recipe="llbnad"), Settings(**changed)))
+    ablated = dataclasses.replace(ablated, settings=dataclasses.replace(ablated.settings, recipe="llbnad"))
+    gradients = []
+    for setup in (published, ablated):
+        features = jax.random.normal(jax.random.key(1), (3, 2, 11, 8)).astype(jnp.float16)
+
+        def loss_of(trained, setup=setup, features=features):
+            return dinomaly.loss(setup, {"params": trained}, features, jax.random.key(2), jnp.int32(0))[0]
+
+        params = dinomaly.init(setup, jax.random.key(0))
+        gradients.append(jax.tree.leaves(jax.grad(loss_of)(params["params"])))
+        distance = dinomaly.distance(setup, params, features)
+        assert distance.shape == (3, 3, 3) and np.isfinite(distance).all()
+    assert all(np.isfinite(leaf).all() for leaf in gradients[1])
+    assert max(np.abs(a - b).max() for a, b in zip(*gradients)) > 1e-6 or changed == {"groups": "layers"}
+    assert dinomaly.vit_groups(Settings(groups="layers"), published.spec) == ((0,), (1,))
+
+
+def test_the_softmax_attends_as_its_definition_says():
+    layer = Attention("softmax", heads=1, linear_init="pytorch", precision="float32")
+    x = jax.random.normal(jax.random.key(0), (1, 5, 4))
+    params = layer.init(jax.random.key(1), x)
+    dense = {name: params["params"][name]["dense"] for name in ("qkv", "proj")}
+    q, k, v = jnp.split(x[0] @ dense["qkv"]["kernel"] + dense["qkv"]["bias"], 3, axis=-1)
+    expected = jax.nn.softmax(q @ k.T / 2, axis=-1) @ v @ dense["proj"]["kernel"] + dense["proj"]["bias"]
+    np.testing.assert_allclose(layer.apply(params, x)[0], expected, rtol=1e-5, atol=1e-6)

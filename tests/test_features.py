@@ -11,11 +11,11 @@ from PIL import Image
 import llb.features
 from llb import processes
 from llb.encoders import load_encoder
-from llb.features import cached_features, make_encode, normalise, streamed_features
+from llb.features import Source, cached_features, make_encode, make_source, normalise, streamed_features
 from llb.files import UserError
 from llb.images import ImageFiles
 
-TOY = SimpleNamespace(spec=SimpleNamespace(width=4), tokens_per_image=5, image_size=8, weights_digest="", precision="")
+TOY = SimpleNamespace(spec="", feature_shape=(2, 5, 4), image_size=8, weights_digest="", precision="", strides=())
 SOME = np.array([[6, 0, 3], [3, 5, 2]])
 
 
@@ -45,11 +45,11 @@ def paths(tmp_path, monkeypatch):
 
 def cached(paths, encode, memory_gib=1.0, encoder=TOY, white=None):
     files = ImageFiles(tuple(paths), white or {})
-    return cached_features(encoder, encode, files, paths[0].parent / "cache", memory_gib, "test")
+    return cached_features(Source(encoder, encode), files, paths[0].parent / "cache", memory_gib, "test")
 
 
-def brightness(fetch) -> list:
-    features = fetch(SOME)
+def brightness(given) -> list:
+    features = given.fetch(SOME)
     assert features.shape == (2, 3, 2, 5, 4) and features.dtype == np.float16
     return features[..., 0, 0, 0].tolist()
 
@@ -61,7 +61,7 @@ def test_features_belong_to_the_images_asked_for_and_are_computed_once(paths, me
         fetch = cached(paths, encode, memory_gib)
         assert brightness(fetch) == SOME.tolist() and encode == list(range(7))
         assert place in capsys.readouterr().out
-    assert brightness(streamed_features(TOY, encode, ImageFiles(tuple(paths)))) == SOME.tolist()
+    assert brightness(streamed_features(Source(TOY, encode), ImageFiles(tuple(paths)))) == SOME.tolist()
 
 
 def test_an_interrupted_computation_continues_with_the_next_shard(paths):
@@ -100,13 +100,13 @@ def test_features_of_another_encoder_or_of_changed_images_are_not_used(paths):
     cached(paths, other, encoder=SimpleNamespace(**vars(TOY) | {"weights_digest": "x"}))
     assert other == 2 * list(range(7))
     Image.fromarray(np.full((8, 9, 3), 50, np.uint8)).save(paths[3])
-    fetch = cached(paths, changed)
+    fetch = cached(paths, changed).fetch
     assert changed == [0, 1, 2, 50, 4, 5, 6] and fetch(np.array([3]))[0, 0, 0, 0] == 50
 
 
 def test_features_that_no_disk_can_hold_are_computed_each_time(paths, capsys):
     encode = Encode()
-    cached(paths, encode, encoder=SimpleNamespace(**vars(TOY) | {"tokens_per_image": 10**15}))
+    cached(paths, encode, encoder=SimpleNamespace(**vars(TOY) | {"feature_shape": (2, 10**15, 4)}))
     assert "computed each time" in capsys.readouterr().out and not encode
 
 
@@ -119,12 +119,20 @@ def test_several_processes_compute_every_shard_once_and_one_with_other_images_de
     with pytest.raises(FileNotFoundError):  # nothing waits here for the shards of process 1
         cached(paths, first)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    fetch = cached(paths, second)
-    assert (first, second) == ([0, 1, 4, 5], [2, 3, 6]) and brightness(fetch) == SOME.tolist()
+    given = cached(paths, second)
+    assert (first, second) == ([0, 1, 4, 5], [2, 3, 6]) and brightness(given) == SOME.tolist()
     monkeypatch.setattr(llb.features, "is_writer", lambda: False)
     with pytest.raises(UserError, match="other images"):
         cached(paths[:-1], Encode())
     assert len(list((paths[0].parent / "cache").glob("*.npy"))) == 4
+
+
+def test_a_detector_that_gets_images_gets_them_unchanged_with_the_encoders_parameters(paths):
+    source = make_source(SimpleNamespace(**vars(TOY) | {"params": "frozen"}), images=True)
+    given = cached_features(source, ImageFiles(tuple(paths)), paths[0].parent / "cache", 1.0, "test")
+    images = given.fetch(SOME)
+    assert images.dtype == np.uint8 and images.shape == (2, 3, 8, 8, 3) and given.frozen == "frozen"
+    np.testing.assert_array_equal(images[..., 0, 0, 0], SOME)
 
 
 def test_encoding_equals_the_encoder_on_one_cpu_device_even_if_there_are_three():

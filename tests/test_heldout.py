@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llb.data import categories, load_category
-from llb.images import load_mask
+from llb.masks import load_mask
 from llb.tiny import heldout, textures
 from llb.tiny.heldout import DEFECTS, MATERIALS, SIDE, VISIBLE, draw, write_heldout
 

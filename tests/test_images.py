@@ -12,7 +12,8 @@ from PIL import Image
 
 from llb.data import Dataset, Record
 from llb.files import UserError
-from llb.images import find_white, is_black, load_image, load_mask, load_masks, white_line
+from llb.images import find_white, load_image, white_line
+from llb.masks import MaskRule, is_black, load_mask, load_masks
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)  # dark above and bright below
 TWELVE = RAMP.astype(np.uint16) << 4 | RAMP >> 4  # the same in 12 bits
@@ -363,3 +364,30 @@ def test_a_resized_mask_keeps_its_area_and_never_vanishes(tmp_path):
     speck[150, 220] = 255
     mask = load_mask(saved(tmp_path / "speck.png", speck), 30)
     assert 1 <= mask.sum() <= 4 and mask[15, 22]
+
+
+def test_an_image_resized_beyond_its_size_shows_its_centre_and_so_does_its_mask(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
+    file, mask = saved(tmp_path / "a.png", pixels), saved(tmp_path / "mask.png", pixels[..., 0] // 128 * 255)
+    assert (load_image(file, 32, resize=32) == load_image(file, 32)).all()
+    for size, resize, start in ((28, 32, 2), (25, 32, 4), (29, 32, 2)):  # round half to even, as Python and torchvision
+        shown = slice(start, start + size)
+        assert (load_image(file, size, resize=resize) == load_image(file, resize)[shown, shown]).all()
+        assert (load_mask(mask, size, MaskRule(resize)) == load_mask(mask, resize)[shown, shown]).all()
+
+
+def test_a_mask_by_dinomalys_rule_is_that_of_its_release(tmp_path):
+    marks = np.zeros((120, 120), np.uint8)
+    marks[30:70, 41:90] = marks[118, 118] = 255
+    file = saved(tmp_path / "a.png", marks)
+    whole = np.asarray(Image.fromarray(marks).resize((64, 64), Image.Resampling.BILINEAR)) > 0  # Resize, ToTensor, > 0
+    picked = np.floor(np.arange(32) * 56 / 32).astype(int)  # torch.nn.functional.interpolate, "nearest"
+    rule = MaskRule(resize=64, any_share=True, side=32)
+    mask = load_mask(file, 56, rule)
+    np.testing.assert_array_equal(mask, whole[4:60, 4:60][picked][:, picked])
+    assert mask.sum() > load_mask(file, 56, MaskRule(resize=64, side=32)).sum()
+    # marked only outside the centre: every pixel that is shown is normal, and is judged
+    saved(tmp_path / "border.png", np.pad(np.zeros((110, 110), np.uint8), ((0, 10), (0, 10)), constant_values=255))
+    records = [Record("a.png", 1, ("border.png",), "hole"), Record("b.png", 0, (), "good")]
+    masks, judged = load_masks(tmp_path, records, 56, MaskRule(resize=80, side=32))
+    assert masks.shape == (2, 32, 32) and not masks.any() and judged.tolist() == [True, True]

@@ -192,6 +192,31 @@ def test_one_class_or_no_image_or_unknown_labels_leave_image_metrics_undefined_a
         assert metrics.why_undefined("image_auroc", labels) == reason
 
 
+def test_a_sample_of_real_iad_has_the_highest_score_and_label_of_its_views():
+    views = {  # two of the folders are called S0001
+        "bolt/OK/S0001": ([0, 0, 0, 0, 0], [0.1, 0.9, 0.2, 0.3, 0.1]),
+        "bolt/OK/S0002": ([0, 0], [0.4, 0.3]),
+        "bolt/NG/AK/S0001": ([0, 0, 1, 0, 0], [0.1, 0.95, 0.1, 0.2, 0.1]),  # found by a view that does not show it
+        "bolt/NG/BX/S0004": ([1, 1], [0.5, 0.2]),
+    }
+    places = [(folder, i) for folder, (labels, _) in views.items() for i in range(len(labels))]
+    places = [places[i] for i in np.random.default_rng(0).permutation(len(places))]
+    paths = [f"{folder}/bolt_0001_OK_C{i + 1}_20231021104018.jpg" for folder, i in places]
+    labels, scores = ([views[folder][part][i] for folder, i in places] for part in (0, 1))
+
+    def of(labels=labels, paths=paths, layout="real-iad"):
+        return metrics.sample_auroc(paths, labels, np.array(scores), layout)
+
+    by_hand = image_metrics([0, 0, 1, 1], np.array([0.9, 0.4, 0.95, 0.5]))["image_auroc"]
+    assert of() == {"sample_auroc": by_hand} == {"sample_auroc": 0.75}
+    undefined = [of(layout=layout) for layout in ("mvtec", "real-iad-sv")]
+    undefined += [of([None, *labels[1:]]), of([0] * len(labels)), of([1] * len(labels))]
+    undefined += [of(paths=[path.replace("/S0", "/T0") for path in paths])]
+    assert undefined == [{"sample_auroc": None}] * 6
+    assert metrics.sample_auroc([], [], np.empty(0), "real-iad") == {"sample_auroc": None}
+    assert "no sample is normal" in metrics.why_undefined("sample_auroc", [0, 1])
+
+
 def test_one_class_of_pixels_leaves_pixel_metrics_undefined_and_says_why_and_no_image_changes_nothing():
     maps, none = np.random.default_rng(0).random((2, 4, 4), np.float32), dict.fromkeys(PIXEL_METRICS)
     for masks in (np.zeros((2, 4, 4), bool), np.ones((2, 4, 4), bool), np.zeros((0, 4, 4), bool)):

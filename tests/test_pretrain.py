@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from llb.encoders import TINY_WEIGHTS, load_encoder
 from llb.encoders.stem import ENERGIES, energies
 from llb.encoders.vit import LAYER_SCALE
 from llb.features import normalise
-from llb.tiny import pretrain, textures
+from llb.tiny import objectives, pretrain, textures
 from llb.tiny.objectives import PATCHES, init_params
 from llb.tiny.pretrain import Pretrain, batch_indices, draw_energies, draw_image
 
@@ -27,7 +28,15 @@ flat = partial(flatten_dict, sep="/")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def small_encoder():
+    """Half as many blocks, each a quarter as wide, are compiled in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectives, "SPEC", replace(objectives.SPEC, depth=3, width=48, groups=((1,), (2,))))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(small_encoder, tmp_path_factory):
     return flat(pretrain.pretrain(SETTINGS, IMAGES, tmp_path_factory.mktemp("uninterrupted")))
 
 

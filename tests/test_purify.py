@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llb.purify import aggregate, keep_auto, keep_lowest, partition
+from llb.purify import aggregate, keep_auto, keep_lowest, partition, seen_by, standardised
 
 SCORES = np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0], [9.0, 1.0, 2.0], [0.5, 0.0, 1.0]], np.float32)
 SUBSET = np.array([0, 1, 2, 1])
@@ -22,7 +22,33 @@ SUBSET = np.array([0, 1, 2, 1])
     ],
 )
 def test_aggregates_by_hand(how, expected):
-    np.testing.assert_allclose(aggregate(jnp.asarray(SCORES), jnp.asarray(SUBSET), how), expected, rtol=1e-6)
+    seen = jnp.asarray(seen_by(SUBSET, 3, others=False))
+    np.testing.assert_allclose(aggregate(jnp.asarray(SCORES), seen, how), expected, rtol=1e-6)
+
+
+def test_out_of_fold_takes_the_one_sub_model_that_has_learned_from_the_other_subsets():
+    seen = seen_by(SUBSET, 3, others=True)
+    assert (seen.sum(axis=1) == 2).all()
+    scores = aggregate(jnp.asarray(SCORES), jnp.asarray(seen), "out-of-fold")
+    assert scores.tolist() == [SCORES[i, k] for i, k in enumerate(SUBSET)]
+
+
+def test_standardised_scores_do_not_depend_on_a_sub_models_scale_but_for_one_common_scale():
+    random = np.random.default_rng(0)
+    subset = np.arange(60) % 3
+    seen = jnp.asarray(seen_by(subset, 3, others=False))
+    scores = random.lognormal(size=(60, 3)).astype(np.float32)
+    scaled = scores * np.array([1.0, 30.0, 0.2], np.float32) + np.array([0.0, 5.0, -9.0], np.float32)
+    one, other = (np.asarray(standardised(jnp.asarray(s), seen)) for s in (scores, scaled))
+    slope, shift = np.polyfit(one.ravel(), other.ravel(), 1)
+    np.testing.assert_allclose(other, slope * one + shift, rtol=1e-4, atol=1e-4)
+    for k in range(3):  # the images that a sub-model has not seen decide
+        unseen = one[subset != k, k]
+        middle = np.median(unseen)
+        assert np.isclose(middle, np.median(one[subset != 0, 0]), rtol=1e-4)
+        assert np.isclose(np.median(abs(unseen - middle)), np.median(abs(one[subset != 0, 0] - middle)), rtol=1e-4)
+    equal = jnp.ones((6, 2))
+    assert np.isfinite(standardised(equal, jnp.asarray(seen_by(np.arange(6) % 2, 2, others=False)))).all()
 
 
 @pytest.mark.parametrize(("images", "submodels"), [(10, 3), (3, 3), (7, 1), (100, 8)])
@@ -66,6 +92,12 @@ def test_auto_is_indifferent_to_the_scale_and_the_order_of_the_scores():
 def test_auto_keeps_something_of_the_strangest_scores(scores):
     kept = keep_auto(np.array(scores, np.float32))
     assert kept.any() and kept.dtype == bool
+
+
+def test_auto_takes_scores_that_may_be_negative_as_they_are():
+    scores = np.concatenate([np.random.default_rng(0).normal(0, 1, 200), np.full(20, 12.0)]).astype(np.float32)
+    kept = keep_auto(scores)
+    assert kept[:200].mean() > 0.95 and not kept[200:].any()
 
 
 @pytest.mark.parametrize("images", (2, 24, 38, 45, 160))

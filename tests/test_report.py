@@ -78,6 +78,13 @@ def test_undefined_metrics_are_explained_and_the_ranking_is_shown(tmp_path, labe
     assert "4 of 6" in text and "train/5.png" in text and tags.count("img") == 2
 
 
+def test_the_metric_of_samples_is_shown_only_where_it_is_defined(tmp_path):
+    for value in (None, 0.625):
+        metrics = {"bolt": {"purified": values() | {"sample_auroc": value}}, "nut": {"purified": values()}}
+        text = report(write_run(tmp_path, categories=("bolt", "nut"), metrics=metrics))[2]
+        assert ("Sample AUROC" in text) == ("0.625" in text) == ("no sample is normal" in text) == (value is not None)
+
+
 def test_defective_images_without_a_mask_are_counted_and_named(tmp_path):
     metrics = {"bolt": {"purified": values(), "missing_masks": ["test/<1>.png"]}}
     _, _, text = report(write_run(tmp_path, metrics=metrics))

@@ -3,24 +3,25 @@
 import jax
 import numpy as np
 import pytest
+from helpers import small_setup
 
-from llb.detectors.dinomaly import Dinomaly
-from llb.detectors.recipes import RECIPES
+from llb.detectors import dinomaly
+from llb.features import Features
 from llb.score import heat_maps, score, score_all
-from llb.train import Training, submodel_keys
+from llb.train import submodel_keys
 
 IMAGES, SIDE = 23, 24
 FEATURES = np.random.default_rng(3).normal(size=(IMAGES, 2, 11, 8)).astype(np.float16)
-TRAINING = Training(Dinomaly(2, 2, 9, 0.2, "truncated"), SIDE, RECIPES["dinomaly"], 2e-3, steps=20, batch_size=3)
+SETUP, GIVEN = small_setup("dinomaly"), Features(FEATURES.__getitem__, FEATURES.shape[1:])
 
 
 def params_of(submodels: int):
-    init = jax.vmap(TRAINING.model.init, in_axes=(0, None))
-    return jax.tree.map(np.asarray, init(submodel_keys(jax.random.key(1), submodels), FEATURES[:1])["params"])
+    params = jax.vmap(lambda key: dinomaly.init(SETUP, key))(submodel_keys(jax.random.key(1), submodels))
+    return jax.tree.map(np.asarray, params)
 
 
 def scores_of(params) -> np.ndarray:
-    return score_all(params, TRAINING, FEATURES.__getitem__, IMAGES, "test")
+    return score_all(params, SETUP, GIVEN, IMAGES, "test")
 
 
 @pytest.mark.slow
@@ -36,14 +37,14 @@ def test_scores_of_a_stack_on_three_devices_are_those_of_its_members_on_one(monk
 
 def test_every_image_is_scored_once_and_the_last_batch_adds_nothing():
     params, order = params_of(5), np.random.default_rng(0).permutation(IMAGES)
-    batches = list(score(params, TRAINING, FEATURES.__getitem__, order, "test", with_maps=True))
+    batches = list(score(params, SETUP, GIVEN, order, "test", with_maps=True))
     positions, scores, maps = (np.concatenate(parts) for parts in zip(*batches))
     assert positions.tolist() == list(range(IMAGES))
     np.testing.assert_allclose(scores, scores_of(params)[order], rtol=1e-5)
     assert maps.shape == (IMAGES, 5, SIDE, SIDE)
     highest = np.sort(maps.reshape(IMAGES, 5, -1))[..., -int(SIDE**2 * 0.01) :]
     np.testing.assert_allclose(scores, highest.mean(axis=-1), rtol=1e-5)
-    shown = dict(heat_maps(params, TRAINING, FEATURES.__getitem__, order[[5, 2]], "test"))
+    shown = dict(heat_maps(params, SETUP, GIVEN, order[[5, 2]], "test"))
     assert list(shown) == order[[5, 2]].tolist()
     np.testing.assert_allclose(shown[order[2]], maps[2].mean(axis=0), rtol=1e-5)
 
@@ -55,5 +56,5 @@ def test_scoring_holds_the_features_of_a_few_batches_only():
         held.append(sum(array.shape == (18, *FEATURES.shape[1:]) for array in jax.live_arrays()))
         return FEATURES[indices % IMAGES]
 
-    score_all(params_of(5), TRAINING, fetch, 40 * 18, "test")
+    score_all(params_of(5), SETUP, Features(fetch, GIVEN.shape), 40 * 18, "test")
     assert len(held) == 40 and 0 < max(held) <= 5

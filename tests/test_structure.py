@@ -9,10 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every file of the core, from the bottom up. A file may import only from files to the left of it, and above.
 CORE = """
     files console processes device
-    detectors.recipes detectors.dinomaly detectors
-    metrics pictures tree pairing layouts lists images data demo tables
-    encoders.specs encoders.stem encoders.pickles encoders.vit encoders.weights encoders
-    purify config features placement checkpoint train score lock manifest run report
+    metrics pictures tree pairing layouts lists images masks data demo tables
+    encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
+    detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released
+    detectors.padim detectors.subspace detectors.banks detectors.patchcore detectors.softpatch detectors.mutual
+    detectors.rd detectors.uniad detectors.simplenet detectors.cflow detectors.damage detectors.destseg detectors
+    protocols purify config defaults features placement checkpoint train fit score lock manifest run stage report
 """.split()
 ORDER = ["llb", *(f"llb.{name}" for name in CORE), "stage1_partition", "stage2_train", "evaluate"]
 LARGEST_FILE, MOST_ARGUMENTS = 350, 6

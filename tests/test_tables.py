@@ -40,6 +40,24 @@ def test_means_over_categories_leave_undefined_values_out():
     assert means["purified"] == {name: value and pytest.approx(value) for name, value in expected.items()}
 
 
+def test_the_metric_of_samples_has_a_column_only_where_it_is_defined(tmp_path):
+    def tables_of(value):
+        metrics = {"a": {"all": values(0.5) | {"sample_auroc": value}}, "b": {"all": values(0.5)}}
+        metrics["mean"] = tables.mean_metrics(metrics, ["a", "b"])
+        tables.write_metrics_csv(tmp_path / "metrics.csv", metrics)
+        with open(tmp_path / "metrics.csv", newline="") as file:
+            return metrics["mean"]["all"], tables.summary_table(metrics), list(csv.DictReader(file))
+
+    mean, table, rows = tables_of(0.75)
+    assert mean["sample_auroc"] == 0.75 and [row["sample_auroc"] for row in rows] == ["0.75", "", "0.75"]
+    title, names, a, b, *_ = table.splitlines()
+    place = title.index("sample")
+    assert (a[place:][:5], b[place:][:5]) == ("0.750", tables.UNDEFINED + " " * 4) and title.index("pixel") == place + 7
+    for value in (None, 0.75):
+        _, table, rows = tables_of(value)
+        assert ("sample" in table) == ("sample_auroc" in rows[0]) == (value is not None)
+
+
 def test_missing_masks_are_kept_beside_the_detectors_until_there_are_none(tmp_path):
     entry = {"all": values(0.5), "purification": FACTS}
     tables.write_json(tmp_path / "metrics.json", {"bolt": entry})

@@ -2,6 +2,7 @@
 
     python -m llb.bench                                     two CPU cores, below 10 minutes
     python -m llb.bench --against torch --json bench.json   the same work in PyTorch too, where it is installed
+    python -m llb.bench --detectors                         fitted detectors beside the way people write them
     python -m llb.bench --gpu                               an accelerator's figures, about 4 minutes
 
 llb/bench/README.md has the tables of the last runs.
@@ -16,8 +17,11 @@ from llb.bench.process import import_torch
 from llb.config import flag, parse_flags, whole
 from llb.console import run_script, say
 from llb.device import start_jax
-from llb.encoders.specs import SPECS
+from llb.encoders.specs import SPECS, Spec
 from llb.files import UserError, check_writable_file, write_json
+
+# the reference's way has no CNN and no filter bank
+ENCODERS = tuple(name for name, spec in SPECS.items() if isinstance(spec, Spec) and not spec.filter_bank)
 
 
 @dataclass
@@ -26,9 +30,10 @@ class Bench:
 
     json: str | None = flag(None, "write all measurements to this file", shown="not written")
     against: str | None = flag(None, "do the same work in PyTorch too", choices=("torch",), shown="only JAX")
+    detectors: bool = flag(False, "fitted detectors; of the flags below only --rounds is used")
     gpu: bool = flag(False, "an accelerator's figures: ViT-B/14, batch 16, K = 3 and 8; the flags below are not used")
     rounds: int = flag(2, "how often the ways take turns; the rounds divide the reference's stage 1", whole(1))
-    encoder: str = flag("dinov2_vits14_reg", "whose sizes; weights are random", choices=tuple(SPECS))
+    encoder: str = flag("dinov2_vits14_reg", "whose sizes; weights are random", choices=ENCODERS)
     image_size: int = flag(392, "side in pixels, a multiple of the patch size", whole(1))
     images: int = flag(32, "training images", whole(2))
     submodels: int = flag(3, "K", whole(1))
@@ -51,7 +56,10 @@ def main() -> None:
         keep = partial(write_json, settings.json) if settings.json else None
         gpu.measure(sizes, device, torch, keep)
     else:
-        results = cpu.measure(sizes, device, settings.rounds, torch is not None)
+        if settings.detectors:
+            results = cpu.measure_detectors(device, settings.rounds)
+        else:
+            results = cpu.measure(sizes, device, settings.rounds, torch is not None)
         if settings.json:
             write_json(settings.json, results)
     if settings.json:
@@ -65,8 +73,6 @@ def sizes_of(settings: Bench) -> Sizes:
         UserError: they do not fit together.
     """
     spec = SPECS[settings.encoder]
-    if spec.filter_bank:
-        raise UserError("--encoder tiny: the reference's way has no filter bank; choose one of the others")
     if settings.image_size % spec.patch:
         raise UserError(
             f"--image-size {settings.image_size}: {spec.name} needs a multiple of its patch size, {spec.patch}"

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from PIL import Image
 
 from llb.console import say
 from llb.demo import draw
-from llb.detectors.dinomaly import map_matrix
-from llb.detectors.recipes import RECIPES
+from llb.detectors import dinomaly
+from llb.detectors.common import Setup, map_matrix
+from llb.detectors.decoder import Dinomaly
+from llb.detectors.recipes import Recipe, hard_positions
 from llb.encoders import Encoder, parameter_shapes
 from llb.encoders.specs import Spec
-from llb.features import Encode, make_encode
+from llb.features import Source, make_source
 from llb.images import ImageFiles, load_image
 from llb.run import environment
-from llb.train import Training, make_training
 
 OURS, EXACT, JAX = "llb", "llb exact", "reference"  # names of ways
 EAGER, FUSED, COMPILED = TORCH = ("PyTorch eager", "PyTorch fused", "PyTorch compiled")
@@ -168,9 +170,8 @@ def random_encoder(spec: Spec, size: int, precision: str = "float32") -> Encoder
     return Encoder(spec, params, size, "random", precision)
 
 
-def random_submodels(encoder: Encoder, training: Training, count: int) -> list[dict]:
-    sample = jax.ShapeDtypeStruct((1, 2, encoder.tokens_per_image, encoder.spec.width), jnp.float32)
-    shapes = jax.eval_shape(training.model.init, jax.random.key(0), sample)["params"]
+def random_submodels(setup: Setup, count: int) -> list[dict]:
+    shapes = jax.eval_shape(partial(dinomaly.init, setup), jax.random.key(0))["params"]
     return [random_weights(shapes, 1 + k) for k in range(count)]
 
 
@@ -187,7 +188,7 @@ def draw_maps(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Masks bool and maps float32, both (count, size, size): every second image has one to four round defects."""
     random = np.random.default_rng(1)
     rows, columns = np.mgrid[:size, :size]
-    matrix = map_matrix(size, 28)
+    matrix = map_matrix(size, 28, dinomaly.MAP)
     masks, maps = np.zeros((count, size, size), bool), np.empty((count, size, size), np.float32)
     for index in range(count):
         for _ in range(random.integers(1, 5) * (index % 2)):
@@ -201,13 +202,29 @@ def draw_maps(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 class Stage:
     """The input of stage 1, equal for all ways."""
 
-    encoder: Encoder
-    training: Training
+    source: Source  # of llb's features
+    setup: Setup
     paths: list[Path]
     images: np.ndarray  # uint8 (N, S, S, 3), the content of `paths`: the reference gets the images decoded
     subsets: list[np.ndarray]  # K arrays of indices
     params: list[dict]  # K new sub-models, host trees
-    encode: Encode  # llb's
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.source.encoder
+
+    @property
+    def model(self) -> Dinomaly:
+        return dinomaly.network(self.setup)
+
+    @property
+    def recipe(self) -> Recipe:
+        return dinomaly.recipe_of(self.setup)
+
+    @property
+    def hard(self) -> int:
+        """How many positions of a batch keep their gradient at the first step."""
+        return hard_positions(self.recipe, 0, self.setup.batch_size * self.model.patches)
 
     @property
     def files(self) -> ImageFiles:
@@ -216,18 +233,18 @@ class Stage:
 
 def prepare(sizes: Sizes, encoder: Encoder, paths: list[Path]) -> Stage:
     """The same in every process: weights are drawn from fixed seeds."""
-    recipe = RECIPES["dinomaly"]
-    training = make_training(
-        encoder,
-        recipe,
-        learning_rate=recipe.learning_rate,
-        dropout=recipe.dropout,
-        steps=sizes.steps,
-        batch_size=sizes.batch_size,
-    )
+    setup = make_setup(encoder, sizes.steps, sizes.batch_size)
     images = np.stack([load_image(path, sizes.image_size) for path in paths])
-    params = random_submodels(encoder, training, sizes.submodels)
-    return Stage(encoder, training, paths, images, deal(sizes.images, sizes.submodels), params, make_encode(encoder))
+    params = random_submodels(setup, sizes.submodels)
+    return Stage(make_source(encoder), setup, paths, images, deal(sizes.images, sizes.submodels), params)
+
+
+def make_setup(encoder: Encoder, steps: int, batch_size: int, **settings) -> Setup:
+    """Of Dinomaly. settings: those of its Settings that differ from the published ones."""
+    own = dinomaly.Settings(**settings)
+    training = {"learning_rate": own.learning_rate, "steps": steps, "batch_size": batch_size}
+    named = {"detector": "dinomaly", "score": dinomaly.SCORE, "map_rule": dinomaly.MAP}
+    return Setup(encoder.spec, (), encoder.image_size, own, encoder.precision, **training, **named)
 
 
 def deal(images: int, submodels: int) -> list[np.ndarray]:
@@ -237,7 +254,7 @@ def deal(images: int, submodels: int) -> list[np.ndarray]:
 
 def random_distances(stage: Stage) -> np.ndarray:
     """Distances of every image in K sub-models, not yet maps: float32 (N · K, 2, P)."""
-    shape = (len(stage.paths) * len(stage.subsets), 2, stage.training.model.patches)
+    shape = (len(stage.paths) * len(stage.subsets), 2, stage.model.patches)
     return np.random.default_rng(3).random(shape, np.float32)
 
 

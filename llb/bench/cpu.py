@@ -1,4 +1,5 @@
-"""The figures of a CPU: every part of llb beside the reference's way of doing it.
+"""The figures of a CPU: every part of llb beside the reference's way, and fitted detectors beside the way people write
+them.
 
 The ways take turns, so a machine that slows down slows all of them. Reported are the median over the turns and, in
 brackets, the lowest and highest. Compiling is not timed. Weights are random, since the time does not depend on them.
@@ -8,6 +9,7 @@ All ways get the same weights and images, and the table says how far their resul
 import statistics
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from llb.bench.common import (
     ratio,
     take_turns,
 )
+from llb.bench.detectors import bank_ways
 from llb.bench.ours import agreement, other_ways, product_ways, stage1_ways
 from llb.bench.process import Task, other_process
 from llb.bench.reference import count_work
@@ -43,6 +46,7 @@ UNITS = {  # of a part's seconds
     "pixel metrics": "map",
     "stage 1": "whole",
 }
+FITTED = {"coreset": ("patch that is chosen", 2.0), "search": ("image", 2.0)}  # part → unit, how many times as fast
 
 
 def measure(sizes: Sizes, device: str, rounds: int, torch: bool = False) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def measure(sizes: Sizes, device: str, rounds: int, torch: bool = False) -> dict
         paths = draw_photos(folder, sizes.images, sizes.photo)
         stage = prepare(sizes, random_encoder(sizes.spec, sizes.image_size), paths)
         masks, maps = draw_maps(sizes.maps, sizes.image_size)
-        work = count_work(stage.encoder, stage.training)
+        work = count_work(stage.setup)
         agreements = {JAX: agreement(sizes, stage, masks, maps)}
         large = {part: {OURS: way} for part, way in stage1_ways(stage, folder).items()}
         small = other_ways(stage, masks, maps)
@@ -73,10 +77,7 @@ def measure(sizes: Sizes, device: str, rounds: int, torch: bool = False) -> dict
     results = about(device, sizes.settings() | {"rounds": rounds, "torch": torch}) | {
         "multiply_adds_per_image": work,
         "agreement": agreements,
-        "parts": {
-            part: {way: {"seconds": timing.seconds, "peak_mib": timing.peak_mib} for way, timing in ways.items()}
-            for part, ways in timings.items()
-        },
+        "parts": measurements(timings),
         "ratios": ratios,
         "share_of_matrix_product": shares(timings, work, sizes),
         "targets": targets,
@@ -84,6 +85,35 @@ def measure(sizes: Sizes, device: str, rounds: int, torch: bool = False) -> dict
     }
     say(table(results))
     return results
+
+
+def measure_detectors(device: str, rounds: int) -> dict[str, Any]:
+    """Measure fitted detectors, print the table and return the content of --json, as `measure` does.
+
+    All ways run in this process, so the others too have llb's memory settings.
+    """
+    began = time.monotonic()
+    timings = take_turns(bank_ways(), max(3, rounds))
+    ratios = ratios_of(timings)
+    reached = [
+        (f"{part} / {way}", ratios[part][way][0], target)
+        for part, (_, target) in FITTED.items()
+        for way in ratios[part]
+    ]
+    results = about(device, {"rounds": rounds}) | {
+        "parts": measurements(timings),
+        "ratios": ratios,
+        "targets": judge(reached),
+        "seconds": time.monotonic() - began,
+    }
+    lines = rows(results, {part: unit for part, (unit, _) in FITTED.items()})
+    say("\n".join([*lines, *conclusion(results["targets"], results["seconds"])]))
+    return results
+
+
+def measurements(timings: Timings) -> dict[str, Any]:
+    """For --json."""
+    return {part: {way: asdict(timing) for way, timing in ways.items()} for part, ways in timings.items()}
 
 
 def add_stage1(timings: Timings, sizes: Sizes) -> None:
@@ -98,13 +128,18 @@ def add_stage1(timings: Timings, sizes: Sizes) -> None:
         timings["stage 1"][way] = Timing(seconds, max((p for p in peaks if p), default=None))
 
 
-def compare(timings: Timings, work: dict[str, int], sizes: Sizes) -> tuple[dict, dict]:
-    """Ratios {part: {way: [median, lowest, highest]}}, and targets {name: {ratio, target, met}}."""
-    ratios = {
+def ratios_of(timings: Timings) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Part → way → how many times as fast llb is: median, lowest, highest."""
+    return {
         part: {way: ratio(timing, ways[OURS]) for way, timing in ways.items() if way != OURS}
         for part, ways in timings.items()
         if OURS in ways
     }
+
+
+def compare(timings: Timings, work: dict[str, int], sizes: Sizes) -> tuple[dict, dict]:
+    """Ratios {part: {way: [median, lowest, highest]}}, and targets {name: {ratio, target, met}}."""
+    ratios = ratios_of(timings)
     # As a target, llb's scoring includes the encoder, once for all K sub-models, though training has paid for it.
     ours = timings["scoring"][OURS].seconds
     with_encoder = Timing([a + b for a, b in zip(ours, timings["encoder"][OURS].seconds)])
@@ -165,21 +200,24 @@ def table(results: dict[str, Any]) -> str:
         first = "llb" if way == JAX else "the reference in JAX"
         values = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
         lines.append(f"{first} and {way} differ by {values}")
-    lines += [
-        "",
-        f"{'part':14} {'way':17} {'time':>10}  {'llb is faster':26} {'of matrix product':>17} {'peak MiB':>9}",
-    ]
-    for part, unit in UNITS.items():
-        for way, timing in parts[part].items():
+    return "\n".join([*lines, *rows(results, UNITS), *conclusion(results["targets"], results["seconds"])])
+
+
+def rows(results: dict[str, Any], units: dict[str, str]) -> list[str]:
+    """The parts' lines of a table. units: part → of its seconds."""
+    head = f"{'part':14} {'way':17} {'time':>10}  {'llb is faster':26} {'of matrix product':>17} {'peak MiB':>9}"
+    lines, of_product = ["", head], results.get("share_of_matrix_product", {})
+    for part, unit in units.items():
+        for way, timing in results["parts"][part].items():
             cells = f"{part if way == OURS else '':14} {way:17} {duration(statistics.median(timing['seconds'])):>10}  "
             spread = f"per {unit}"
             if way != OURS:
                 spread = "{:.2f} × ({:.2f} – {:.2f})".format(*results["ratios"][part][way])
-            rate = results["share_of_matrix_product"].get(part, {}).get(way)
+            rate = of_product.get(part, {}).get(way)
             rate = f"{rate:10.0%}" if rate else " " * 10
             peak = f"{timing['peak_mib']:9.0f}" if timing["peak_mib"] else ""
             lines.append(f"{cells}{spread:26} {rate} {peak}")
-    return "\n".join([*lines, *conclusion(results["targets"], results["seconds"])])
+    return lines
 
 
 def duration(seconds: float) -> str:

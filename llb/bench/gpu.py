@@ -6,7 +6,7 @@ and how busy the device is during training, from JAX's profiler.
 
 A line is printed, and --json written, as soon as a part is measured: a run that is stopped has shown the parts before.
 Compiling is not timed, but a training step of this size takes half a minute to compile. So every part uses the same
-Training, since another one compiles again, and the step of K = 8 comes last. The reference's steps are alike, so a few
+Setup, since another one compiles again, and the step of K = 8 comes last. The reference's steps are alike, so a few
 are timed and multiplied by their number; llb's stage 1 really runs.
 """
 
@@ -37,10 +37,9 @@ from llb.bench.common import (
 )
 from llb.checkpoint import CheckpointFolder
 from llb.console import say
-from llb.detectors.recipes import hard_positions
 from llb.device import default_precision
 from llb.encoders.specs import SPECS
-from llb.features import ENCODE_BATCH, cached_features, feature_shape, prefetch, streamed_features
+from llb.features import ENCODE_BATCH, cached_features, prefetch, streamed_features
 from llb.files import UserError
 from llb.placement import place_submodels
 from llb.score import score_all
@@ -114,7 +113,7 @@ def parts(sizes: Sizes, device: str, torch, largest: int, folder: Path) -> Itera
     )
 
     stage = many_images(sizes, folder)
-    work = reference.count_work(stage.encoder, stage.training)
+    work = reference.count_work(stage.setup)
     rate = encoder_rate(stage)
     of_peak = 2 * work["encoder"] * rate / peak
     values = {"images_per_second": rate, "share_of_bf16_peak": of_peak, "multiply_adds_per_image": work}
@@ -196,7 +195,7 @@ def encoder_rate(stage: Stage) -> float:
 
     def work() -> None:
         for start in range(0, len(images), ENCODE_BATCH):
-            stage.encode(images[start : start + ENCODE_BATCH])
+            stage.source.encode(images[start : start + ENCODE_BATCH])
 
     return len(images) / timed(work)
 
@@ -208,31 +207,26 @@ class Steps:
     """
 
     def __init__(self, stage: Stage, submodels: int, state: State | None = None) -> None:
-        shape = (FEATURES, *feature_shape(stage.encoder))
+        shape = (FEATURES, *stage.source.shape)
         self.features = np.random.default_rng(0).random(shape, np.float32).astype(np.float16)
-        self.training, self.placement = stage.training, place_submodels(submodels)
-        self.batch = np.arange(submodels * self.training.batch_size).reshape(submodels, -1) % FEATURES
+        self.setup, self.placement = stage.setup, place_submodels(submodels)
+        self.batch = np.arange(submodels * self.setup.batch_size).reshape(submodels, -1) % FEATURES
         keys = self.placement.spread_keys(submodel_keys(jax.random.key(0), submodels))
         self.each = {"key": keys, "steps_per_pass": self.placement.spread(np.ones(submodels, np.int32))}
         if state is None:
-            sharding = self.placement.sharding
-            self.state = init_state(keys, self.features[:1], training=self.training, sharding=sharding)
+            self.state = init_state(keys, setup=self.setup, sharding=self.placement.sharding)
         else:
             copies = jax.tree.map(lambda leaf: np.resize(leaf, (submodels, *leaf.shape[1:])), state)
             self.state = self.placement.spread(copies)
 
     def train(self, steps: int = STEPS) -> None:
         """Features come from the host, as in llb.train."""
-        positions = self.training.batch_size * self.training.model.patches
-        hard = np.int32(hard_positions(self.training.recipe, 0, positions))
 
         def features_of(step: int) -> jax.Array:
             return self.placement.spread_features(self.features.__getitem__, self.batch, self.features.shape[1:])
 
         for step, features in prefetch(features_of, range(steps), PREPARING, PREPARING):
-            self.state, losses = train_step(
-                self.state, features, self.each, np.int32(step), hard, training=self.training
-            )
+            self.state, losses = train_step(self.state, features, None, self.each, np.int32(step), setup=self.setup)
         losses.block_until_ready()
 
     def seconds(self) -> float:
@@ -242,54 +236,50 @@ class Steps:
 
 def whole(stage: Stage, params: dict, folder: Path) -> dict[str, float]:
     """Seconds of llb's stage 1, from image files to scores. params: of K sub-models, to compile the scoring before."""
-    slowly = streamed_features(stage.encoder, stage.encode, stage.files)
-    score_all(params, stage.training, slowly, 1, "  compiling")
+    score_all(params, stage.setup, streamed_features(stage.source, stage.files), 1, "  compiling")
     submodels = Submodels(stage.subsets, submodel_keys(jax.random.key(0), len(stage.subsets)))
     clock = [time.perf_counter()]
-    fetch = cached_features(stage.encoder, stage.encode, stage.files, folder / "features", 64.0, "  features")
+    features = cached_features(stage.source, stage.files, folder / "features", 64.0, "  features")
     clock.append(time.perf_counter())
-    params = train(stage.training, fetch, submodels, CheckpointFolder(folder / "training", "bench"), "  training")
+    params = train(stage.setup, features, submodels, CheckpointFolder(folder / "training", "bench"), "  training")
     clock.append(time.perf_counter())
-    score_all(params, stage.training, fetch, len(stage.paths), "  scoring")
+    score_all(params, stage.setup, features, len(stage.paths), "  scoring")
     clock.append(time.perf_counter())
-    features, training, scoring = np.diff(clock).tolist()
-    return {"features": features, "training": training, "scoring": scoring, "seconds": clock[-1] - clock[0]}
+    spent = dict(zip(("features", "training", "scoring"), np.diff(clock).tolist()))
+    return spent | {"seconds": clock[-1] - clock[0]}
 
 
 def reference_whole(stage: Stage, torch) -> dict[str, Any]:
     """The reference's stage 1: the time of a step and of a batch of scores, times their number."""
-    training, submodels, images = stage.training, len(stage.subsets), len(stage.paths)
-    batch = np.arange(training.batch_size) % images
+    setup, submodels, images = stage.setup, len(stage.subsets), len(stage.paths)
+    batch = np.arange(setup.batch_size) % images
     if torch:
         stage1 = torch.Stage1(stage, "eager", "cuda")
         steps, score = partial(stage1.train, REFERENCE_STEPS), partial(stage1.score, batch)
     else:
         steps, score = reference_calls(stage, stage.images[batch])
     step_seconds, batch_seconds = timed(steps) / REFERENCE_STEPS, timed(score)
-    batches = -(-images // training.batch_size)
+    batches = -(-images // setup.batch_size)
     return {
         "way": "PyTorch eager" if torch else "JAX",
         "step": step_seconds,
         "batch": batch_seconds,
-        "seconds": submodels * (training.steps * step_seconds + batches * batch_seconds),
+        "seconds": submodels * (setup.steps * step_seconds + batches * batch_seconds),
     }
 
 
 def reference_calls(stage: Stage, images: np.ndarray) -> tuple[Callable[[], None], Callable[[], np.ndarray]]:
     """REFERENCE_STEPS steps of one sub-model in JAX, and the scores of one batch."""
-    encoder, training, params = stage.encoder, stage.training, stage.params[0]
-    hard = np.int32(hard_positions(training.recipe, 0, len(images) * training.model.patches))
-    own = {"key": jax.random.key(0), "steps_per_pass": np.int32(1), "hard": hard}
-    latest = {"state": reference.new_state(training, params, 1)}
+    weights, setup, params = stage.encoder.params, stage.setup, stage.params[0]
+    own = {"key": jax.random.key(0), "steps_per_pass": np.int32(1), "hard": np.int32(stage.hard)}
+    latest = {"state": reference.new_state(setup, params, 1)}
 
     def steps() -> None:
         for _ in range(REFERENCE_STEPS):
-            latest["state"], loss = reference.train_step(
-                encoder.params, latest["state"], images, own, spec=encoder.spec, training=training
-            )
+            latest["state"], loss = reference.train_step(weights, latest["state"], images, own, setup=setup)
             float(loss)  # as the released loop does, for its log
 
-    return steps, partial(reference.score, encoder.params, params, images, encoder.spec, training.model)
+    return steps, partial(reference.score, weights, params, images, setup)
 
 
 def profile(steps: Steps, folder: Path) -> dict[str, Any]:

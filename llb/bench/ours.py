@@ -13,7 +13,7 @@ import numpy as np
 from llb.bench import reference
 from llb.bench.common import EXACT, OURS, Parts, Sizes, Stage, Way, difference, random_distances, stack
 from llb.checkpoint import CheckpointFolder
-from llb.detectors.dinomaly import anomaly_map
+from llb.detectors.common import anomaly_map
 from llb.features import cached_features, load_batches
 from llb.metrics import PixelCounts, accumulate, pixel_metrics, pixel_metrics_error, pixel_metrics_of
 from llb.score import SCORE_BATCH, score, score_all
@@ -24,33 +24,37 @@ MEMORY_GIB = 64.0  # features are held in memory
 
 def stage1_ways(stage: Stage, folder: Path) -> dict[str, Way]:
     """Encoder, training and scoring as stage1_partition.py calls them: with features on the disk and checkpoints."""
-    encoder, training, images = stage.encoder, stage.training, len(stage.paths)
+    setup, images = stage.setup, len(stage.paths)
     submodels = Submodels(stage.subsets, submodel_keys(jax.random.key(0), len(stage.subsets)))
     numbers = count()
-    latest = {"params": stack(stage.params)}  # what is scored before the first training
+    latest = {"params": {"params": stack(stage.params)}}  # what is scored before the first training
 
     def features() -> None:
         cache = folder / f"features{next(numbers)}"
-        latest["fetch"] = cached_features(encoder, stage.encode, stage.files, cache, MEMORY_GIB, "  features")
+        latest["features"] = cached_features(stage.source, stage.files, cache, MEMORY_GIB, "  features")
 
     def training_steps() -> None:
         at = CheckpointFolder(folder / f"training{next(numbers)}", "bench")
-        latest["params"] = train(training, latest["fetch"], submodels, at, "  training")
+        latest["params"] = train(setup, latest["features"], submodels, at, "  training")
 
     def scoring(images: int = images) -> None:
-        score_all(latest["params"], training, latest["fetch"], images, "  scoring")
+        score_all(latest["params"], setup, latest["features"], images, "  scoring")
 
     return {
         "encoder": Way(features, images),
-        "training step": Way(training_steps, training.steps),
+        "training step": Way(training_steps, setup.steps),
         "scoring": Way(scoring, images, partial(scoring, 1)),
     }
 
 
 def other_ways(stage: Stage, masks: np.ndarray, maps: np.ndarray) -> Parts:
     """Decoding, map post-processing and pixel metrics."""
-    size, distances = stage.encoder.image_size, random_distances(stage)
-    to_maps = jax.jit(partial(anomaly_map, size=size))
+    size, distances, grid = stage.setup.image_size, random_distances(stage), stage.setup.grids[0][:2]
+
+    @jax.jit
+    def to_maps(distances: jax.Array) -> jax.Array:
+        return anomaly_map(distances.mean(axis=1).reshape(-1, *grid), size, stage.setup.map_rule)
+
     batches = [distances[start : start + SCORE_BATCH] for start in range(0, len(distances), SCORE_BATCH)]
     return {
         "decoding": {OURS: Way(lambda: np.concatenate(list(load_batches(stage.files, size))), len(stage.paths))},
@@ -92,16 +96,14 @@ def product_ways(side: int) -> dict[str, Way]:
 
 def agreement(sizes: Sizes, stage: Stage, masks: np.ndarray, maps: np.ndarray) -> dict[str, float]:
     """How far llb's results and the reference's differ on the same input: relative; metrics absolute."""
-    encoder, training, size = stage.encoder, stage.training, stage.encoder.image_size
+    encoder, setup = stage.encoder, stage.setup
     images = stage.images[: min(sizes.batch_size, SCORE_BATCH)]
-    features = stage.encode(images)
-    their_features = reference.compiled_encode(encoder.params, images, spec=encoder.spec)
-    batches = score(stack(stage.params), training, features.__getitem__, np.arange(len(images)), "", with_maps=True)
-    _, our_scores, our_maps = next(batches)
-    their_distances = reference.distances(
-        encoder.params, stage.params[0], images, spec=encoder.spec, model=training.model
-    )
-    their_maps = np.stack([reference.heat_map(distance, size) for distance in np.asarray(their_distances)])
+    features = stage.source.encode(images)
+    their_features = reference.compiled_encode(encoder.params, images, spec=setup.spec)
+    params, fetched = {"params": stack(stage.params)}, stage.source.features(features.__getitem__)
+    _, our_scores, our_maps = next(score(params, setup, fetched, np.arange(len(images)), "", with_maps=True))
+    their_distances = np.asarray(reference.distances(encoder.params, stage.params[0], images, setup=setup))
+    their_maps = np.stack([reference.heat_map(distance, setup.image_size) for distance in their_distances])
     masks, maps = masks[: sizes.reference_maps], maps[: sizes.reference_maps]
     counts = count_pixels(masks, maps)
     ours, theirs = pixel_metrics_of(counts), reference.pixel_metrics(masks, maps)

@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from llb.bench import reference
 from llb.bench.common import Stage, Way, difference
-from llb.detectors.dinomaly import ATTENTION_EPS, BLUR_SIGMA, TOP_FRACTION, Dinomaly
-from llb.detectors.recipes import hard_positions
+from llb.detectors.common import TOP_FRACTION
+from llb.detectors.decoder import ATTENTION_EPS, Dinomaly
+from llb.detectors.dinomaly import MAP
 from llb.encoders.specs import Spec
 from llb.encoders.vit import interpolate_positions
 from llb.images import IMAGENET_MEAN, IMAGENET_STD
@@ -211,7 +212,7 @@ def heat_maps(distance: torch.Tensor, size: int) -> np.ndarray:
     """float32 (B, 2, P) → (B, size, size): upsampled together, blurred by SciPy image by image."""
     side = math.isqrt(distance.shape[-1])
     maps = functional.interpolate(distance.unflatten(2, (side, side)), size, mode="bilinear", align_corners=True)
-    return np.stack([ndimage.gaussian_filter(heat, BLUR_SIGMA) for heat in maps.mean(dim=1).cpu().numpy()])
+    return np.stack([ndimage.gaussian_filter(heat, MAP.sigma) for heat in maps.mean(dim=1).cpu().numpy()])
 
 
 def scores_of(distance: torch.Tensor, size: int) -> np.ndarray:
@@ -226,21 +227,20 @@ class Stage1:
     """
 
     def __init__(self, stage: Stage, kind: str, device: str = "cpu") -> None:
-        spec, self.training, self.size = stage.encoder.spec, stage.training, stage.encoder.image_size
-        self.images, self.subset, self.device = stage.images, stage.subsets[0], device
+        self.stage, self.device, spec, size = stage, device, stage.setup.spec, stage.setup.image_size
         attention = "explicit" if kind == "eager" else "fused"
-        self.encoder = make_encoder(stage.encoder.params, spec, self.size, attention).to(device)
-        self.decoder = make_decoder(stage.params[0], self.training.model, spec.width).to(device)
+        self.encoder = make_encoder(stage.encoder.params, spec, size, attention).to(device)
+        self.decoder = make_decoder(stage.params[0], stage.model, spec.width).to(device)
         compiled = torch.compile if kind == "compiled" else lambda module: module
         self.encode, self.decode = compiled(self.encoder), compiled(self.decoder)
         self.random = np.random.default_rng(0)
 
     @torch.no_grad()
     def features(self, indices: np.ndarray) -> torch.Tensor:
-        return self.encode(torch.from_numpy(self.images[indices]).to(self.device))
+        return self.encode(torch.from_numpy(self.stage.images[indices]).to(self.device))
 
     def targets(self, features: torch.Tensor) -> torch.Tensor:
-        return features[:, :, -self.training.model.patches :]
+        return features[:, :, -self.stage.model.patches :]
 
     @torch.no_grad()
     def distances(self, indices: np.ndarray) -> torch.Tensor:
@@ -249,16 +249,15 @@ class Stage1:
         return 1 - functional.cosine_similarity(self.decode(features), self.targets(features), dim=-1)
 
     def score(self, indices: np.ndarray) -> np.ndarray:
-        return scores_of(self.distances(indices), self.size)
+        return scores_of(self.distances(indices), self.stage.setup.image_size)
 
     def train(self, steps: int) -> None:
         """Continue from the present weights, with a new optimiser."""
-        recipe, batch = self.training.recipe, self.training.batch_size
+        setup, recipe, hard = self.stage.setup, self.stage.recipe, self.stage.hard
         self.decoder.train()
-        optimizer = StableAdamW(self.decoder.parameters(), self.training.learning_rate)
-        hard = hard_positions(recipe, 0, batch * self.training.model.patches)
+        optimizer = StableAdamW(self.decoder.parameters(), setup.learning_rate)
         for _ in range(steps):
-            features = self.features(self.random.choice(self.subset, batch))
+            features = self.features(self.random.choice(self.stage.subsets[0], setup.batch_size))
             loss = loss_of(self.decode(features), self.targets(features), hard, recipe.easy_factor)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -269,12 +268,12 @@ class Stage1:
 
 def stage1_ways(stage: Stage, name: str) -> tuple[dict[str, Way], dict[str, float]]:
     """The ways of `name`, one of TORCH, timed on one sub-model, and how far its results are from the reference's."""
-    encoder, training, count = stage.encoder, stage.training, len(stage.subsets)
+    encoder, setup, count = stage.encoder, stage.setup, len(stage.subsets)
     stage1 = Stage1(stage, name.split()[1])
-    batch = np.arange(training.batch_size) % len(stage.images)
+    batch = np.arange(setup.batch_size) % len(stage.images)
     images = stage.images[batch]
-    features = reference.compiled_encode(encoder.params, images, spec=encoder.spec)
-    distances = reference.distances(encoder.params, stage.params[0], images, spec=encoder.spec, model=training.model)
+    features = reference.compiled_encode(encoder.params, images, spec=setup.spec)
+    distances = reference.distances(encoder.params, stage.params[0], images, setup=setup)
     differences = {
         "features": difference(stage1.features(batch), features),
         "distances": difference(stage1.distances(batch), distances),

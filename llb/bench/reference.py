@@ -20,15 +20,15 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from llb.bench.common import Stage, Way, multiply_adds, random_distances
-from llb.detectors.dinomaly import ATTENTION_EPS, BLUR_SIGMA, COSINE_EPS, TOP_FRACTION, Dinomaly
-from llb.detectors.recipes import hard_positions, make_optimizer
-from llb.encoders import Encoder
+from llb.detectors import dinomaly
+from llb.detectors.common import COSINE_EPS, TOP_FRACTION, Setup
+from llb.detectors.decoder import ATTENTION_EPS, Dinomaly
+from llb.encoders import parameter_shapes
 from llb.encoders.specs import Spec
 from llb.encoders.vit import interpolate_positions
 from llb.features import normalise
 from llb.images import load_image
 from llb.metrics import AUPRO_LIMIT
-from llb.train import Training
 
 THRESHOLDS = 100  # of the released AUPRO
 
@@ -144,41 +144,38 @@ def loss(
 compiled_encode = jax.jit(encode, static_argnames="spec")
 
 
-@partial(jax.jit, static_argnames=("spec", "training"), donate_argnames="state")
-def train_step(encoder_params, state, images, own, spec: Spec, training: Training):
+@partial(jax.jit, static_argnames="setup", donate_argnames="state")
+def train_step(encoder_params, state, images, own, setup: Setup):
     """One step of ONE sub-model, the frozen encoder included.
 
     state: {"params", "opt"}, donated; own: {"key", "steps_per_pass", "hard"}, scalars → state, loss.
     """
-    features = encode(encoder_params, images, spec)
+    features, factor = encode(encoder_params, images, setup.spec), dinomaly.recipe_of(setup).easy_factor
     value, gradient = jax.value_and_grad(loss)(
-        state["params"], features, training.model, own["hard"], training.recipe.easy_factor, own["key"]
+        state["params"], features, dinomaly.network(setup), own["hard"], factor, own["key"]
     )
-    updates, opt = optimizer(training, own["steps_per_pass"]).update(gradient, state["opt"], state["params"])
+    # llb's own: the optimiser is not compared
+    optimizer = dinomaly.optimizer(setup, own["steps_per_pass"])
+    updates, opt = optimizer.update(gradient, state["opt"], state["params"])
     return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, value
 
 
-def new_state(training: Training, params: dict, steps_per_pass: int) -> dict:
+def new_state(setup: Setup, params: dict, steps_per_pass: int) -> dict:
     """The state before the first step; `params` are copied, since a step donates its state."""
-    return jax.tree.map(jnp.array, {"params": params, "opt": optimizer(training, steps_per_pass).init(params)})
+    return jax.tree.map(jnp.array, {"params": params, "opt": dinomaly.optimizer(setup, steps_per_pass).init(params)})
 
 
-def optimizer(training: Training, steps_per_pass) -> optax.GradientTransformation:
-    """llb's own: the optimiser is not compared."""
-    return make_optimizer(training.recipe, training.learning_rate, training.steps, steps_per_pass)
-
-
-@partial(jax.jit, static_argnames=("spec", "model"))
-def distances(encoder_params, params, images, spec: Spec, model: Dinomaly) -> jax.Array:
+@partial(jax.jit, static_argnames="setup")
+def distances(encoder_params, params, images, setup: Setup) -> jax.Array:
     """ONE sub-model on a batch of images, the encoder included → float32 (B, 2, P)."""
-    features = encode(encoder_params, images, spec)
+    features, model = encode(encoder_params, images, setup.spec), dinomaly.network(setup)
     return distance(decode(params, features, model), features[:, :, -model.patches :])
 
 
-def score(encoder_params, params, images, spec: Spec, model: Dinomaly) -> np.ndarray:
+def score(encoder_params, params, images, setup: Setup) -> np.ndarray:
     """ONE sub-model's image scores, (B,): the maps' highest 1 %."""
-    batch = np.asarray(distances(encoder_params, params, images, spec=spec, model=model))
-    return np.array([top_mean(heat_map(distance, images.shape[1])) for distance in batch])
+    batch = np.asarray(distances(encoder_params, params, images, setup=setup))
+    return np.array([top_mean(heat_map(distance, setup.image_size)) for distance in batch])
 
 
 def top_mean(heat: np.ndarray) -> float:
@@ -199,7 +196,7 @@ def heat_map(distance: np.ndarray, size: int) -> np.ndarray:
     """One image's distances, float32 (2, P) → (size, size): each group upsampled, their mean, SciPy's Gaussian."""
     side = round(distance.shape[1] ** 0.5)
     mean = np.mean([upsample(group.reshape(side, side), size) for group in distance], axis=0)
-    return ndimage.gaussian_filter(mean, BLUR_SIGMA)
+    return ndimage.gaussian_filter(mean, dinomaly.MAP.sigma)
 
 
 # ---- pixel metrics ----
@@ -242,22 +239,22 @@ def aupro(masks: np.ndarray, maps: np.ndarray, thresholds: int = THRESHOLDS) -> 
 # ---- the work to time ----
 
 
-def count_work(encoder: Encoder, training: Training) -> dict[str, int]:
+def count_work(setup: Setup) -> dict[str, int]:
     """Multiply-adds that stage 1 needs: of the encoder and of one sub-model, for one image each.
 
     Counted in the programs above, so work that an implementation repeats does not raise its rate.
     """
-    spec, model, size = encoder.spec, training.model, encoder.image_size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
-    features = jax.eval_shape(partial(encode, spec=spec), encoder.params, image)
-    params = jax.eval_shape(model.init, jax.random.key(0), features)["params"]
+    model, size, encoder = dinomaly.network(setup), setup.image_size, partial(encode, spec=setup.spec)
+    inputs = parameter_shapes(setup.spec), jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+    features = jax.eval_shape(encoder, *inputs)
+    params = jax.eval_shape(partial(dinomaly.init, setup), jax.random.key(0))["params"]
     hard = jax.ShapeDtypeStruct((), jnp.int32)
 
     def gradient(params, features, hard):
         return jax.value_and_grad(loss)(params, features, model, hard, 0.1, jax.random.key(0))
 
     return {
-        "encoder": multiply_adds(partial(encode, spec=spec), encoder.params, image),
+        "encoder": multiply_adds(encoder, *inputs),
         "sub-model": multiply_adds(partial(decode, model=model), params, features),
         "sub-model and gradient": multiply_adds(gradient, params, features, hard),
     }
@@ -265,32 +262,31 @@ def count_work(encoder: Encoder, training: Training) -> dict[str, int]:
 
 def stage1_ways(stage: Stage, rounds: int) -> dict[str, Way]:
     """Encoder, training and scoring. The rounds divide the steps and the images of every sub-model among them."""
-    encoder, training, spec = stage.encoder, stage.training, stage.encoder.spec
-    size, random = training.batch_size, np.random.default_rng(2)
-    hard = np.int32(hard_positions(training.recipe, 0, size * training.model.patches))
-    steps, batches = -(-training.steps // rounds), -(-len(stage.images) // size // rounds)
+    encoder, setup, hard = stage.encoder, stage.setup, np.int32(stage.hard)
+    size, random = setup.batch_size, np.random.default_rng(2)
+    steps, batches = -(-setup.steps // rounds), -(-len(stage.images) // size // rounds)
 
     def batch(number: int) -> np.ndarray:
         return np.take(stage.images, np.arange(number * size, (number + 1) * size), axis=0, mode="wrap")
 
     def encoding(batches: int = batches) -> None:
         for number in range(batches):
-            np.asarray(compiled_encode(encoder.params, batch(number), spec=spec))
+            np.asarray(compiled_encode(encoder.params, batch(number), spec=setup.spec))
 
     def training_steps(steps: int = steps) -> None:
         for subset, params in zip(stage.subsets, stage.params):
             passes = np.int32(-(-len(subset) // size))
-            state = new_state(training, params, passes)
+            state = new_state(setup, params, passes)
             for step in range(steps):
                 images = stage.images[random.choice(subset, size)]
                 own = {"key": jax.random.fold_in(jax.random.key(0), step), "steps_per_pass": passes, "hard": hard}
-                state, value = train_step(encoder.params, state, images, own, spec=spec, training=training)
+                state, value = train_step(encoder.params, state, images, own, setup=setup)
                 float(value)  # as the released loop does, for its log
 
     def scoring(batches: int = batches, submodels: int = len(stage.params)) -> None:
         for params in stage.params[:submodels]:
             for number in range(batches):
-                score(encoder.params, params, batch(number), spec, training.model)
+                score(encoder.params, params, batch(number), setup)
 
     return {
         "encoder": Way(encoding, batches * size, partial(encoding, 1)),
@@ -301,7 +297,7 @@ def stage1_ways(stage: Stage, rounds: int) -> dict[str, Way]:
 
 def other_ways(stage: Stage, masks: np.ndarray, maps: np.ndarray) -> dict[str, Way]:
     """Decoding, map post-processing and pixel metrics."""
-    size, batch = stage.encoder.image_size, random_distances(stage)
+    size, batch = stage.setup.image_size, random_distances(stage)
     return {
         "decoding": Way(lambda: np.stack([load_image(path, size) for path in stage.paths]), len(stage.paths)),
         "maps": Way(lambda: np.stack([heat_map(distance, size) for distance in batch]), len(batch)),

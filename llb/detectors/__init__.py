@@ -1,5 +1,97 @@
-"""Anomaly detectors that work on the features of a frozen encoder. They import no run, report or data.
+"""Anomaly detectors on the features of a frozen encoder, by name. They import no run, report or data.
 
-dinomaly.py   the network, its loss, its anomaly map and image score
-recipes.py    the two ways to train it: optimiser, schedule and hard mining
+A detector is a module of pure functions, written for ONE sub-model. `setup` (llb.detectors.common.Setup) is what it
+may know, `features` a batch as it is cached; `maps_of(setup, features)` makes maps (B, h, w, C) of it. It has
+
+    Settings, STRIDES          its own numbers, changed by --set; the stages of a CNN that it takes, by stride in pixels
+    MAP, SCORE, AGGREGATE      how distances become a map, a map a score, and K scores one (a default each)
+    distance(setup, params, features) → float32 (B, h, w)         how anomalous each position of a grid is
+
+and learns in one of two ways. In closed form, from batches that come once (llb.fit):
+
+    start(setup, key, images) → state                             before the first of so many images
+    add(setup, state, features, weight, first) → state            weight (B,): 1, or 0 for what fills the last batch
+    finish(setup, state, key) → params                            ADDITIVE: states may be summed and subtracted
+
+or by an optimiser, step by step (llb.train); `params` are then Flax's collections {"params": …, "batch_stats": …}:
+
+    init(setup, key) → params
+    loss(setup, params, features, key, step) → loss, changed      changed: the collections that the step has changed
+    optimizer(setup, steps_per_pass) → optax.GradientTransformation                LEARNING_RATE, STEPS: defaults
+
+Optional: PUBLISHED (flags by encoder), BATCH_SIZE, IMAGES (it gets images, not features), describe (a bank's size),
+step_bytes (memory of a step), vit_groups (of which blocks it takes means). K at once, devices, checkpoints, scores,
+maps and reports are written once, in llb.
 """
+
+import dataclasses
+from types import ModuleType, UnionType
+from typing import Any, get_type_hints
+
+from llb.detectors import (
+    cflow,
+    destseg,
+    dinomaly,
+    mutual,
+    padim,
+    patchcore,
+    rd,
+    simplenet,
+    softpatch,
+    subspace,
+    uniad,
+)
+from llb.files import UserError
+
+DETECTORS: dict[str, ModuleType] = {
+    "dinomaly": dinomaly,
+    "padim": padim,
+    "patchcore": patchcore,
+    "softpatch": softpatch,
+    "subspace": subspace,
+    "mutual": mutual,
+    "rd": rd,
+    "uniad": uniad,
+    "simplenet": simplenet,
+    "cflow": cflow,
+    "destseg": destseg,
+}
+
+
+def is_trained(name: str) -> bool:
+    """Whether an optimiser trains the detector; else it is fitted in closed form."""
+    return hasattr(DETECTORS[name], "loss")
+
+
+def read_settings(name: str, text: str | None, given: dict[str, Any]) -> Any:
+    """The Settings of a detector. A UserError is raised for a setting that it has not, or a bad value.
+
+    text: of --set, "NAME=VALUE,…"; given: the settings that have a flag of their own, None where it was not given.
+    """
+    settings = DETECTORS[name].Settings
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    values = {key: value for key, value in given.items() if value is not None}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"--{key}: {name} has no {key}; leave it out, or choose another --detector")
+    for part in filter(None, (text or "").split(",")):
+        key, equals, word = part.partition("=")
+        if key not in fields or not equals:
+            raise UserError(f"--set {part}: give NAME=VALUE; {name} has {', '.join(fields) or 'no settings'}")
+        values[key] = _read_value(f"--set {part}", word, fields[key], get_type_hints(settings)[key])
+    return settings(**values)
+
+
+def _read_value(where: str, word: str, field: dataclasses.Field, kind: type) -> Any:
+    """A value of --set as the field's type, within its choices or bounds (llb.detectors.common)."""
+    if isinstance(kind, UnionType):  # float | None
+        kind = kind.__args__[0]
+    choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds")
+    try:
+        value = {"yes": True, "no": False, "True": True, "False": False}[word] if kind is bool else kind(word)
+    except (ValueError, KeyError):
+        value = None
+    if value is None or (choices and value not in choices) or (bounds and not bounds[0] <= value <= bounds[1]):
+        range_of = f"from {bounds[0]} to {bounds[1]}" if bounds else "yes or no" if kind is bool else "a number"
+        raise UserError(f"{where}: give {'one of ' + ', '.join(map(str, choices)) if choices else range_of}")
+    return value

@@ -10,167 +10,54 @@ defects badly. So the cosine distance between a feature and its reconstruction t
     blocks   L × (B, T, D)  decoder: transformer blocks with linear attention, which cannot focus on single positions
     decoded  (B, 2, P, D)   "loose" reconstruction: only means of two groups of blocks are compared; patch tokens
     distance (B, 2, P)      1 − cosine similarity at every position
-    map      (B, S, S)      A · distance · Aᵀ: upsampled and blurred
+    map      (B, S, S)      mean of the distances over the groups, upsampled with aligned corners and blurred
     score    (B,)           mean of the map's highest 1 %
+
+Differs from the release: the attention's denominator has a larger ε, so it never is zero.
 """
 
-from functools import lru_cache
+import dataclasses
+from dataclasses import dataclass
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from scipy.ndimage import gaussian_filter1d
+import optax
 
-# The released linear attention divides by q · Σk, and users report NaN. This term in the denominator prevents it.
-ATTENTION_EPS = 1e-6
-COSINE_EPS = 1e-8  # torch.nn.CosineSimilarity's
-TOP_FRACTION = 0.01  # share of a map's pixels whose mean is the image score
-BLUR_SIGMA = 4.0  # pixels, at the map's full size
+from llb.detectors.common import MapRule, Setup, between, choice, cosine_distance
+from llb.detectors.decoder import Dinomaly
+from llb.detectors.recipes import RECIPES, Recipe, hard_positions, make_optimizer
+from llb.encoders.specs import Spec
+from llb.files import UserError
 
+JITTER = 20.0  # scale of the noise "jitter", UniAD's
+STEP_ARRAYS = 25  # float32 (T, D) that a step keeps for each decoder block and image: XLA reports 33 to 36
 
-# Checkpointed: the backward pass computes these again from their input. Keeping their intermediate values would cost a
-# quarter of a step's memory, and time on a machine whose memory is slower than its arithmetic.
-@jax.checkpoint
-def gelu(x: jax.Array) -> jax.Array:
-    """x · Φ(x), exactly."""
-    return nn.gelu(x, approximate=False)
+STRIDES = ()  # it reconstructs tokens of a ViT
+MAP, SCORE, AGGREGATE = MapRule(align_corners=True, sigma=4.0), "top-1%", "mean"
+STANDARDISE = False  # the paper averages the scores as they are
 
 
-@jax.checkpoint
-def feature_map(x: jax.Array) -> jax.Array:
-    """Linear attention's φ = elu + 1 in place of the softmax, float32."""
-    return nn.elu(x.astype(jnp.float32)) + 1.0
+@dataclass(frozen=True)
+class Settings:
+    """Dinomaly's own ablations; the defaults are the published detector."""
 
+    recipe: str = choice("dinomaly", "llbnad")
+    dropout: float = between(0.2, 0, 1)  # rate in the bottleneck
+    attention: str = choice("linear", "softmax")  # of the decoder
+    groups: str = choice("two", "one", "layers")  # whose means are compared; layers: each block by itself
+    noise: str = choice("dropout", "jitter")  # jitter: UniAD's, on the bottleneck's input, in place of the dropout
+    class_token: str = choice("keep", "subtract", "drop")  # subtract it from the patches, as Dinomaly2 does
+    easy_fraction: float | None = between(None, 0, 1)  # p of the hard mining; None: the recipe's
+    easy_factor: float | None = between(None, 0, 1)  # of the easy positions' gradient; None: the recipe's
 
-class Linear(nn.Module):
-    """A dense layer, D_in → `features`, initialised as one of the two recipes does.
-
-    "pytorch": weights and biases uniform in ±1/√D_in (torch.nn.Linear's default, kept by LLBNAD).
-    "truncated": weights normal with σ = 0.01 cut at ±0.03, biases zero (Dinomaly).
-    """
-
-    features: int
-    linear_init: str
-    precision: str  # operands and result of the product are rounded to this
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.linear_init == "pytorch":
-            bound = x.shape[-1] ** -0.5
-
-            def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-                return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-            init = {"kernel_init": uniform, "bias_init": uniform}
-        else:
-            init = {"kernel_init": nn.initializers.truncated_normal(0.01, lower=-3.0, upper=3.0)}
-        return nn.Dense(self.features, dtype=self.precision, name="dense", **init)(x)
-
-
-class LinearAttention(nn.Module):
-    """Multi-head attention with the feature map φ = elu + 1 in place of the softmax (Dinomaly, eq. 2).
-
-    φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)): the (T, T) attention matrix is never formed.
-    """
-
-    heads: int
-    linear_init: str
-    precision: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        batch, tokens, width = x.shape
-
-        def product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
-            a, b = a.astype(self.precision), b.astype(self.precision)
-            return jnp.einsum(formula, a, b).astype(jnp.float32)
-
-        qkv = Linear(3 * width, self.linear_init, self.precision, name="qkv")(x)  # (B, T, 3 D)
-        q, k, v = (y.reshape(batch, tokens, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))  # (B, T, H, D/H)
-        q, k = feature_map(q), feature_map(k)
-        values = product("bthd,bthe->bhde", k, v)
-        normaliser = jnp.einsum("bthd,bhd->bth", q, k.sum(axis=1)) + ATTENTION_EPS
-        x = product("bthd,bhde->bthe", q, values) / normaliser[..., None]
-        return Linear(width, self.linear_init, self.precision, name="proj")(x.reshape(batch, tokens, width))
-
-
-class Mlp(nn.Module):
-    """D → 4 D → D with exact GELU; with dropout before, between and after the layers it is the noisy bottleneck."""
-
-    linear_init: str
-    precision: str
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        width = x.shape[-1]
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        x = Linear(4 * width, self.linear_init, self.precision, name="fc1")(drop(x))
-        x = drop(gelu(x))
-        return drop(Linear(width, self.linear_init, self.precision, name="fc2")(x))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block with linear attention."""
-
-    heads: int
-    linear_init: str
-    precision: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        norm1, norm2 = (nn.LayerNorm(1e-8, use_fast_variance=False, name=name) for name in ("norm1", "norm2"))
-        x = x + LinearAttention(self.heads, self.linear_init, self.precision, name="attn")(norm1(x))
-        return x + Mlp(self.linear_init, self.precision, name="mlp")(norm2(x))
-
-
-class Dinomaly(nn.Module):
-    """Bottleneck and decoder.
-
-    Args:
-        depth: decoder blocks, as many as encoder blocks are reconstructed (8); even.
-        heads: attention heads, the encoder's.
-        patches: P, the number of patch tokens; they are the last P of the T tokens.
-        dropout: rate in the bottleneck while training.
-        linear_init: "pytorch" or "truncated", see `Linear`.
-        precision: "float32" or "bfloat16". Matrix products round their operands to it; sums, the residual stream,
-            norms, the attention's normaliser and parameters are float32.
-    """
-
-    depth: int
-    heads: int
-    patches: int
-    dropout: float
-    linear_init: str
-    precision: str = "float32"
-
-    @nn.compact
-    def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
-        """features: float (B, 2, T, D) → decoded: float32 (B, 2, P, D). `train` needs the rng "dropout"."""
-        x = features.astype(jnp.float32).mean(axis=1)  # (B, T, D)
-        x = Mlp(self.linear_init, self.precision, self.dropout, name="bottleneck")(x, train).astype(jnp.float32)
-        outputs = []
-        for index in range(self.depth):
-            x = Block(self.heads, self.linear_init, self.precision, name=f"block_{index}")(x)
-            outputs.append(x[:, -self.patches :])  # (B, P, D)
-        # In reverse: the decoder's last blocks rebuild the encoder's first group.
-        half = self.depth // 2
-        groups = [sum(outputs[half:]) / half, sum(outputs[:half]) / half]
-        return jnp.stack(groups, axis=1)
+    @property
+    def learning_rate(self) -> float:
+        return RECIPES[self.recipe].learning_rate
 
 
 def patch_targets(features: jax.Array, patches: int) -> jax.Array:
-    """The reconstruction's target: (B, 2, T, D) → float32 (B, 2, P, D), class and register tokens dropped."""
+    """The reconstruction's target: (B, G, T, D) → float32 (B, G, P, D), class and register tokens dropped."""
     return features[:, :, -patches:].astype(jnp.float32)
-
-
-def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-    """1 − cosine similarity over the last axis: (…, D), (…, D) → (…), in 0..2."""
-    dot = (a * b).sum(axis=-1)
-    # max inside the root: the gradient of a norm at zero is not a number
-    norms = jnp.sqrt(jnp.maximum((a * a).sum(axis=-1) * (b * b).sum(axis=-1), COSINE_EPS**2))
-    return 1.0 - dot / norms
 
 
 @jax.custom_vjp
@@ -212,29 +99,82 @@ def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, 
     return cosine_distance(decoded.reshape(flat), target.reshape(flat)).mean()
 
 
-@lru_cache
-def map_matrix(size: int, grid: int, sigma: float = BLUR_SIGMA) -> np.ndarray:
-    """A, float32 (size, grid): upsampling with aligned corners, then a Gaussian of `sigma` pixels.
-
-    Both are linear and act on rows and columns alike, so the full-size map of D (grid × grid) is A · D · Aᵀ.
-    The Gaussian is scipy.ndimage.gaussian_filter's (radius 4 σ, mirrored borders).
-    """
-    position = np.linspace(0.0, grid - 1.0, size)
-    upsample = np.stack([np.interp(position, np.arange(grid), row) for row in np.eye(grid)], axis=1)  # (size, grid)
-    return gaussian_filter1d(upsample, sigma, axis=0).astype(np.float32)
+# ---- the detector, as llb.detectors describes it ----
 
 
-def anomaly_map(distance: jax.Array, size: int) -> jax.Array:
-    """float32 (B, 2, P) distances → (B, size, size): mean over the two groups, upsampled and blurred."""
-    batch, _, patches = distance.shape
-    grid = int(patches**0.5)
-    matrix = jnp.asarray(map_matrix(size, grid))
-    distance = distance.mean(axis=1).reshape(batch, grid, grid)
-    return jnp.einsum("sg,bgh,th->bst", matrix, distance, matrix)
+def network(setup: Setup) -> Dinomaly:
+    """Dinomaly in the size of the encoder: as many decoder blocks as encoder blocks are reconstructed, equal heads."""
+    spec, settings = setup.spec, setup.settings
+    if not hasattr(spec, "heads"):
+        raise UserError(f"--detector dinomaly reconstructs tokens of a ViT, and {spec.name} is a CNN; choose another")
+    return Dinomaly(
+        depth=sum(len(group) for group in spec.groups),
+        heads=spec.heads,
+        patches=patches_of(setup),
+        dropout=settings.dropout if settings.noise == "dropout" else 0.0,
+        linear_init=RECIPES[settings.recipe].linear_init,
+        precision=setup.precision,
+        attention=settings.attention,
+    )
 
 
-def image_score(maps: jax.Array) -> jax.Array:
-    """float32 (B, S, S) → (B,): the mean of the highest 1 % of each map's pixels (at least one)."""
-    pixels = maps.reshape(maps.shape[0], -1)
-    count = max(1, int(pixels.shape[1] * TOP_FRACTION))
-    return jax.lax.top_k(pixels, count)[0].mean(axis=-1)
+def patches_of(setup: Setup) -> int:
+    return setup.grids[0][0] * setup.grids[0][1]
+
+
+def vit_groups(settings: Settings, spec: Spec) -> tuple[tuple[int, ...], ...]:
+    """The blocks of the encoder whose means are the features."""
+    return tuple((block,) for group in spec.groups for block in group) if settings.groups == "layers" else spec.groups
+
+
+def prepared(setup: Setup, features: jax.Array) -> jax.Array:
+    """Cached features (B, G, T, D) as the ablations want them."""
+    settings = setup.settings
+    if settings.groups == "one":
+        features = features.astype(jnp.float32).mean(axis=1, keepdims=True)
+    if settings.class_token != "keep":
+        patches = features[:, :, -patches_of(setup) :]
+        subtract = settings.class_token == "subtract"
+        features = patches.astype(jnp.float32) - features[:, :, :1] if subtract else patches
+    return features
+
+
+def recipe_of(setup: Setup) -> Recipe:
+    """The recipe, with the settings that replace its own."""
+    names = ("easy_fraction", "easy_factor")
+    own = {name: getattr(setup.settings, name) for name in names if getattr(setup.settings, name) is not None}
+    return dataclasses.replace(RECIPES[setup.settings.recipe], **own)
+
+
+def init(setup: Setup, key: jax.Array) -> dict:
+    groups, tokens = len(setup.grids), 1 + setup.spec.registers + patches_of(setup)
+    return network(setup).init(key, prepared(setup, jnp.zeros((1, groups, tokens, setup.spec.width), jnp.float16)))
+
+
+def loss(setup: Setup, params: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
+    recipe, model, features = recipe_of(setup), network(setup), prepared(setup, features)
+    noisy = features
+    if setup.settings.noise == "jitter":
+        length = jnp.linalg.norm(features.astype(jnp.float32), axis=-1, keepdims=True) / features.shape[-1]
+        noisy = features + JITTER * length * jax.random.normal(key, features.shape)
+    decoded = model.apply(params, noisy, train=True, rngs={"dropout": key})
+    # on the host, in double precision; after the ramp the number stays
+    hard = [hard_positions(recipe, s, len(features) * model.patches) for s in range(recipe.ramp_steps + 1)]
+    hard = jnp.array(hard, jnp.int32)[jnp.minimum(step, recipe.ramp_steps)]
+    return reconstruction_loss(decoded, patch_targets(features, model.patches), hard, recipe.easy_factor), {}
+
+
+def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:
+    return make_optimizer(RECIPES[setup.settings.recipe], setup.learning_rate, setup.steps, steps_per_pass)
+
+
+def distance(setup: Setup, params: dict, features: jax.Array) -> jax.Array:
+    model, features = network(setup), prepared(setup, features)
+    distances = cosine_distance(model.apply(params, features), patch_targets(features, model.patches))  # (B, G, P)
+    return distances.mean(axis=1).reshape(len(features), *setup.grids[0][:2])
+
+
+def step_bytes(setup: Setup) -> int:
+    """The memory that a step of one sub-model needs, about."""
+    depth, tokens = sum(map(len, setup.spec.groups)), 1 + setup.spec.registers + patches_of(setup)
+    return setup.batch_size * depth * STEP_ARRAYS * tokens * setup.spec.width * 4

@@ -72,10 +72,10 @@ def warmup_cosine(peak: float, final: float, warmup: int, total: int) -> optax.S
 
 
 def tenth_each_pass(peak: float, steps_per_pass: jax.Array | int) -> optax.Schedule:
-    """LLBNAD's schedule: a tenth after each pass over the subset, down to a hundredth of the peak."""
+    """LLBNAD's schedule: a tenth after each pass over the subset, and no floor: timm's StepLR never gets `lr_min`."""
 
     def schedule(step: jax.Array) -> jax.Array:
-        return peak * jnp.maximum(0.1 ** (step // steps_per_pass), 0.01)
+        return peak * 0.1 ** (step // steps_per_pass)
 
     return schedule
 

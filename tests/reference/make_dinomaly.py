@@ -176,7 +176,7 @@ def make_optimizer():
             for parameter in parameters:
                 parameter.grad *= min(1.0, bound / norm)
             if recipe == "llbnad":
-                adam.param_groups[0]["lr"] = max(5e-3 * 0.1 ** (step // 7), 5e-5)
+                adam.param_groups[0]["lr"] = 5e-3 * 0.1 ** (step // 7)
                 adam.step()
             else:
                 warmup = 4  # a tenth of 40

@@ -1,0 +1,116 @@
+"""Fit K sub-models in closed form: the images come once, in batches, to all K together.
+
+    features   (R, B, …)   row k holds images of sub-model k; what fills its last batch has weight 0
+    state      (R, …)      what a detector gathers, see llb.detectors
+    params     (K, …)
+
+A fit takes seconds, so it is saved once, at its end. Where the state is a sum over images, "all subsets but one" needs
+no pass of its own: it is the sum of the other sub-models' states.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+
+from llb.checkpoint import CheckpointFolder, Params, check_digest, open_checkpoints, restore_params, save
+from llb.console import progress, say
+from llb.detectors import DETECTORS, is_trained
+from llb.detectors.common import Setup
+from llb.features import Features, prefetch
+from llb.files import UserError
+from llb.placement import place_submodels
+from llb.train import Submodels, check_memory, key_for, train
+
+
+def learn(
+    setup: Setup,
+    features: Features,
+    submodels: Submodels,
+    at: CheckpointFolder,
+    title: str,
+    devices: Sequence[jax.Device] | None = None,
+) -> Params:
+    """The K sub-models, trained or fitted, as the detector does it: a host tree with leading axis K."""
+    return (train if is_trained(setup.detector) else fit)(setup, features, submodels, at, title, devices)
+
+
+@partial(jax.jit, static_argnames=("setup", "images"))
+def start_states(keys: jax.Array, setup: Setup, images: int) -> Params:
+    """keys: (R,); images: how many will come to each, with what fills the last batch."""
+    return jax.vmap(lambda key: DETECTORS[setup.detector].start(setup, key_for("weights", key), images))(keys)
+
+
+@partial(jax.jit, static_argnames="setup", donate_argnames="states")
+def add_batch(states: Params, features: jax.Array, weight: jax.Array, first: jax.Array, setup: Setup) -> Params:
+    """features: (R, B, …); weight: float32 (R, B), 1 or 0; first: int scalar, the batch's place among the images."""
+    add = DETECTORS[setup.detector].add
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(lambda state, features, weight: add(setup, state, features, weight, first))(
+            states, features, weight
+        )
+
+
+@partial(jax.jit, static_argnames=("setup", "mesh"))
+def finish_states(states: Params, keys: jax.Array, setup: Setup, mesh: jax.sharding.Mesh) -> Params:
+    """The parameters of R sub-models. A device finishes its own one after another, since a bank is large."""
+    finish, model = DETECTORS[setup.detector].finish, jax.P("model")
+
+    def own(states: Params, keys: jax.Array) -> Params:
+        return jax.lax.map(lambda both: finish(setup, both[0], key_for("noise", both[1])), (states, keys))
+
+    with jax.default_matmul_precision("highest"):
+        # unchecked: a detector's loops begin with constants, which JAX would take for equal on all devices
+        return jax.shard_map(own, mesh=mesh, in_specs=model, out_specs=model, check_vma=False)(states, keys)
+
+
+def fit(
+    setup: Setup,
+    features: Features,
+    submodels: Submodels,
+    at: CheckpointFolder,
+    title: str,
+    devices: Sequence[jax.Device] | None = None,
+) -> Params:
+    """Fit every sub-model to its images. Arguments and errors are those of `llb.train.train`."""
+    detector, size = DETECTORS[setup.detector], setup.batch_size
+    by_sums = submodels.others and getattr(detector, "ADDITIVE", False)
+    lists = submodels.subsets if by_sums else submodels.images
+    count, longest = len(lists), max(map(len, lists))
+    batches = -(-longest // size)
+    with open_checkpoints(at.folder, tidy=True) as checkpoints:
+        if checkpoints.latest_step():
+            check_digest(checkpoints, at)
+            return restore_params(checkpoints)
+        shapes = jax.eval_shape(partial(start_states, setup=setup, images=batches * size), submodels.keys)
+        check_memory(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)))
+        if line := getattr(detector, "describe", lambda setup, images: None)(setup, longest):
+            say(f"{title}: {line}")
+
+        placement = place_submodels(count, devices)
+        keys = placement.spread_keys(submodels.keys)
+
+        def batch_of(number: int) -> tuple[jax.Array, jax.Array]:
+            positions = np.arange(number * size, (number + 1) * size)
+            indices = np.stack([images[positions % len(images)] for images in lists])  # (K, B), filled by repetition
+            weight = np.stack([positions < len(images) for images in lists]).astype(np.float32)
+            return placement.spread_features(features.fetch, indices, features.shape), placement.spread(weight)
+
+        states = start_states(keys, setup=setup, images=batches * size)
+        with progress(total=batches, desc=title, unit="batch") as bar:
+            for number, (batch, weight) in prefetch(batch_of, range(batches)):
+                states = add_batch(states, batch, weight, np.int32(number * size), setup=setup)
+                bar.update()
+        if by_sums:
+            states = placement.spread(jax.tree.map(others, placement.gather(states, count)))
+        params = placement.gather(finish_states(states, keys, setup=setup, mesh=placement.mesh), count)
+        if any(np.isnan(leaf).any() for leaf in jax.tree.leaves(params)):
+            raise UserError(f"--detector {setup.detector}: its parameters are not finite; are all images alike?")
+        save(checkpoints, 1, {"params": params}, at.digest)
+    return params
+
+
+def others(leaf: np.ndarray) -> np.ndarray:
+    """Sums (K, …) of the subsets → for each k the sum of all but the k-th."""
+    return np.stack([np.delete(leaf, k, axis=0).sum(axis=0, dtype=leaf.dtype) for k in range(len(leaf))])

@@ -1,0 +1,80 @@
+"""What a stage works with: the detector set up for the encoder, and the features that it takes."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llb.config import FLAGGED, Evaluate, Stage1, Stage2
+from llb.data import Dataset
+from llb.detectors import DETECTORS, is_trained
+from llb.detectors.common import Setup
+from llb.encoders import Encoder
+from llb.encoders.specs import Spec
+from llb.features import Features, Source, cached_features, make_source, streamed_features
+from llb.files import UserError
+from llb.images import ImageFiles
+from llb.protocols import PROTOCOLS
+from llb.train import check_memory
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage needs for every category. It is made once."""
+
+    run: Path
+    settings: Stage1 | Stage2 | Evaluate
+    source: Source
+    setup: Setup
+    final: str = ""  # name of the final detector, see `final_name`
+
+
+def make_stage(run: Path, settings: Stage1 | Stage2 | Evaluate, encoder: Encoder, values: dict[str, Any]) -> Stage:
+    """values, by name: the settings of stage 1; for a final detector stage 2's replace some."""
+    detector = DETECTORS[values["detector"]]
+    fields = {field.name for field in dataclasses.fields(detector.Settings)}
+    flagged = {name: values[name] for name in FLAGGED if name in fields}
+    own = detector.Settings(**flagged | values["set"])
+    spec, strides = encoder.spec, detector.STRIDES
+    if isinstance(spec, Spec):
+        strides = ()
+        if hasattr(detector, "vit_groups"):
+            spec = dataclasses.replace(spec, groups=detector.vit_groups(own, spec))
+    encoder = dataclasses.replace(encoder, spec=spec, strides=strides)
+    names = ("detector", "learning_rate", "steps", "batch_size")
+    side = PROTOCOLS[values["protocol"]].map_side if values["protocol"] else None
+    rule = dataclasses.replace(detector.MAP, side=side)
+    learning = {name: values[name] for name in names} | {"score": values["image_score"], "map_rule": rule}
+    setup = Setup(spec, strides, encoder.image_size, own, encoder.precision, **learning)
+    check_detector(setup)
+    return Stage(run, settings, make_source(encoder, getattr(detector, "IMAGES", False)), setup)
+
+
+def check_step(setup: Setup, submodels: int) -> None:
+    """Raise a UserError if a training step needs more memory than there is."""
+    if bytes_of := getattr(DETECTORS[setup.detector], "step_bytes", None):
+        check_memory(submodels * bytes_of(setup))
+
+
+def check_detector(setup: Setup) -> None:
+    """Raise a UserError if the detector does not fit the encoder."""
+    detector = DETECTORS[setup.detector]
+    if not isinstance(setup.spec, Spec) and not setup.grids:
+        strides = " ".join(map(str, setup.strides))
+        problem = f"takes stages of stride {strides}, and {setup.spec.name} has none of them"
+        raise UserError(f"--detector {setup.detector}: it {problem}; give another --encoder")
+    begin = partial(detector.init, setup) if is_trained(setup.detector) else partial(detector.start, setup, images=1)
+    jax.eval_shape(begin, jax.random.key(0))
+
+
+def load_features(stage: Stage, dataset: Dataset, part: str) -> Features:
+    """Features of a category's "train" or "test" images: from RUN/cache, or with --no-cache computed each time."""
+    paths = tuple(dataset.root / record.path for record in getattr(dataset, part))
+    files = ImageFiles(paths, dataset.white, dataset.resize)
+    if stage.settings.no_cache:
+        return streamed_features(stage.source, files)
+    folder = stage.run / "cache" / dataset.category / "-".join(filter(None, (part, stage.source.name)))
+    return cached_features(stage.source, files, folder, stage.settings.cache_gib, f"{dataset.category}, {part}")

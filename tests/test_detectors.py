@@ -1,0 +1,115 @@
+"""Whatever holds for every detector: K at once equal each alone, on any number of devices; leave-one-out by sums;
+nothing depends on what fills a batch; images come in any order of subsets."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from helpers import small_setup
+
+from llb.checkpoint import CheckpointFolder
+from llb.config import Stage1
+from llb.defaults import resolve
+from llb.detectors import DETECTORS, is_trained, read_settings
+from llb.features import Features
+from llb.files import UserError
+from llb.fit import learn
+from llb.score import score_all
+from llb.train import Submodels, submodel_keys
+
+IMAGES = 23
+FEATURES = np.random.default_rng(3).normal(size=(IMAGES, 2, 11, 8)).astype(np.float16)
+PICTURES = np.random.default_rng(4).integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
+THREE = Submodels([np.arange(k, IMAGES, 3) for k in range(3)], submodel_keys(jax.random.key(5), 3))  # 8, 8, 7 images
+
+
+def given(detector: str) -> tuple:
+    """A small setup of the detector, and features for it."""
+    if getattr(DETECTORS[detector], "IMAGES", False):
+        from llb.encoders import load_encoder
+
+        encoder = load_encoder("tiny", image_size=32)
+        setup = dataclasses.replace(small_setup(detector), spec=encoder.spec, image_size=32)
+        features = Features(PICTURES.__getitem__, PICTURES.shape[1:], encoder.params)
+    else:
+        setup, features = small_setup(detector), Features(FEATURES.__getitem__, FEATURES.shape[1:])
+    rate = getattr(DETECTORS[detector], "LEARNING_RATE", 2e-3)
+    steps = 20 if is_trained(detector) and not features.frozen else 3
+    return dataclasses.replace(setup, learning_rate=rate, steps=steps, batch_size=3), features
+
+
+def learned(folder, detector, submodels, devices=3):
+    setup, features = given(detector)
+    at = CheckpointFolder(folder, "images")
+    params = learn(setup, features, submodels, at, "test", jax.devices()[:devices])
+    return params, score_all(params, setup, features, IMAGES, "test")
+
+
+def one_of(submodels: Submodels, k: int) -> Submodels:
+    return Submodels([submodels.images[k]], submodels.keys[k : k + 1])
+
+
+@pytest.mark.parametrize("devices", (1, 3))
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_three_together_equal_each_alone(tmp_path, detector, devices):
+    _, together = learned(tmp_path / "together", detector, THREE, devices)
+    for k in range(3):
+        _, alone = learned(tmp_path / str(k), detector, one_of(THREE, k), devices=1)
+        largest = np.abs(alone).max()
+        np.testing.assert_allclose(together[:, k], alone[:, 0], atol=1e-5 * largest, rtol=1e-4)
+    assert np.isfinite(together).all() and np.abs(together[:, 0] - together[:, 1]).max() > 1e-4 * largest
+
+
+@pytest.mark.parametrize("detector", [name for name in DETECTORS if getattr(DETECTORS[name], "ADDITIVE", False)])
+def test_leaving_one_subset_out_by_sums_equals_the_fit_to_the_others(tmp_path, detector):
+    others = dataclasses.replace(THREE, others=True)
+    _, together = learned(tmp_path / "together", detector, others)
+    for k in range(3):
+        assert not np.isin(THREE.subsets[k], others.images[k]).any() and len(others.images[k]) >= 15
+        _, alone = learned(tmp_path / str(k), detector, one_of(others, k), devices=1)
+        np.testing.assert_allclose(together[:, k], alone[:, 0], rtol=1e-3)
+
+
+def test_settings_of_a_detector_are_read_by_name_and_refused_in_words():
+    assert read_settings("padim", "ridge=0.5", {}).ridge == 0.5
+    assert (
+        read_settings("dinomaly", "attention=softmax,easy_fraction=0.5", {"dropout": 0.1, "recipe": None}).dropout
+        == 0.1
+    )
+    for detector, text, words in (
+        ("padim", "ridges=1", "padim has dimensions, ridge"),
+        ("dinomaly", "attention=none", "one of linear, softmax"),
+        ("dinomaly", "dropout=2", "from 0 to 1"),
+        ("dinomaly", "dropout", "NAME=VALUE"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_settings(detector, text, {})
+    with pytest.raises(UserError, match="--dropout: padim has no dropout"):
+        read_settings("padim", None, {"dropout": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"submodels": 3, "steps": 1000, "aggregate": "mean", "standardise": "no", "folds": "own", "dropout": 0.2}),
+        ({"detector": "padim"}, {"steps": 1, "aggregate": "out-of-fold", "standardise": "yes", "folds": "others"}),
+        ({"detector": "padim", "submodels": 1}, {"aggregate": "mean", "standardise": "no", "folds": "own"}),
+        ({"detector": "padim", "encoder": "resnet18"}, {"image_size": 224, "resize": 256, "image_score": "max"}),
+        (
+            {"protocol": "llbnad"},
+            {"submodels": 5, "keep": 0.4, "steps": 1000, "recipe": "llbnad", "learning_rate": 0.005},
+        ),
+        ({"protocol": "llbnad", "submodels": 2}, {"submodels": 2, "keep": 0.4}),
+        ({"protocol": "dinomaly"}, {"resize": None, "image_score": "top-1%"}),  # the resize with the encoder's size
+    ],
+)
+def test_defaults_are_the_detectors_the_encoders_and_the_protocols(given, expected):
+    """Real-IAD's layout has no default of its own: a dropout of 0.4 is the multi-class script's."""
+    settings = resolve(Stage1(**given), "real-iad")
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+def test_a_fitted_detector_takes_no_steps():
+    with pytest.raises(UserError, match="--steps: padim is fitted in closed form"):
+        resolve(Stage1(detector="padim", steps=3), "mvtec")

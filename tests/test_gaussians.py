@@ -1,0 +1,153 @@
+"""PaDiM and the PCA residual: PyTorch's arithmetic (gaussians_reference.py), sums over images, what they can find."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llb.detectors import padim, subspace
+from llb.detectors.common import Setup
+from llb.encoders.specs import SPECS
+
+with np.load(Path(__file__).parent / "reference" / "gaussians.npz") as file:
+    STORED = dict(file)
+FEATURES, NEW = STORED["features"][:30], STORED["features"][30:]
+RESNET = replace(SPECS["resnet18"], layers=tuple((2, width, 3, 1 + (width > 3)) for width in (3, 4, 5, 6)))
+LITE = replace(SPECS["efficientnet_lite0"], layers=tuple((1, width, 3, 2) for width in (3, 4, 5)), stem=2)
+TINY = replace(SPECS["tiny"], width=8)
+BOTH = pytest.mark.parametrize("module", (padim, subspace))
+
+
+def setup_of(module, spec=RESNET, **settings):
+    if module is padim:
+        settings = {"dimensions": 8} | settings
+    return Setup(spec, (4, 8, 16), 32, module.Settings(**settings))
+
+
+@partial(jax.jit, static_argnames=("module", "setup", "size"))
+def sums(module, setup, features, weight, size=16):
+    """As llb.fit does it: in batches, the last one filled up with garbage of weight 0."""
+    fill = -len(features) % size
+    weight, state = jnp.pad(weight, (0, fill)), module.start(setup, jax.random.key(0), len(features) + fill)
+    features = jnp.pad(features, ((0, fill), *((0, 0),) * (features.ndim - 1)), constant_values=50)
+    with jax.default_matmul_precision("highest"):
+        for place in range(0, len(features), size):
+            batch = slice(place, place + size)
+            state = module.add(setup, state, features[batch], weight[batch], jnp.int32(place))
+    return state
+
+
+@partial(jax.jit, static_argnames=("module", "setup"))
+def distance(module, setup, state, features):
+    with jax.default_matmul_precision("highest"):
+        return module.distance(setup, module.finish(setup, state, jax.random.key(1)), jnp.asarray(features))
+
+
+def fitted(module, setup, features=FEATURES, new=NEW, **how):
+    """The distances of new images after a fit to `features`."""
+    return np.asarray(distance(module, setup, sums(module, setup, features, np.ones(len(features)), **how), new))
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+# ---- against the reference ----
+
+
+def test_padim_is_the_published_arithmetic_with_the_release_s_channels():
+    assert_close(fitted(padim, setup_of(padim)), STORED["published"])
+
+
+def test_padim_on_one_coarse_grid_takes_means_of_neighbours():
+    assert_close(fitted(padim, setup_of(padim, pooling="mean")), STORED["pooled"])
+
+
+def test_an_encoder_that_is_no_resnet_gets_means_without_being_told():
+    assert_close(fitted(padim, setup_of(padim, LITE)), STORED["pooled"])
+
+
+def test_the_subspace_leaves_the_residual_of_pytorch_s_svd():
+    setup = setup_of(subspace)
+    assert_close(fitted(subspace, setup), STORED["residual"])
+    params = subspace.finish(setup, sums(subspace, setup, FEATURES, np.ones(30)), None)
+    assert np.any(params["residual"], axis=0).sum() == 9 - STORED["components"]
+
+
+# ---- sums over images ----
+
+
+@BOTH
+def test_the_size_of_batches_does_not_matter(module):
+    assert_close(fitted(module, setup_of(module), size=7), fitted(module, setup_of(module), size=30))
+
+
+@BOTH
+def test_weights_equal_a_subset(module):
+    setup, weight = setup_of(module), np.float32(np.arange(30) % 3 > 0)
+    state = sums(module, setup, FEATURES, weight)
+    assert_close(distance(module, setup, state, NEW), fitted(module, setup, FEATURES[weight > 0]))
+
+
+@BOTH
+def test_leaving_out_by_subtraction_equals_a_fit_to_the_others(module):
+    setup = setup_of(module)
+    every, left_out = (sums(module, setup, part, np.ones(len(part))) for part in (FEATURES, FEATURES[20:]))
+    others = jax.tree.map(jnp.subtract, every, left_out)
+    assert_close(distance(module, setup, others, NEW), fitted(module, setup, FEATURES[:20]))
+
+
+@BOTH
+def test_three_together_equal_each_alone(module):
+    setup = setup_of(module)
+    threes = np.stack([FEATURES[k : k + 24] for k in range(3)])
+    state = jax.vmap(lambda part: sums(module, setup, part, jnp.ones(24)))(threes)
+    together = jax.vmap(lambda state: distance(module, setup, state, NEW))(state)
+    for k in range(3):
+        assert_close(together[k], fitted(module, setup, threes[k]), 1e-5)
+
+
+# ---- what follows from the definition ----
+
+
+def test_in_the_sample_without_ridge_the_mean_squared_distance_is_d_times_n_minus_1_over_n():
+    squares = fitted(padim, setup_of(padim, ridge=0.0), new=FEATURES) ** 2
+    np.testing.assert_allclose(squares.mean(axis=0), 8 * 29 / 30, rtol=1e-4)
+    assert squares.max() <= 29**2 / 30
+
+
+@BOTH
+def test_a_damaged_position_of_a_vit_stands_out_with_its_neighbours(module):
+    random = np.random.default_rng(0)
+    known = random.normal(size=(60, 2, 21, 1)) * random.normal(size=8) + 0.1 * random.normal(size=(60, 2, 21, 8))
+    damaged = known[40:].copy()
+    damaged[:, :, 5] += 50  # the class token and 4 registers come first: the damage is at the first position of 4 × 4
+    found = fitted(module, setup_of(module, TINY), known[:40].astype(np.float16), damaged.astype(np.float16))
+    near = np.s_[:, :2, :2]
+    assert found.shape == (20, 4, 4) and found[near].min() > 2 * np.delete(found.reshape(20, 16), [0, 1, 4, 5], 1).max()
+
+
+def test_means_that_are_large_against_the_deviations_cost_little_precision():
+    shift = np.where(np.arange(FEATURES.shape[1]) % 2, 64, -32).astype(np.float16)
+    new, known = (np.float16(part + shift) for part in (NEW, FEATURES))
+    exact = [np.float64(part) - np.float64(shift) for part in (known, new)]  # the same numbers without the shift
+    setup = setup_of(padim)
+    assert_close(fitted(padim, setup, known, new), fitted(padim, setup, *exact), 1e-3)
+
+
+def test_inverses_of_triangular_matrices_are_exact_to_the_last_digits():
+    random = np.random.default_rng(0)
+    for size in (1, 5, 70):
+        lower = np.tril(random.normal(size=(size, size)) / np.sqrt(size)).astype(np.float32)
+        np.fill_diagonal(lower, 1 + random.random(size))
+        inverse = jax.jit(padim.inverse_of_lower)(lower)
+        assert_close(inverse, np.linalg.inv(np.float64(lower)), 1e-5)
+
+
+def test_the_memory_is_said_before_it_is_spent():
+    line = padim.describe(Setup(SPECS["wide_resnet50_2"], padim.STRIDES, 224, padim.Settings()), 1000)
+    assert line.startswith("3136 Gaussians of 550 dimensions, 3.53 GiB a sub-model")
