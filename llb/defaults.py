@@ -104,7 +104,9 @@ def learning_defaults(settings: Stage1 | Stage2, own: Any, stage: int, demo: boo
         "batch_size": getattr(detector, "BATCH_SIZE", DEMO_BATCH if demo else BATCH),
     }
     if is_trained(name):
-        steps = getattr(detector, "STEPS", (DEMO_STEPS, DEMO_FINAL_STEPS) if demo else (STEPS, FINAL_STEPS))
+        common = (DEMO_STEPS, DEMO_FINAL_STEPS) if demo else (STEPS, FINAL_STEPS)
+        own_steps = getattr(detector, "STEPS", common)
+        steps = getattr(detector, "DEMO_STEPS", own_steps) if demo else own_steps
         rate = own.learning_rate if hasattr(own, "learning_rate") else detector.LEARNING_RATE
         return defaults | {"steps": steps[stage], "learning_rate": rate}
     for flag_name in ("steps", "passes", "learning_rate"):

@@ -104,12 +104,9 @@ def make_encode(encoder: Encoder) -> Encode:
 
     A UserError is raised if a feature is not finite in float16.
 
-    On a CPU one device encodes, one batch at a time. XLA's FFT (the stem of `tiny`) waits for tasks in the same thread
-    pool that runs the program. If as many such programs run at once as the pool has threads, they wait for ever: seen
-    with JAX 0.11.2, three CPU devices and two cores. More CPU devices would share the same cores in any case.
+    On a CPU one batch is encoded at a time, see `encoding_devices`.
     """
-    local = jax.local_devices()
-    mesh = image_mesh(local[:1] if local[0].platform == "cpu" else local)
+    mesh = image_mesh(encoding_devices(jax.local_devices()))
     size = -(-ENCODE_BATCH // mesh.size) * mesh.size
     params = jax.device_put(encoder.params, jax.NamedSharding(mesh, jax.P()))
     one_at_a_time = Lock()  # two threads may ask: --no-cache encodes while the next batch is prepared
@@ -133,6 +130,18 @@ def make_encode(encoder: Encoder) -> Encode:
         return features
 
     return encode
+
+
+def encoding_devices(devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
+    """The devices that may run an encoder: of CPU devices one in each process.
+
+    XLA's FFT (the stem of `tiny`) waits for tasks in the same thread pool that runs the program. If as many such
+    programs run at once as the pool has threads, they wait for ever: seen with JAX 0.11.2, three CPU devices and two
+    cores. More CPU devices would share the same cores in any case.
+    """
+    if devices[0].platform != "cpu":
+        return devices
+    return list({device.process_index: device for device in reversed(devices)}.values())[::-1]
 
 
 def image_mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:

@@ -29,8 +29,6 @@ from typing import Any
 
 from llb.masks import MaskRule
 
-TAPS, SIGMA = 5, 4.0  # of the kernel that smooths Dinomaly's maps, pixels
-
 
 @dataclass(frozen=True)
 class Protocol:

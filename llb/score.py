@@ -14,7 +14,7 @@ from llb.checkpoint import Params
 from llb.console import progress
 from llb.detectors import DETECTORS, is_trained
 from llb.detectors.common import SCORES, Setup, anomaly_map
-from llb.features import Features, by_image, image_mesh, on_devices, prefetch
+from llb.features import Features, by_image, encoding_devices, image_mesh, on_devices, prefetch
 from llb.processes import joined, part_of
 
 SCORE_BATCH = 16  # images per compiled call, filled up to a multiple of the devices
@@ -62,7 +62,8 @@ def score(
     Yields:
         positions in `indices`, int (b,); scores, float32 (b, K); maps, float32 (b, K, S, S) or None.
     """
-    mesh = image_mesh(jax.local_devices())
+    local = jax.local_devices()
+    mesh = image_mesh(local if features.frozen is None else encoding_devices(local))
     size = -(-SCORE_BATCH // mesh.size) * mesh.size
     params, frozen = jax.device_put((params, features.frozen), jax.NamedSharding(mesh, jax.P()))
     shared_out = jax.NamedSharding(mesh, jax.P("images"))

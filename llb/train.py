@@ -35,7 +35,7 @@ from llb.checkpoint import (
 from llb.console import progress, say, stop_later
 from llb.detectors import DETECTORS
 from llb.detectors.common import Setup
-from llb.features import Features, prefetch
+from llb.features import Features, encoding_devices, prefetch
 from llb.files import UserError
 from llb.placement import Placement, place_submodels
 from llb.processes import agreed
@@ -178,7 +178,9 @@ def train(
         KeyboardInterrupt: a signal has come; the state after the last step is saved.
     """
     count, batch_size = len(submodels.subsets), setup.batch_size
-    placement = place_submodels(count, devices)
+    devices = devices or jax.devices()
+    # a detector that gets images encodes them in its step
+    placement = place_submodels(count, devices if features.frozen is None else encoding_devices(devices))
     passes = np.array([-(-len(images) // batch_size) for images in submodels.images], np.int32)
     each = {"key": placement.spread_keys(submodels.keys), "steps_per_pass": placement.spread(passes)}
     frozen = placement.copied(features.frozen)

@@ -29,7 +29,7 @@ import jax
 from tests.disturbed import SCRIPTS, STEPS, Bench, Ended, Wrong, at_change, at_step, save_each_step, send, together
 
 GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 lie evenly in 0…1, however many are taken
-IN_A_ROW = 3  # faults of one stage of a chain
+IN_A_ROW = 5  # faults of one stage of a chain
 COMPLETE = ("second writer, the first continues", "interrupt by SIGTERM, in training")  # these let the stage end
 Outcome = tuple[str, str]  # fault; "identical", "refused" or "wrong"
 Disturb = Callable[[Bench, str, str], str | None]  # (bench, root, script) → the outcome; None: it came too late
@@ -156,7 +156,9 @@ def chains(bench: Bench, queue: dict[str, deque[tuple[str, Disturb]]]) -> Iterat
         tried, name, script = [], "", ""
         try:
             for script in SCRIPTS:
-                for _ in range(min(IN_A_ROW, len(queue[script]))):
+                row = [queue[script].popleft() for _ in range(min(IN_A_ROW, len(queue[script])))]
+                queue[script].extendleft(reversed(sorted(row, key=lambda fault: fault[0] in COMPLETE)))  # these last
+                for _ in row:
                     name, disturb = queue[script].popleft()
                     outcome = disturb(bench, root, script)
                     if outcome:

@@ -104,12 +104,11 @@ def test_the_outlier_factor_is_that_of_scikit_learn(neighbours):
     assert_close(factor[there], STORED[f"lof{neighbours}"], 1e-4)
 
 
-@pytest.mark.parametrize("sides, name", [("1+3+5", "mutual"), ("3", "mutual 3")])
-def test_mutual_scores_are_those_of_every_image_against_all_others(sides, name):
+def test_mutual_scores_are_those_of_every_image_against_all_others():
     images = STORED["images"]
-    setup = setup_of(mutual, 6, 24, sides=sides)
+    setup = setup_of(mutual, 6, 24, sides="1+3+5")
     scores = distance(mutual, setup, fit(mutual, setup, images, jnp.ones(11), KEY), images)
-    assert_close(scores.reshape(11, 9), STORED[name], 1e-3)  # the references are float16
+    assert_close(scores.reshape(11, 9), STORED["mutual"], 1e-3)  # the references are float16
 
 
 # ---- what a weight of 0, the stream and K change: nothing ----

@@ -65,6 +65,8 @@ def test_sub_models_trained_one_after_the_other_score_as_those_trained_together(
 @pytest.mark.slow  # compiles the detectors' loops
 def test_fitted_detectors_are_timed_beside_other_ways_and_judged(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "bank_ways", partial(bank_ways, images=3, patches=9, fraction=0.5))
+    monkeypatch.setattr(cpu, "gaussian_ways", dict)  # which take long: no sizes but the published ones
+    monkeypatch.setattr(cpu, "FITTED", {part: cpu.FITTED[part] for part in ("coreset", "search")})
     results = cpu.measure_detectors("device: CPU", rounds=1)
     json.dumps(results, allow_nan=False)
     printed = capsys.readouterr().out

@@ -18,10 +18,9 @@ from llb.encoders import parameter_shapes
 from llb.encoders.specs import SPECS, CnnSpec
 
 STORED = dict(np.load(Path(__file__).parent / "reference" / "destseg.npz"))
-SPARSE = 29
 SMALL = CnnSpec(name="small", block="basic", stem=4, layers=((1, 4, 3, 1), (1, 8, 3, 2), (1, 16, 3, 2)))
 CNN = {"strides": destseg.STRIDES, "settings": destseg.Settings(width=4, student_share=0.5)}
-STEPS = {"learning_rate": 0.02, "steps": 4, "batch_size": 3}
+STEPS = {"learning_rate": 0.001, "steps": 4, "batch_size": 3}
 
 
 class Given(Setup):
@@ -70,10 +69,12 @@ def trained(variables) -> tuple[list[dict], np.ndarray, str]:
 
     factors = np.array([1, 0.9, 0.7], np.float32)
     state = jax.tree.map(lambda x: np.stack([x * factor for factor in factors]), variables)
-    opt = jax.vmap(destseg.optimizer(SETUP, 1).init)(state["params"])
     images = np.stack([STORED["images"]] * 3)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(destseg, "RES_RATE", 30)
+        patch.setattr(destseg, "HEAD_RATE", 40)
         patch.setattr(destseg, "damage", lambda key, images, share: (images, STORED["masks"]))
+        opt = jax.vmap(destseg.optimizer(SETUP, 1).init)(state["params"])
         steps = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, None)))
         lowered = steps.lower(state, opt, images, TEACHERS[0], np.int32(0))
     compiled, states, losses = lowered.compile(), [state], []
@@ -105,6 +106,7 @@ def test_student_segmentation_and_top_100_score_equal_pytorch(variables):
     assert_close(score, STORED["top-100"])
 
 
+@pytest.mark.slow
 def test_losses_and_trained_numbers_of_two_steps_of_each_phase_equal_pytorch(trained):
     states, losses, _ = trained
     assert_close(losses[:, 0], STORED["losses"], 1e-3)
@@ -113,9 +115,12 @@ def test_losses_and_trained_numbers_of_two_steps_of_each_phase_equal_pytorch(tra
         expected = {name.removeprefix(prefix): x for name, x in STORED.items() if name.startswith(prefix)}
         assert len(expected) > 40
         for name, value in expected.items():
-            assert_close(now[name][0].ravel()[::SPARSE], value, 1e-3, name)
+            assert_close(
+                now[name][0].ravel()[:: max(1, now[name][0].size // 64)], value, 1e-3, name
+            )  # in float64 they agree to 4e-5
 
 
+@pytest.mark.slow
 def test_each_phase_leaves_the_other_part_and_its_batch_statistics_as_they_are(trained):
     start, middle, end = (leaves(trained[0][step]) for step in (0, 2, 4))
     for name in start:
@@ -124,6 +129,7 @@ def test_each_phase_leaves_the_other_part_and_its_batch_statistics_as_they_are(t
         assert np.array_equal(middle[name], end[name]) == student, name
 
 
+@pytest.mark.slow
 def test_under_vmap_a_step_computes_one_phase_only(trained):
     assert trained[2].count("stablehlo.case") == 2  # forward and backward
 
@@ -142,7 +148,18 @@ def test_for_resnet18_at_256_pixels_there_are_as_many_parameters_as_published():
     assert counts["student"] == 24_665_024 and counts["res"] + counts["head"] == 7_706_369
 
 
-@pytest.mark.parametrize("name, side, grid", [("tiny", 120, 15), ("efficientnet_lite0", 72, 18), ("dino_vits8", 64, 8)])
+def test_the_rates_are_those_published_each_in_its_phase():
+    setup = Setup(SMALL, image_size=40, **CNN, learning_rate=destseg.LEARNING_RATE, steps=2, batch_size=2)
+    params = {part: {"kernel": jnp.ones(1)} for part in ("student", "res", "head")}
+    optimizer = destseg.optimizer(setup, 1)
+    update, opt = jax.jit(optimizer.update), optimizer.init(params)
+    for expected in ([-0.4, 0, 0], [0, -0.1, -0.01]):
+        updates, opt = update(params, opt, params)
+        moved = [updates[part]["kernel"][0] for part in ("student", "res", "head")]
+        np.testing.assert_allclose(moved, np.multiply(expected, 1.0001), rtol=1e-5)  # with the decay
+
+
+@pytest.mark.parametrize("name, side, grid", [("tiny", 120, 15), ("efficientnet_lite0", 72, 18)])
 def test_other_encoders_give_one_distance_for_each_position_of_their_finest_map(name, side, grid):
     setup = Setup(SPECS[name], destseg.STRIDES, side, destseg.Settings(width=2), **STEPS)
 
@@ -168,8 +185,10 @@ def test_convolutions_as_matrix_products_and_their_gradients_equal_jax_own(size,
 
     @jax.jit
     def all_of(x, kernel):
-        functions = (lambda x, kernel: layers.convolve(x, kernel, stride, dilation), own)
-        return [jax.value_and_grad(lambda *both: (f(*both) ** 2).sum(), (0, 1))(x, kernel) for f in functions]
+        return [
+            jax.value_and_grad(lambda x, kernel: (function(x, kernel) ** 2).sum(), (0, 1))(x, kernel)  # noqa: B023
+            for function in (lambda x, kernel: layers.convolve(x, kernel, stride, dilation), own)
+        ]
 
     for ours, theirs in zip(*map(jax.tree.leaves, all_of(x, kernel))):
         assert_close(ours, theirs, 1e-5)

@@ -106,7 +106,8 @@ def test_three_together_equal_each_alone(module):
     setup = setup_of(module)
     threes = np.stack([FEATURES[k : k + 24] for k in range(3)])
     state = jax.vmap(lambda part: sums(module, setup, part, jnp.ones(24)))(threes)
-    together = jax.vmap(lambda state: distance(module, setup, state, NEW))(state)
+    params = jax.lax.map(lambda state: module.finish(setup, state, None), state)  # as llb.fit does it
+    together = jax.vmap(lambda params: module.distance(setup, params, NEW))(params)
     for k in range(3):
         assert_close(together[k], fitted(module, setup, threes[k]), 1e-5)
 

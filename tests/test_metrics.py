@@ -12,8 +12,10 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 import evaluate
 from llb import metrics
 from llb.data import Dataset, Record
-from llb.detectors.dinomaly import map_matrix
+from llb.detectors.common import map_matrix
+from llb.detectors.dinomaly import MAP
 from llb.files import UserError
+from llb.masks import MaskRule
 from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, PixelCounts, accumulate, image_metrics, pixel_metrics
 from llb.tables import read_metrics
 
@@ -68,7 +70,7 @@ BOTH = pytest.mark.parametrize("judge", (pixel_metrics, streamed))
 def smooth_maps(count, size=168, grid=28):
     """Masks bool and maps float32 (count, size, size): distances of patches, upsampled and blurred as a detector's."""
     rng = np.random.default_rng(5)
-    matrix = map_matrix(size, grid)
+    matrix = map_matrix(size, grid, MAP)
     patches = rng.random((count, grid, grid)) < 0.02
     distances = 0.05 * np.exp(0.5 * rng.standard_normal(patches.shape)) + 0.2 * patches * rng.random(patches.shape)
     maps = matrix @ distances.astype(np.float32) @ matrix.T
@@ -239,9 +241,9 @@ def test_a_missing_mask_costs_its_image_its_pixels_and_is_named_once(tmp_path, m
         Image.fromarray(mask).save(tmp_path / name)
     given = {"a": (1, ("0.png",)), "b": (1, ("black.png",)), "c": (1, ()), "d": (0, ()), "e": (None, ())}
     records = [Record(f"{name}.png", label, files, "") for name, (label, files) in given.items()]
-    stage = SimpleNamespace(run=tmp_path, encoder=SimpleNamespace(image_size=16), training=None)
+    stage = SimpleNamespace(run=tmp_path, setup=SimpleNamespace(image_size=16))
     nothing = {
-        "fetch_features": None,
+        "load_features": None,
         "open_checkpoints": nullcontext(),
         "restore_params": None,
         "write_examples": None,
@@ -253,9 +255,9 @@ def test_a_missing_mask_costs_its_image_its_pixels_and_is_named_once(tmp_path, m
         chosen = [records.index(record) for record in test]
         batches = [(np.array([i]), np.array([[0.5 + i]]), maps[[j], None]) for i, j in enumerate(chosen)]
         monkeypatch.setattr(evaluate, "score", lambda *_, **__: iter(batches))
-        for train_on in detectors:
-            stage.settings = SimpleNamespace(train_on=train_on, save_maps=False)
-            yield evaluate.evaluate(stage, Dataset(tmp_path, "mvtec", "bolt", (), tuple(test)))
+        for final in detectors:
+            stage.final, stage.settings = final, SimpleNamespace(save_maps=False)
+            yield evaluate.evaluate(stage, Dataset(tmp_path, "mvtec", "bolt", (), tuple(test)), MaskRule())
         yield read_metrics(tmp_path).get("bolt", {}).get("missing_masks")
 
     *values, missing = entry(records[:4], "purified", "all")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import evaluate
 from llb.checkpoint import open_checkpoints, restore_params
-from llb.detectors.dinomaly import image_score
+from llb.detectors.common import SCORES
 from llb.files import UserError
 
 
@@ -50,7 +50,7 @@ def test_maps_read_back_as_the_scores_say(finished):
         with Image.open(finished / "tile" / "maps-all" / f"{row['path']}.png") as image:
             assert image.mode == "I;16" and image.size == (32, 32)
             heat = np.asarray(image).astype(np.float32) * float(image.info["scale"])
-        assert float(image_score(heat[None])[0]) == pytest.approx(float(row["score"]), rel=1e-3)
+        assert float(SCORES["top-1%"](None, heat[None])[0]) == pytest.approx(float(row["score"]), rel=1e-3)
 
 
 def test_dropped_images_are_the_planted_defects_and_stage_2_trains_on_the_others(tmp_path):
@@ -109,10 +109,10 @@ def test_several_categories_share_a_run_whose_interrupted_evaluation_continues(t
     succeed("stage1_partition", *flags, "--category", "all", "--out", run)
     succeed("stage2_train", "--run", run, "--steps", 3)
 
-    def interrupted(stage, dataset, whole=evaluate.evaluate):
+    def interrupted(stage, dataset, rule, whole=evaluate.evaluate):
         if dataset.category == "two":
             raise UserError("no power")
-        return whole(stage, dataset)
+        return whole(stage, dataset, rule)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "evaluate", interrupted)

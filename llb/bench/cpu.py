@@ -31,7 +31,7 @@ from llb.bench.common import (
     ratio,
     take_turns,
 )
-from llb.bench.detectors import bank_ways
+from llb.bench.detectors import bank_ways, gaussian_ways
 from llb.bench.ours import agreement, other_ways, product_ways, stage1_ways
 from llb.bench.process import Task, other_process
 from llb.bench.reference import count_work
@@ -46,7 +46,12 @@ UNITS = {  # of a part's seconds
     "pixel metrics": "map",
     "stage 1": "whole",
 }
-FITTED = {"coreset": ("patch that is chosen", 2.0), "search": ("image", 2.0)}  # part → unit, how many times as fast
+FITTED = {  # part → unit, and how many times as fast llb should be
+    "coreset": ("patch that is chosen", 2.0),
+    "search": ("image", 2.0),
+    "PaDiM fit": ("image", 3.0),
+    "subspace fit": ("image", 3.0),
+}
 
 
 def measure(sizes: Sizes, device: str, rounds: int, torch: bool = False) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def measure_detectors(device: str, rounds: int) -> dict[str, Any]:
     All ways run in this process, so the others too have llb's memory settings.
     """
     began = time.monotonic()
-    timings = take_turns(bank_ways(), max(3, rounds))
+    timings = take_turns(bank_ways() | gaussian_ways(), max(3, rounds))
     ratios = ratios_of(timings)
     reached = [
         (f"{part} / {way}", ratios[part][way][0], target)

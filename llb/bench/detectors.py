@@ -1,5 +1,7 @@
 """Detectors beside the way people write them. Each function returns {part: {name of the way: Way}}."""
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -7,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llb.bench.common import EAGER, OURS, Parts, Way
-from llb.detectors import banks, patchcore
+from llb.detectors import banks, padim, patchcore, subspace
+from llb.detectors.common import Setup
+from llb.encoders.specs import SPECS
 
 NUMPY = "NumPy"
 
@@ -74,3 +78,68 @@ def torch_coreset(torch, rows, starts: np.ndarray, size: int) -> list[int]:
         chosen.append(int(value.argmax()))
         value = torch.minimum(value, torch.cdist(rows, rows[chosen[-1:]])[:, 0])
     return chosen
+
+
+# ---- PaDiM and the PCA residual ----
+
+
+def gaussian_ways(images: int = 32) -> Parts:
+    """Fits of PaDiM (ResNet-18 at 224 pixels, as published) and of the PCA residual (28 × 28 patches of a small ViT).
+
+    The other way holds the features of all images, joined and pooled beforehand: PaDiM's covariances are computed
+    position by position and inverted together; the components are those of a singular value decomposition of all
+    patches. llb's time contains joining and pooling.
+    """
+    random, batch = np.random.default_rng(0), 32
+    resnet = Setup(SPECS["resnet18"], padim.STRIDES, 224, padim.Settings())
+    vit = Setup(SPECS["dinov2_vits14"], (), 392, subspace.Settings())
+    shapes = {resnet: (sum(map(math.prod, resnet.grids)),), vit: (2, 1 + math.prod(vit.grids[0][:2]), vit.spec.width)}
+    features = {
+        setup: random.standard_normal((images, *shape), np.float32).astype(np.float16)
+        for setup, shape in shapes.items()
+    }
+
+    def fit(module, setup: Setup) -> Callable[[], None]:
+        add = jax.jit(partial(module.add, setup), donate_argnums=0)
+        finish = jax.jit(partial(module.finish, setup))
+
+        def work() -> None:
+            state = module.start(setup, jax.random.key(0), images)
+            for first in range(0, images, batch):
+                state = add(state, features[setup][first : first + batch], np.ones(batch, np.float32), first)
+            jax.block_until_ready(finish(state, jax.random.key(0)))
+
+        return work
+
+    def joined(module, setup: Setup) -> np.ndarray:
+        x = np.concatenate([module.embed(setup, jnp.asarray(row[None])) for row in features[setup]])
+        return x.reshape(images, -1, x.shape[-1])
+
+    positions, patches = joined(padim, resnet), joined(subspace, vit).reshape(-1, 2 * vit.spec.width)
+    parts: Parts = {
+        "PaDiM fit": {OURS: Way(fit(padim, resnet), images)},
+        "subspace fit": {OURS: Way(fit(subspace, vit), images)},
+    }
+    libraries = {NUMPY: (np, np.asarray)}
+    try:
+        import torch
+
+        libraries[EAGER] = (torch, torch.from_numpy)
+    except ImportError:
+        pass
+    for name, (library, array) in libraries.items():
+        x, rows = array(positions), array(patches)
+        parts["PaDiM fit"][name] = Way(partial(gaussians_one_by_one, library, x), images, lambda: None)
+        parts["subspace fit"][name] = Way(partial(components_of_all, library, rows), images, lambda: None)
+    return parts
+
+
+def gaussians_one_by_one(library, x) -> tuple:
+    """library: numpy or torch, whose arrays are (N, P, d) → means (P, d), inverse covariances (P, d, d)."""
+    covariances = library.stack([library.cov(x[:, position].T) for position in range(x.shape[1])])
+    return x.mean(0), library.linalg.inv(covariances + 0.01 * library.eye(x.shape[-1]))
+
+
+def components_of_all(library, patches):
+    """(n, D) → the principal components, (D, D)."""
+    return library.linalg.svd(patches - patches.mean(0), full_matrices=False)[2]

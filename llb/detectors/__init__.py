@@ -17,7 +17,8 @@ or by an optimiser, step by step (llb.train); `params` are then Flax's collectio
 
     init(setup, key) → params
     loss(setup, params, features, key, step) → loss, changed      changed: the collections that the step has changed
-    optimizer(setup, steps_per_pass) → optax.GradientTransformation                LEARNING_RATE, STEPS: defaults
+    optimizer(setup, steps_per_pass) → optax.GradientTransformation
+    LEARNING_RATE, STEPS, DEMO_STEPS                              defaults; the steps of stage 1 and of stage 2
 
 Optional: PUBLISHED (flags by encoder), BATCH_SIZE, IMAGES (it gets images, not features), describe (a bank's size),
 step_bytes (memory of a step), vit_groups (of which blocks it takes means). K at once, devices, checkpoints, scores,

@@ -32,7 +32,7 @@ from llb.detectors.common import MapRule, Setup, between, maps_of, resize
 
 STRIDES = (8, 16, 32)
 PUBLISHED = {"wide_resnet50_2": {"image_size": 256, "batch_size": 32}}
-STEPS = (500, 1000)
+DEMO_STEPS = (500, 1000)
 LEARNING_RATE = 2e-4
 BATCH_SIZE = 32
 AGGREGATE = "out-of-fold"

@@ -42,21 +42,20 @@ from llb.images import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGES = True
 STRIDES = (4, 8, 16)
-PUBLISHED = {"resnet18": {"image_size": 256, "batch_size": 32, "steps": 5000}}
-STEPS, LEARNING_RATE, BATCH_SIZE = (100, 400), 0.4, 8
+PUBLISHED = {"resnet18": {"image_size": 256, "batch_size": 32}}
+DEMO_STEPS, LEARNING_RATE, BATCH_SIZE = (60, 200), 0.4, 8
 MAP, SCORE, AGGREGATE = MapRule(align_corners=False, sigma=0.0), "top-100", "mean"
 
 RES_RATE, HEAD_RATE = 0.25, 0.025  # of the segmentation's two parts; times the student's 0.4
 MOMENTUM, DECAY = 0.9, 1e-4
 RELEASED_BATCH = 32  # over which the release sums the student's loss
-DILATIONS = (6, 12, 18)
-FOCAL = 4  # γ: pixels that are classified well count little
+DILATIONS, FOCAL = (6, 12, 18), 4  # γ of the focal loss: pixels that are classified well count little
 UNIT_EPS = 1e-12
 
 
 @dataclass(frozen=True)
 class Settings:
-    width: int = between(64, 1, 1024)  # channels of the student's first stage; the segmentation's are four times it
+    width: int = between(0, 0, 1024)  # channels of the student's first stage; 0: a quarter of the deepest map's, ≤ 64
     student_share: float = between(0.2, 0, 1)  # of the steps, in which the student is trained
     noise_share: float = between(0.5, 0, 1)  # of the textures that are drawn noise; else another image of the batch
 
@@ -94,13 +93,11 @@ class Student(nn.Module):
         width, blocks = self.width, partial(Blocks, precision=self.precision)
         x = nn.relu(ConvNorm(width, 7, 2, precision=self.precision, name="stem")(images, train))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pads with −∞
-        for stage in range(4):
-            # a block begins as its shortcut alone, as timm's ResNets
+        for stage in range(4):  # a block begins as its shortcut alone, as timm's ResNets
             x = blocks(width * 2**stage, min(stage + 1, 2), last_scale=0.0, name=f"encoder_{stage}")(x, train)
         x, maps = blocks(8 * width, name="decoder_3")(x, train), []
         for level, (*grid, channels) in zip((2, 1, 0), reversed(self.grids)):
-            x = blocks(width * 2**level, name=f"decoder_{level}")(resize(x, *grid), train)
-            y = x
+            y = x = blocks(width * 2**level, name=f"decoder_{level}")(resize(x, *grid), train)
             if self.signed or channels != x.shape[-1]:
                 first = nn.initializers.constant(x.shape[-1] ** -0.5)
                 y = nn.Dense(channels, True, self.precision, kernel_init=first, name=f"output_{level}")(x)
@@ -118,8 +115,8 @@ class Head(nn.Module):
         width = x.shape[-1]
         conv = partial(ConvNorm, width, fan_in=True, precision=self.precision)
         mean = nn.relu(conv(size=1, name="mean")(x.mean(axis=(1, 2), keepdims=True), train))
-        parts = [jnp.broadcast_to(mean, x.shape)]
-        parts += [nn.relu(conv(dilation=d, name=f"dilated_{d}")(x, train)) for d in DILATIONS]
+        parts = [nn.relu(conv(dilation=d, name=f"dilated_{d}")(x, train)) for d in DILATIONS]
+        parts.insert(0, jnp.broadcast_to(mean, x.shape))
         x = nn.relu(conv(name="project")(jnp.concatenate(parts, axis=-1), train))
         x = nn.relu(conv(name="last")(x, train))
         return nn.Dense(1, kernel_init=nn.initializers.constant((3 * width) ** -0.5), name="logit")(x)[..., 0]
@@ -130,13 +127,10 @@ class Head(nn.Module):
 
 def networks(setup: Setup) -> dict[str, nn.Module]:
     """The three parts, whose variables lie under these names and have a learning rate each."""
-    width, precision = setup.settings.width, setup.precision
+    precision, width = setup.precision, setup.settings.width or min(64, setup.grids[-1][2] // 4)
     signed = not (isinstance(setup.spec, CnnSpec) and setup.spec.resnet)
-    return {
-        "student": Student(width, setup.grids, signed, precision),
-        "res": Blocks(4 * width, precision=precision),
-        "head": Head(precision),
-    }
+    res, head = Blocks(4 * width, precision=precision), Head(precision)
+    return {"student": Student(width, setup.grids, signed, precision), "res": res, "head": head}
 
 
 def apply(setup: Setup, variables: dict, part: str, x: jax.Array, train: bool = False) -> tuple[Any, dict]:
@@ -147,13 +141,12 @@ def apply(setup: Setup, variables: dict, part: str, x: jax.Array, train: bool = 
 
 
 def init(setup: Setup, key: jax.Array) -> dict:
-    side, (height, width, _) = setup.image_size, setup.grids[0]
+    side, (height, width, _), parts = setup.image_size, setup.grids[0], networks(setup)
     joined = sum(channels for *_, channels in setup.grids)
-    inputs = {"student": (side, side, 3), "res": (height, width, joined)}
-    inputs["head"] = (height, width, 4 * setup.settings.width)
+    inputs = (side, side, 3), (height, width, joined), (height, width, parts["res"].width)
     variables = {"params": {}, "batch_stats": {}}
-    for own_key, (part, network) in zip(jax.random.split(key, 3), networks(setup).items()):
-        own = network.init(own_key, jnp.zeros((1, *inputs[part])), False)
+    for own_key, shape, (part, network) in zip(jax.random.split(key, 3), inputs, parts.items()):
+        own = network.init(own_key, jnp.zeros((1, *shape)), False)
         # Until here each kernel is filled with its standard deviation. One draw for all compiles faster than one each.
         leaves, tree = jax.tree_util.tree_flatten_with_path(own["params"])
         ends = np.cumsum([leaf.size for _, leaf in leaves])
@@ -173,14 +166,14 @@ def normalise(images: jax.Array) -> jax.Array:
 
 
 def unit(maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Vectors of length 1. The maximum keeps the gradient at a zero vector finite."""
+    """Vectors of length 1; the maximum keeps the gradient of a zero vector finite."""
     return tuple(x / (jnp.sqrt(jnp.maximum((x * x).sum(-1, keepdims=True), UNIT_EPS**2)) + UNIT_EPS) for x in maps)
 
 
 def products(teacher: tuple[jax.Array, ...], student: tuple[jax.Array, ...]) -> jax.Array:
     """−teacher · student of each channel, on the finest grid: (B, h, w, ΣC). Sums over a map's channels: −cosine."""
-    height, width = teacher[0].shape[1:3]
-    return jnp.concatenate([resize(-t * s, height, width) for t, s in zip(teacher, student)], axis=-1)
+    grid = teacher[0].shape[1:3]
+    return jnp.concatenate([resize(-t * s, *grid) for t, s in zip(teacher, student)], axis=-1)
 
 
 def student_loss(teacher: tuple[jax.Array, ...], student: tuple[jax.Array, ...]) -> jax.Array:
@@ -190,8 +183,7 @@ def student_loss(teacher: tuple[jax.Array, ...], student: tuple[jax.Array, ...])
 
 def segmentation_loss(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """Focal loss + L1: logits (B, h, w), mask 0 or 1, of the same shape → scalar."""
-    probability = nn.sigmoid(logits)
-    error = jnp.abs(probability - mask)  # 1 − the probability of the true class
+    error = jnp.abs(nn.sigmoid(logits) - mask)  # 1 − the probability of the true class
     surprise = -nn.log_sigmoid(jnp.where(mask > 0, logits, -logits))
     return (surprise * error**FOCAL).mean() + error.mean()
 
@@ -231,11 +223,10 @@ def loss(setup: Setup, variables: dict, features: tuple, key: jax.Array, step: j
 
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:
     """Plain SGD with momentum, constant rates. Outside of its phase a part has neither decay nor momentum nor steps."""
-    turn, rate = student_steps(setup), setup.learning_rate
 
     def sgd(rate: float, of_student: bool) -> optax.GradientTransformation:
         def active(count: jax.Array) -> jax.Array:
-            return ((count < turn) == of_student).astype(jnp.float32)
+            return ((count < student_steps(setup)) == of_student).astype(jnp.float32)
 
         return optax.chain(
             optax.add_decayed_weights(DECAY),
@@ -244,14 +235,15 @@ def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTr
             optax.scale_by_schedule(lambda count: -rate * active(count)),
         )
 
-    rates = {"student": sgd(rate, True), "res": sgd(RES_RATE * rate, False), "head": sgd(HEAD_RATE * rate, False)}
-    return optax.multi_transform(rates, {part: part for part in rates})
+    main = setup.learning_rate
+    parts = {"student": sgd(main, True), "res": sgd(RES_RATE * main, False), "head": sgd(HEAD_RATE * main, False)}
+    return optax.multi_transform(parts, {part: part for part in parts})
 
 
 def distance(setup: Setup, variables: dict, features: tuple) -> jax.Array:
     """The probability of a defect at each position of the finest grid: (B, h, w) within 0 … 1."""
     images, encoder_params = features
     seen = normalise(images.astype(jnp.float32) / 255)
-    student, _ = apply(setup, variables, "student", seen)
-    x, _ = apply(setup, variables, "res", products(unit(setup.encode(encoder_params, seen)), unit(student)))
+    teacher, student = setup.encode(encoder_params, seen), apply(setup, variables, "student", seen)[0]
+    x, _ = apply(setup, variables, "res", products(unit(teacher), unit(student)))
     return nn.sigmoid(apply(setup, variables, "head", x)[0])

@@ -15,8 +15,8 @@ rounding, that image (a copy of it, too) is left out. So a training image's scor
 This is the only detector whose time grows with N · R, N² if all images are references (`references` = N).
 
 Differs from the release: a random subset of the images as references; one r, 3, where its defaults average 1, 3 and 5
-(`sides`); no re-scoring of images by their neighbours (RsCIN); of a CNN one stage alone, of stride 16
-(with stride 8, whose squared number of positions costs 16 times as much, scores of the magnetic tiles got worse).
+(`sides`); no re-scoring of images by their neighbours (RsCIN); of a CNN the stage of stride 16 alone (its mean with
+stride 8, on one grid, ranked the magnetic tiles worse).
 """
 
 from dataclasses import dataclass

@@ -34,7 +34,7 @@ from llb.encoders.specs import CnnSpec
 
 STRIDES = (4, 8, 16)
 PUBLISHED = {"wide_resnet50_2": {"image_size": 256, "batch_size": 16}}
-STEPS, LEARNING_RATE, BATCH_SIZE = (150, 300), 5e-3, 16
+DEMO_STEPS, LEARNING_RATE, BATCH_SIZE = (150, 300), 5e-3, 16
 MAP, SCORE, AGGREGATE = MapRule(align_corners=True, sigma=4.0), "max", "mean"
 CODE_BLOCKS, DECODER_BLOCKS = 3, (3, 4, 6)  # the decoder's: the deepest map first
 
@@ -103,8 +103,7 @@ class ReverseDistillation(nn.Module):
         code, levels = (4 * width // 3, maps[:1]) if self.vit else (2 * width, maps)
         parts = list(maps)
         for level, deeper in combinations(range(len(levels)), 2):
-            to = levels[deeper].shape[-1]
-            parts[level] = nn.relu(conv(f"join_{level}_{deeper}", parts[level], to, 3, stride=2))
+            parts[level] = nn.relu(conv(f"join_{level}_{deeper}", parts[level], levels[deeper].shape[-1], 3, stride=2))
         x = jnp.concatenate(parts, axis=-1)
         if self.vit:
             x = nn.relu(conv("join", x, code, 3, stride=2))

@@ -36,9 +36,7 @@ class Settings:
     most: int = between(32_768, 1, 10**9)  # entries, see patchcore.py
     dropped: float = between(0.15, 0, 1)  # τ, the share of patches that stay out of the bank
     lof_neighbours: int = between(6, 1, 1000)  # k
-    references: int = between(
-        512, 2, 10**9
-    )  # images whose patches can be neighbours: so time grows with N, not N²
+    references: int = between(512, 2, 10**9)  # images whose patches can be neighbours: so time grows with N, not N²
 
 
 start, add = banks.start, banks.add

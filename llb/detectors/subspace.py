@@ -10,6 +10,9 @@ also differ in the other ones.
     residual  (D, D)               the eigenvectors of the covariance, zero for the first ones, which together explain
                                    a share of the variance
     distance  (B, h, w)            ‖residualᵀ (x − μ)‖, the distance from x to the subspace
+
+Differs from the release: it takes the mean of seven blocks of a DINOv2 (giant) at 672 pixels, turns the few images that
+it has, explains 99 % of the variance, and squares the distance.
 """
 
 from dataclasses import dataclass

@@ -39,7 +39,7 @@ from llb.files import UserError
 
 STRIDES = (2, 4, 8, 16)
 PUBLISHED = {"efficientnet_b4": {"image_size": 224, "batch_size": 8}}
-STEPS, LEARNING_RATE, BATCH_SIZE = (200, 400), 1e-4, 8
+DEMO_STEPS, LEARNING_RATE, BATCH_SIZE = (40, 100), 1e-4, 8
 MAP, SCORE, AGGREGATE = MapRule(align_corners=True, sigma=0.0), "max-16", "mean"
 LARGEST_SIDE = 20  # of the grid of tokens
 CLIP, DECAY = 0.1, 1e-4  # largest norm of the gradient; AdamW's weight decay

@@ -71,6 +71,5 @@ for side in (1, 3, 5):
         others = torch.stack([torch.cat([smallest[i, :i], smallest[i, i + 1 :]]) for i in range(11)])  # (11, 10, 9)
         parts.append(others.sort(dim=1).values[:, : int(0.3 * 10)].mean(dim=1))
 stored |= {"images": images.numpy().astype(np.float16), "mutual": torch.stack(parts).mean(dim=0).numpy()}
-stored["mutual 3"] = torch.stack(parts[2:4]).mean(dim=0).numpy()
 
 np.savez_compressed(Path(__file__).with_suffix("").with_name("banks.npz"), **stored)
