@@ -174,13 +174,17 @@ def write_examples(
 
 
 def write_maps(folder: Path, records: list[Record], maps: np.ndarray) -> None:
-    """One 16-bit PNG for each image, at its path below `folder`; the text chunk "scale" times the pixel is the map."""
+    """One 16-bit PNG for each image, at its path below `folder`. The text chunk "scale" times the pixel is the map; where
+    the map has negative numbers, plus the chunk "offset"."""
     for name, heat in zip(map_names(records), maps):
         file = folder / name
-        scale = max(float(heat.max()), 1e-12) / 65535
+        low = min(0.0, float(heat.min()))
+        scale = max(float(heat.max()) - low, 1e-12) / 65535
         text = PngInfo()
         text.add_text("scale", repr(scale))
-        image = Image.fromarray(np.rint(heat.clip(0) / scale).astype(np.uint16))
+        if low < 0:
+            text.add_text("offset", repr(low))
+        image = Image.fromarray(np.rint((heat - low) / scale).astype(np.uint16))
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file, pnginfo=text)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import jax
 
-from llb.checkpoint import check_finished
+from llb.checkpoint import check_finished, save_finished
 from llb.config import Stage2, parse_flags
 from llb.console import run_script, say
 from llb.data import Dataset
 from llb.defaults import resolve_final
+from llb.detectors.released import read_released
 from llb.device import start_jax
 from llb.files import UserError, typed
 from llb.fit import learn
@@ -74,6 +75,11 @@ def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:
     at = final_checkpoints(stage.run, dataset, final, choice.indices)
     if check_finished(at, stage.setup.steps):
         say(f"{name}: stage 2 on {final} is finished ({at.folder}); --overwrite trains again")
+        return
+    if stage.settings.released:
+        params = read_released(stage.settings.released, stage.setup)
+        save_finished(at, stage.setup.steps, jax.tree.map(lambda leaf: leaf[None], params))  # K = 1
+        say(f"{name}: the final detector is {stage.settings.released}")
         return
     say(f"{name}: training on {len(choice.indices)} of {len(dataset.train)} images ({final})")
     if choice.note:

@@ -145,6 +145,12 @@ def _restore(checkpoints: Checkpoints, **items) -> dict[str, Any]:
     return restored
 
 
+def save_finished(at: CheckpointFolder, steps: int, params: Params) -> None:
+    """Save parameters that come from elsewhere as a finished training."""
+    with open_checkpoints(at.folder, tidy=True) as checkpoints:
+        save(checkpoints, steps, {"params": params}, at.digest)
+
+
 def check_digest(checkpoints: Checkpoints, at: CheckpointFolder) -> None:
     """Raise a UserError if the newest checkpoint is damaged, or belongs to other training images."""
     if _restore(checkpoints)["meta"]["digest"] != at.digest:

@@ -193,6 +193,9 @@ class Stage2:
     steps: int | None = flag(
         None, "optimiser steps", whole(1), shown=f"the detector's, or {FINAL_STEPS}, demo set {DEMO_FINAL_STEPS}"
     )
+    released: str | None = flag(
+        None, "a checkpoint (.pth) of Dinomaly's release: the final detector, in place of a training", shown="none"
+    )
     passes: int | None = flag(None, "passes over the images, in place of --steps", whole(1), shown="see --steps")
     batch_size: int | None = flag(None, "images per step", IMAGES, shown="stage 1's")
     learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="stage 1's")

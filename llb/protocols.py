@@ -19,7 +19,7 @@ What cannot be reproduced, or is not followed on purpose:
 - The released AUPRO is an approximation: adeval with 50 strips (within .006), or 100 thresholds whose false-positive
   rates are rescaled by their extremes (off by up to .03). Here the definition is followed (llb.metrics).
 - Both interpolate the encoder's position embeddings without antialiasing and with an offset of 0.1: features differ by
-  0.8 % (cosine 4e-5). `llb.encoders.vit.interpolate_positions(…, release=True)` does so, for released checkpoints.
+  0.8 % (cosine 4e-5). So do both protocols here (`Spec.release`); without a protocol positions are transformers'.
 - Dinomaly's main table is of one model for all categories.
 - Random numbers: the subsets, the batches, the initialisation and the dropout are drawn otherwise.
 """

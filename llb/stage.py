@@ -41,6 +41,7 @@ def make_stage(run: Path, settings: Stage1 | Stage2 | Evaluate, encoder: Encoder
     spec, strides = encoder.spec, detector.STRIDES
     if isinstance(spec, Spec):
         strides = ()
+        spec = dataclasses.replace(spec, release=values["protocol"] is not None)  # as both published codes
         if hasattr(detector, "vit_groups"):
             spec = dataclasses.replace(spec, groups=detector.vit_groups(own, spec))
     encoder = dataclasses.replace(encoder, spec=spec, strides=strides)

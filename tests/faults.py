@@ -30,6 +30,7 @@ from tests.disturbed import SCRIPTS, STEPS, Bench, Ended, Wrong, at_change, at_s
 
 GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 lie evenly in 0…1, however many are taken
 IN_A_ROW = 5  # faults of one stage of a chain
+EARLY = ("full disk (cache)", "full disk (checkpoint)")  # too late once another fault has let these be written
 COMPLETE = ("second writer, the first continues", "interrupt by SIGTERM, in training")  # these let the stage end
 Outcome = tuple[str, str]  # fault; "identical", "refused" or "wrong"
 Disturb = Callable[[Bench, str, str], str | None]  # (bench, root, script) → the outcome; None: it came too late
@@ -157,7 +158,8 @@ def chains(bench: Bench, queue: dict[str, deque[tuple[str, Disturb]]]) -> Iterat
         try:
             for script in SCRIPTS:
                 row = [queue[script].popleft() for _ in range(min(IN_A_ROW, len(queue[script])))]
-                queue[script].extendleft(reversed(sorted(row, key=lambda fault: fault[0] in COMPLETE)))  # these last
+                row.sort(key=lambda fault: (fault[0] in COMPLETE) - (fault[0] in EARLY))
+                queue[script].extendleft(reversed(row))
                 for _ in row:
                     name, disturb = queue[script].popleft()
                     outcome = disturb(bench, root, script)

@@ -89,7 +89,7 @@ def test_each_name_has_its_models_sizes():
         values = [{"-": False, "yes": True}.get(word, int(word) if word.isdigit() else word) for word in line.split()]
         row = dict(zip(COLUMNS, values))
         expected[row["name"]] = Spec(**row, groups=GROUPS[row["depth"]])
-    assert SPECS == expected
+    assert {name: spec for name, spec in SPECS.items() if isinstance(spec, Spec)} == expected
     assert not any(spec.image_size % spec.patch for spec in SPECS.values())
 
 

@@ -31,7 +31,7 @@ def test_maps_and_scores_of_dinomalys_evaluation_equal_pytorchs(case):
 def test_position_embeddings_of_released_checkpoints_equal_pytorchs(side):
     positions = np.concatenate([np.ones((1, 3), np.float32), STORED[f"positions {side}"]])
     spec = dataclasses.replace(SPECS["dinov2_vits14_reg"], native_grid=7)
-    resized = np.asarray(interpolate_positions(positions, side, side, spec, release=True))
+    resized = np.asarray(interpolate_positions(positions, side, side, dataclasses.replace(spec, release=True)))
     assert (resized[0] == 1).all()
     np.testing.assert_allclose(resized[1:], STORED[f"resized {side}"], rtol=1e-4, atol=1e-5)
     assert abs(resized - interpolate_positions(positions, side, side, spec)).max() > 0.01

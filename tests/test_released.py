@@ -16,7 +16,7 @@ from llb.files import UserError
 STORED = dict(np.load(Path(__file__).parent / "reference" / "dinomaly.npz"))
 SIZES = dict(width=16, depth=4, heads=2, registers=4, groups=((0, 1), (2, 3)))
 SPEC = Spec(name="stored", patch=1, image_size=4, native_grid=4, layer_scale=False, antialias=True, **SIZES)
-SETUP = Setup(SPEC, (), 4, dinomaly.Settings())
+SETUP = Setup(SPEC, (), 4, dinomaly.Settings(), detector="dinomaly")
 
 
 def released() -> dict[str, np.ndarray]:

@@ -5,12 +5,15 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
 from helpers import SMALL, TILE, contents, dates, draw, draw_mvtec, refuse, rows_of, succeed
 from PIL import Image
 
 import evaluate
 from llb.checkpoint import open_checkpoints, restore_params
 from llb.detectors.common import SCORES
+from llb.detectors.released import released_name
 from llb.files import UserError
 
 
@@ -123,3 +126,60 @@ def test_several_categories_share_a_run_whose_interrupted_evaluation_continues(t
     assert dates(run / "one") == written
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics) == ["one", "two", "mean"] and metrics["one"].keys() == {"purified", "purification"}
+
+
+def test_another_final_detector_stands_beside_stage_1s(tmp_path, data):
+    run = tmp_path / "run"
+    flags = ("--detector", "padim", "--noise-ratio", "0.25", "--encoder", "tiny", "--image-size", "32")
+    succeed("stage1_partition", "--data", data, "--out", run, *flags)
+    succeed("stage2_train", "--run", run)
+    for _ in range(2):  # the second time it is finished
+        out = succeed("stage2_train", "--run", run, "--detector", "patchcore", "--set", "fraction=0.5")
+    assert "stage 2 on purified-patchcore is finished" in out
+    assert "fraction" in refuse("stage2_train", "--run", run, "--detector", "patchcore")
+    assert "--steps: padim is fitted" in refuse("stage2_train", "--run", run, "--train-on", "all", "--steps", 5)
+    succeed("stage2_train", "--run", run, "--detector", "simplenet", "--steps", 3, "--train-on", "all")
+    table = succeed("evaluate", "--run", run, "--save-maps")
+    names = ["purified", "purified-patchcore", "all-simplenet"]
+    assert all(f"tile     {name} " in table for name in names)
+    assert set(names) <= json.loads((run / "metrics.json").read_text())["mean"].keys()
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert all(name in report for name in names)
+    for row in rows_of(run / "tile" / "predictions-all-simplenet.csv"):  # its distances may be negative
+        with Image.open(run / "tile" / "maps-all-simplenet" / f"{row['path']}.png") as image:
+            heat = np.asarray(image) * float(image.info["scale"]) + float(image.info.get("offset", 0))
+        assert np.isfinite(heat).all() and heat.max() > heat.min()
+    succeed("stage1_partition", "--data", data, "--out", run, *flags, "--overwrite")
+    assert not list((run / "tile").glob("stage2-*/*"))
+
+
+def test_dinomalys_protocol_cuts_out_the_centre_judges_at_256_and_takes_released_weights(tmp_path, data):
+    run = tmp_path / "run"
+    flags = ("--protocol", "dinomaly", "--noise-ratio", "0.25", *SMALL, "--set", "groups=layers,attention=softmax")
+    succeed("stage1_partition", "--data", data, "--out", run, *flags)
+    config = json.loads((run / "config.json").read_text())
+    assert (config["resize"], config["image_size"], config["set"]["groups"]) == (37, 32, "layers")
+    with open_checkpoints(run / "tile" / "stage1") as checkpoints:
+        params = restore_params(checkpoints)["params"]
+    tensors = {}
+    for path, leaf in flatten_dict(jax.tree.map(lambda leaf: leaf[0], params), sep="/").items():
+        tensors[released_name(path)] = np.ascontiguousarray(leaf.T if path.endswith("kernel") else leaf)
+    safetensors.numpy.save_file(tensors, tmp_path / "released.pth")
+    out = succeed("stage2_train", "--run", run, "--released", tmp_path / "released.pth")
+    assert "the final detector is" in out
+    succeed("evaluate", "--run", run, "--save-maps")
+    with Image.open(next((run / "tile" / "maps-purified").rglob("*.png"))) as image:
+        assert image.size == (256, 256)
+    assert json.loads((run / "metrics.json").read_text())["tile"]["purified"]["pixel_aupro"] is not None
+
+
+def test_llbnads_protocol_takes_passes_and_the_maximum_in_the_test(tmp_path, data):
+    run = tmp_path / "run"
+    succeed("stage1_partition", "--data", data, "--out", run, "--protocol", "llbnad", *TILE, "--submodels", 3)
+    assert len((run / "tile" / "purified.txt").read_text().splitlines()) == 5  # 0.4 of 12
+    succeed("stage2_train", "--run", run)
+    assert [folder.name for folder in (run / "tile" / "stage2-purified").iterdir()] == ["6"]  # 2 passes of ⌈5 / 2⌉
+    succeed("evaluate", "--run", run, "--save-maps")
+    for row in rows_of(run / "tile" / "predictions-purified.csv"):
+        with Image.open(run / "tile" / "maps-purified" / f"{row['path']}.png") as image:
+            assert np.asarray(image).max() * float(image.info["scale"]) == pytest.approx(float(row["score"]), rel=1e-4)

@@ -88,7 +88,7 @@ def gaussian_ways(images: int = 32) -> Parts:
 
     The other way holds the features of all images, joined and pooled beforehand: PaDiM's covariances are computed
     position by position and inverted together; the components are those of a singular value decomposition of all
-    patches. llb's time contains joining and pooling.
+    patches, in double precision as anomalib does it. llb's time contains joining and pooling.
     """
     random, batch = np.random.default_rng(0), 32
     resnet = Setup(SPECS["resnet18"], padim.STRIDES, 224, padim.Settings())
@@ -115,7 +115,7 @@ def gaussian_ways(images: int = 32) -> Parts:
         x = np.concatenate([module.embed(setup, jnp.asarray(row[None])) for row in features[setup]])
         return x.reshape(images, -1, x.shape[-1])
 
-    positions, patches = joined(padim, resnet), joined(subspace, vit).reshape(-1, 2 * vit.spec.width)
+    positions, patches = joined(padim, resnet), joined(subspace, vit).reshape(-1, 2 * vit.spec.width).astype(np.float64)
     parts: Parts = {
         "PaDiM fit": {OURS: Way(fit(padim, resnet), images)},
         "subspace fit": {OURS: Way(fit(subspace, vit), images)},

@@ -54,6 +54,7 @@ class Table:
     category: str | None = flag(None, "one category", shown="the only one")
     encoder: str | None = flag(None, "encoder", shown="tiny for the demo set, else stage 1's default")
     detectors: str = flag("padim,subspace,patchcore,softpatch", "names with commas")
+    set: str | None = flag(None, "their settings, as of stage 1's --set", shown="as published")
     noise_ratios: str = flag("0.0,0.1,0.2,0.4", "shares of defective training images, with commas")
     seeds: str = flag("0,1,2", "with commas")
     out: str = flag("table.csv", "the table; finished rows are not repeated")
@@ -83,12 +84,14 @@ def measure(settings: Table, scratch: Path) -> None:
         for seed in settings.seeds.split(","):
             dataset = load_category(root, name, float(noise_ratio), int(seed))
             for detector in settings.detectors.split(","):
-                if (label, detector, noise_ratio, seed) in done:
+                shown = " ".join(filter(None, (detector, settings.set)))
+                if (label, shown, noise_ratio, seed) in done:
                     continue
-                asked = Stage1(data=settings.data, encoder=settings.encoder, detector=detector, seed=int(seed))
+                own = {"detector": detector, "set": settings.set}
+                asked = Stage1(data=settings.data, encoder=settings.encoder, seed=int(seed), **own)
                 asked = resolve(asked, "demo" if settings.data is None else root.layout)
                 row = measure_one(asked, dataset, known, scratch)
-                row = dict(zip(KEYS, (label, detector, noise_ratio, seed))) | row
+                row = dict(zip(KEYS, (label, shown, noise_ratio, seed))) | row
                 append_row(out, row)
                 say(" ".join(f"{key} {value}" for key, value in row.items()))
 

@@ -6,7 +6,7 @@
     decoder.i.{attn.qkv,attn.proj,mlp.fc1,mlp.fc2}.…     → block_i/…/dense/{kernel,bias}
 
 A kernel is the transposed weight. The release adds nothing to the attention's denominator, llb 1e-6. Its encoder's
-position embeddings are interpolated in a way of their own (`llb.encoders.vit.interpolate_positions`, release).
+position embeddings are interpolated in a way of their own (`Spec.release`).
 """
 
 import re
@@ -29,6 +29,8 @@ def read_released(file: Path | str, setup: Setup) -> dict:
 
     A UserError names a weight that is missing, left over, of another shape or not finite.
     """
+    if setup.detector != "dinomaly":
+        raise UserError(f"--released {file}: is a checkpoint of Dinomaly; leave --detector {setup.detector} out")
     key = jax.random.key(0)
     expected = flatten_dict(jax.eval_shape(lambda: dinomaly.init(setup, key))["params"], sep="/")
     advice = f"is it Dinomaly's, for --encoder {setup.spec.name}?"
@@ -36,15 +38,15 @@ def read_released(file: Path | str, setup: Setup) -> dict:
     names = {released_name(path): path for path in expected}
     if unmatched := sorted(names.keys() ^ tensors.keys()):
         problem = "is left over" if unmatched[0] in tensors else "is missing"
-        raise UserError(f"--weights {file}: {unmatched[0]} {problem}; {advice}")
+        raise UserError(f"--released {file}: {unmatched[0]} {problem}; {advice}")
     params = {}
     for name, path in names.items():
         value = np.asarray(tensors[name], np.float32)
         params[path] = value.T if path.endswith("kernel") else value
         if params[path].shape != expected[path].shape:
-            raise UserError(f"--weights {file}: {name} has shape {value.shape}; {advice}")
+            raise UserError(f"--released {file}: {name} has shape {value.shape}; {advice}")
         if not np.isfinite(value).all():
-            raise UserError(f"--weights {file}: {name} is not finite, so these weights are damaged")
+            raise UserError(f"--released {file}: {name} is not finite, so these weights are damaged")
     return {"params": unflatten_dict(params, sep="/")}
 
 

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from llb.detectors.common import MapRule, Setup, between, maps_of
+from llb.detectors.common import MapRule, Setup, between, maps_of, to_patches
 from llb.detectors.padim import pooled
 
 STRIDES = (8, 16)
-MAP, SCORE, AGGREGATE, ADDITIVE = MapRule(align_corners=False, sigma=4.0), "top-1%", "out-of-fold", True
+MAP, SCORE, AGGREGATE, ADDITIVE = MapRule(align_corners=False, sigma=4.0), "top-1%", "mean", True
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ def start(setup: Setup, key: jax.Array, images: int) -> dict:
 
 
 def add(setup: Setup, state: dict, features: jax.Array, weight: jax.Array, first: jax.Array) -> dict:
-    x = embed(setup, features)
-    weighted = x * weight[:, None, None, None]
+    x = to_patches(embed(setup, features))  # (B, P, D)
+    weighted, patches = (x * weight[:, None, None]).reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1])
     return {
-        "count": state["count"] + weight.sum() * x[0, ..., 0].size,
-        "sum": state["sum"] + weighted.sum(axis=(0, 1, 2)),
-        "products": state["products"] + jnp.einsum("bhwi,bhwj->ij", weighted, x),
+        "count": state["count"] + weight.sum() * x.shape[1],
+        "sum": state["sum"] + weighted.sum(axis=0),
+        "products": state["products"] + weighted.T @ patches,
     }
 
 

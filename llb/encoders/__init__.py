@@ -114,7 +114,9 @@ def _group_means(params: dict, tokens: list[jax.Array], spec: Spec) -> jax.Array
     """
     groups = jnp.stack([sum(tokens[block] for block in group) / len(group) for group in spec.groups], axis=1)
     if spec.filter_bank:
-        mean, matrix = params["whitening"]["mean"], params["whitening"]["matrix"]  # (2, D), (2, D, D)
+        # a single block in place of a group is whitened as its group
+        own = [next(i for i, usual in enumerate(SPECS[spec.name].groups) if group[0] in usual) for group in spec.groups]
+        mean, matrix = (params["whitening"][name][jnp.array(own)] for name in ("mean", "matrix"))  # (2, D), (2, D, D)
         groups = jnp.einsum("bgtd,gde->bgte", groups - mean[:, None], matrix)
     return groups
 

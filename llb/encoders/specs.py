@@ -20,6 +20,7 @@ class Spec:
     groups: tuple[tuple[int, ...], ...]  # 0-based blocks; Dinomaly reconstructs the mean of each group
     repository: str = ""  # on the Hugging Face hub
     filter_bank: bool = False  # patch embedding: tiny's filter bank (stem.py) instead of a convolution
+    release: bool = False  # positions interpolated as Dinomaly's and LLBNAD's releases do, for their checkpoints
 
 
 @dataclass(frozen=True)

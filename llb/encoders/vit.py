@@ -52,21 +52,17 @@ def interpolation_matrix(grid: int, native: int, antialias: bool, offset: float 
     return matrix
 
 
-def interpolate_positions(
-    positions: jax.Array, rows: int, columns: int, spec: Spec, release: bool = False
-) -> jax.Array:
+def interpolate_positions(positions: jax.Array, rows: int, columns: int, spec: Spec) -> jax.Array:
     """Position embeddings for another grid: (1 + native², D), class first → (1 + rows · columns, D).
 
     The result equals transformers'. The original releases of DINO v1 and of DINOv2 without registers pass the scale
     factor (side + 0.1) / native instead of the side, which shifts the sampling points by up to 0.1 of a patch. So do
-    Dinomaly and LLBNAD with every encoder, and none of them antialiases.
-
-    release: as these two do, for their checkpoints.
+    Dinomaly and LLBNAD with every encoder, and none of them antialiases (`spec.release`).
     """
     native = spec.native_grid
     if rows == columns == native:
         return positions
-    way = (False, 0.1) if release else (spec.antialias, 0.0)
+    way = (False, 0.1) if spec.release else (spec.antialias, 0.0)
     down, across = (jnp.asarray(interpolation_matrix(side, native, *way), jnp.float32) for side in (rows, columns))
     grid = positions[1:].reshape(native, native, -1)
     grid = jnp.einsum("rn,cm,nmd->rcd", down, across, grid, precision="highest").reshape(rows * columns, -1)
