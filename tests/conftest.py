@@ -5,11 +5,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-# This process and its children share compiled programs, in a new folder: no test sees those of an earlier suite.
-COMPILED = tempfile.TemporaryDirectory(prefix="llb-compiled-", ignore_cleanup_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-# Most of the suite's time is XLA compiling programs that then run for milliseconds.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# All processes of a suite share compiled programs, in a new folder: no test sees those of an earlier suite.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits both variables
+    COMPILED = tempfile.TemporaryDirectory(prefix="llb-compiled-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    # Most of the suite's time is XLA compiling programs that then run for milliseconds.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax  # noqa: E402 (reads the variables)
 import pytest  # noqa: E402

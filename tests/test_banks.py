@@ -125,16 +125,6 @@ def test_an_image_of_weight_0_changes_nothing(module):
     assert used.sum() == (6 if module is mutual else int(6 * 16 * 0.1))
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_three_at_once_equal_three_alone(module):
-    setup, features = setup_of(module), np.stack([FEATURES, FEATURES[::-1], 2 * FEATURES])
-    weights, keys = (1 - np.eye(3, IMAGES)).astype(np.float32), jax.random.split(KEY, 3)
-    together = jax.vmap(lambda *own: distance(module, setup, fit(module, setup, *own)))(features, weights, keys)
-    for k in range(3):
-        alone = distance(module, setup, fit(module, setup, features[k], weights[k], keys[k]))
-        assert_close(together[k], alone)
-
-
 # ---- what the detectors are for ----
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -129,21 +128,3 @@ def test_the_highest_likelihood_is_taken_over_the_last_tenth_of_the_steps():
     np.testing.assert_array_equal(highest(1e3, 45), now)  # the first of them starts it
     np.testing.assert_array_equal(highest(1e3, 46), 1e3)
     np.testing.assert_array_equal(highest(-1e3, 46), now)
-
-
-def test_three_submodels_under_vmap_equal_three_alone_over_20_steps():
-    features = np.random.default_rng(3).normal(size=(3, 4, 1, 4, 8)).astype(np.float16)
-    keys = jax.random.split(jax.random.key(4), 3)
-    setup = replace(SETUP, spec=replace(SPEC, groups=((0,),)), settings=replace(SETUP.settings, fibre=8))
-
-    @jax.jit
-    def train(key, features):
-        def one(number, state):
-            return step(*state, features, jax.random.fold_in(key, number), number, setup)[:2]
-
-        variables = cflow.init(setup, key)
-        return jax.lax.fori_loop(0, 20, one, (variables, cflow.optimizer(setup, 1).init(variables["params"])))[0]
-
-    together = jax.vmap(train)(keys, features)
-    for k in range(3):
-        assert_close(jax.tree.map(itemgetter(k), together), train(keys[k], features[k]), 1e-5)

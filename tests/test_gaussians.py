@@ -101,17 +101,6 @@ def test_leaving_out_by_subtraction_equals_a_fit_to_the_others(module):
     assert_close(distance(module, setup, others, NEW), fitted(module, setup, FEATURES[:20]))
 
 
-@BOTH
-def test_three_together_equal_each_alone(module):
-    setup = setup_of(module)
-    threes = np.stack([FEATURES[k : k + 24] for k in range(3)])
-    state = jax.vmap(lambda part: sums(module, setup, part, jnp.ones(24)))(threes)
-    params = jax.lax.map(lambda state: module.finish(setup, state, None), state)  # as llb.fit does it
-    together = jax.vmap(lambda params: module.distance(setup, params, NEW))(params)
-    for k in range(3):
-        assert_close(together[k], fitted(module, setup, threes[k]), 1e-5)
-
-
 # ---- what follows from the definition ----
 
 

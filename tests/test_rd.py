@@ -97,19 +97,6 @@ def test_evaluation_equals_pytorch_and_scipy_decoded_maps_anomaly_map_and_score(
     close(common.SCORES[rd.SCORE](distance, maps), STORED["score"], 1e-4)
 
 
-def test_three_sub_models_at_once_equal_each_trained_alone_and_learn(few_blocks):
-    random = np.random.default_rng(0)
-    batches = random.normal(0, 1, (3, *STORED["features"].shape)).astype(np.float16)
-    alone = [start(jax.tree.map(lambda leaf, k=k: leaf * np.float32(1 + k / 10), VARIABLES)) for k in range(3)]
-    together, losses = jax.tree.map(lambda *rows: np.stack(rows), *alone), []
-    for _ in range(20):
-        together, all_of = three_steps(together, batches)
-        alone, each = zip(*(one_step(state, batch) for state, batch in zip(alone, batches)))
-        np.testing.assert_allclose(all_of["loss"], [one["loss"] for one in each], atol=1e-5)
-        losses.append(all_of["loss"])
-    assert (losses[-1] < losses[0] - 0.3).all()
-
-
 def test_bottleneck_and_decoder_of_wide_resnet_have_the_published_number_of_parameters():
     params = jax.eval_shape(lambda: rd.init(setup_of(SPECS["wide_resnet50_2"], 256), KEY))["params"]
     sizes = {name: np.prod(one.shape) for name, one in params.items()}

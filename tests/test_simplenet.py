@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -109,20 +108,3 @@ def test_on_other_encoders_the_noise_is_a_tenth_of_the_embeddings_standard_devia
     x = 5 + 3 * np.random.default_rng(0).normal(size=(4000, 24)).astype(np.float32)
     setup = replace(SETUP, settings=simplenet.Settings())
     np.testing.assert_allclose(simplenet.noise_deviation(setup, x), 0.3, rtol=0.01)
-
-
-def test_three_submodels_under_vmap_equal_three_alone_over_20_steps():
-    features = np.random.default_rng(3).normal(size=(3, 2, 2, 16, 12)).astype(np.float16)
-    keys = jax.random.split(jax.random.key(4), 3)
-
-    @jax.jit
-    def train(key, features):
-        def one(number, state):
-            own = jax.random.fold_in(key, number)
-            return step(*state, lambda variables: simplenet.loss(SETUP, variables, features, own, number))[:2]
-
-        return jax.lax.fori_loop(0, 20, one, start(key))[0]
-
-    together = jax.vmap(train)(keys, features)
-    for k in range(3):
-        assert_close(jax.tree.map(itemgetter(k), together), train(keys[k], features[k]), 1e-5)

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -154,31 +153,3 @@ def test_the_rate_falls_to_a_tenth_after_four_fifths_of_the_steps():
 def test_a_width_that_the_heads_cannot_share_is_refused():
     with pytest.raises(UserError, match="^--set width=9: "):
         uniad.network(setup_of(width=9))
-
-
-def test_three_sub_models_at_once_equal_each_trained_alone_and_learn():
-    setup = setup_of(layers=1)
-    params = {name: value for name, value in PARAMS.items() if not name.endswith("_1")}
-    optimizer = uniad.optimizer(setup, 7)
-
-    def step(params, opt, features, key):
-        """A step of one sub-model, with its own dropout and jitter."""
-        loss = jax.value_and_grad(lambda params: uniad.loss(setup, {"params": params}, features, key, 0)[0])
-        value, gradients = loss(params)
-        updates, opt = optimizer.update(gradients, opt, params)
-        return optax.apply_updates(params, updates), opt, value
-
-    one, three = jax.jit(step), jax.jit(jax.vmap(step))
-    batches = np.random.default_rng(0).normal(0, 1, (3, *STORED["features"].shape)).astype(np.float16)
-    alone = [jax.tree.map(lambda leaf, k=k: leaf * np.float32(1 + k / 10), params) for k in range(3)]
-    alone = [(params, optimizer.init(params)) for params in alone]
-    together, losses = jax.tree.map(lambda *rows: np.stack(rows), *alone), []
-    for number in range(20):
-        keys = jax.random.split(jax.random.fold_in(KEY, number), 3)
-        *together, values = three(*together, batches, keys)
-        results = [one(*state, batch, key) for state, batch, key in zip(alone, batches, keys)]
-        alone = [result[:2] for result in results]
-        np.testing.assert_allclose(values, [result[2] for result in results], rtol=1e-5)
-        losses.append(values)
-    assert (np.mean(losses[-5:], axis=0) < np.mean(losses[:5], axis=0)).all()
-    assert len({float(value) for value in losses[0]}) == 3
