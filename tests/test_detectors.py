@@ -24,6 +24,10 @@ PICTURES = np.random.default_rng(4).integers(0, 256, (IMAGES, 32, 32, 3), np.uin
 THREE = Submodels([np.arange(k, IMAGES, 3) for k in range(3)], submodel_keys(jax.random.key(5), 3))  # 8, 8, 7 images
 
 
+# of large networks, so that their programs compile soon
+SMALLER = {"uniad": "width=16,heads=2,layers=1", "cflow": "blocks=2", "destseg": "width=8"}
+
+
 def given(detector: str) -> tuple:
     """A small setup of the detector, and features for it."""
     if getattr(DETECTORS[detector], "IMAGES", False):
@@ -34,6 +38,7 @@ def given(detector: str) -> tuple:
         features = Features(PICTURES.__getitem__, PICTURES.shape[1:], encoder.params)
     else:
         setup, features = small_setup(detector), Features(FEATURES.__getitem__, FEATURES.shape[1:])
+    setup = dataclasses.replace(setup, settings=read_settings(detector, SMALLER.get(detector), {}))
     # a BatchNorm over few positions amplifies rounding at a high rate, alone as together
     rate = min(1e-4, getattr(DETECTORS[detector], "LEARNING_RATE", 1e-4))
     steps = 20 if is_trained(detector) and not features.frozen else 3
@@ -102,7 +107,8 @@ def test_settings_of_a_detector_are_read_by_name_and_refused_in_words():
     ("given", "expected"),
     [
         ({}, {"submodels": 3, "steps": 1000, "aggregate": "mean", "standardise": "no", "folds": "own", "dropout": 0.2}),
-        ({"detector": "padim"}, {"steps": 1, "aggregate": "out-of-fold", "standardise": "yes", "folds": "others"}),
+        ({"detector": "padim"}, {"steps": 1, "aggregate": "mean", "standardise": "yes", "folds": "others"}),
+        ({"detector": "patchcore"}, {"steps": 1, "aggregate": "out-of-fold", "standardise": "yes", "folds": "own"}),
         ({"detector": "padim", "submodels": 1}, {"aggregate": "mean", "standardise": "no", "folds": "own"}),
         ({"detector": "padim", "encoder": "resnet18"}, {"image_size": 224, "resize": 256, "image_score": "max"}),
         (
