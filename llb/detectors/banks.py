@@ -107,11 +107,12 @@ def nearest(queries: jax.Array, entries: jax.Array, norms: jax.Array, neighbours
     def merge(best: tuple, block: tuple) -> tuple[tuple, None]:
         entries, norms, first = block
         closeness = 2.0 * queries @ entries.T - norms  # (q, size); the query's own length changes no order
-        if neighbours == 1:  # much faster than top_k
-            number = closeness.argmax(axis=1, keepdims=True)
-            closeness = jnp.take_along_axis(closeness, number, axis=1)
-        else:
-            closeness, number = jax.lax.top_k(closeness, min(neighbours, size))
+        if neighbours == 1:  # much faster on a CPU than top_k, and than argmax
+            highest = closeness.max(axis=1, keepdims=True)
+            number = jnp.where(closeness == highest, jnp.arange(size), size).min(axis=1, keepdims=True)
+            better = highest > best[0]
+            return (jnp.where(better, highest, best[0]), jnp.where(better, first + number, best[1])), None
+        closeness, number = jax.lax.top_k(closeness, min(neighbours, size))
         closeness, order = jax.lax.top_k(jnp.concatenate([best[0], closeness], axis=1), neighbours)
         number = jnp.concatenate([best[1], first + number], axis=1)
         return (closeness, jnp.take_along_axis(number, order, axis=1)), None
