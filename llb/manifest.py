@@ -28,7 +28,7 @@ from llb.masks import load_masks
 from llb.processes import agreed
 from llb.tables import METRICS_FILE, TRAIN_ON, read_metrics, read_table
 
-VERSION = 1  # of the files of a run: config.json's "llb"
+VERSION = 2  # of the files of a run: config.json's "llb"
 IMAGES_FILE = "images.csv"
 COLUMNS = ["path", "bytes", "modified_ns", "sha256"]
 READERS, AHEAD = 8, 256  # threads, and files that wait for their turn

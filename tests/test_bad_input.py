@@ -24,6 +24,11 @@ CASES = {
     "variance of one sub-model": ("--submodels 1 --aggregate max-var", "max-var"),
     "out-of-fold with one sub-model": ("--submodels 1 --aggregate out-of-fold", "out-of-fold"),
     "unknown encoder": ("--encoder resnet50", "dinov2_vitb14_reg"),
+    "a CNN for Dinomaly": ("--encoder efficientnet_lite0 --image-size 64", "is a CNN; choose another"),
+    "a setting that the detector has not": ("--detector padim --set k=3", "padim has dimensions"),
+    "a recipe for another detector": ("--detector padim --recipe llbnad", "padim has no recipe"),
+    "the others of one sub-model": ("--submodels 1 --folds others", "--folds others"),
+    "a cut that is larger than the image": ("--resize 16 --image-size 32", "--resize 16"),
     "missing weights": ("--encoder dinov2_vits14 --image-size 28 --weights no.pth", "no.pth"),
     "more memory than there is": ("--image-size 4096 --batch-size 65536", "a smaller --batch-size"),
     "--out below a file": ("--out file/run", "--out"),
@@ -77,9 +82,11 @@ def test_a_run_that_is_missing_or_of_another_version_is_refused_and_the_line_say
     later = [(script, "--run", tmp_path) for script in LATER]
     for line in later:
         assert f"python stage1_partition.py --out {tmp_path}" in refuse(*line)
-    (tmp_path / "config.json").write_text('{"llb": 1, "command": "python stage1_partition.py --seed 7"}')
+    (tmp_path / "config.json").write_text('{"llb": 2, "command": "python stage1_partition.py --seed 7"}')
     for line in (("stage1_partition", "--data", bad / "good", "--out", tmp_path, *SMALL), *later):
         assert "of another version of llb" in (message := refuse(*line)) and "--overwrite" in message
+    (tmp_path / "config.json").write_text('{"llb": 1}')  # before there were several detectors
+    assert all("by another version of llb: make it again with another --out" in refuse(*line) for line in later)
 
 
 def test_help_gives_a_default_for_every_flag():

@@ -147,8 +147,9 @@ def recipe_of(setup: Setup) -> Recipe:
 
 
 def init(setup: Setup, key: jax.Array) -> dict:
+    model = network(setup)
     groups, tokens = len(setup.grids), 1 + setup.spec.registers + patches_of(setup)
-    return network(setup).init(key, prepared(setup, jnp.zeros((1, groups, tokens, setup.spec.width), jnp.float16)))
+    return model.init(key, prepared(setup, jnp.zeros((1, groups, tokens, setup.spec.width), jnp.float16)))
 
 
 def loss(setup: Setup, params: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
