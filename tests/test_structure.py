@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llb.detectors import DETECTORS
+
 ROOT = Path(__file__).resolve().parent.parent
 # Every file of the core, from the bottom up. A file may import only from files to the left of it, and above.
 CORE = """
@@ -18,6 +20,7 @@ CORE = """
 """.split()
 ORDER = ["llb", *(f"llb.{name}" for name in CORE), "stage1_partition", "stage2_train", "evaluate"]
 LARGEST_FILE, MOST_ARGUMENTS = 350, 6
+LARGEST_DETECTOR = dict.fromkeys(DETECTORS, 150) | {"dinomaly": 250, "uniad": 250, "destseg": 250}
 FORBIDDEN = {"llb.detectors": ("llb.run", "llb.report", "llb.data"), "llb.tables": ("jax",), "llb.pictures": ("jax",)}
 
 
@@ -82,6 +85,14 @@ def test_files_and_calls_are_short():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 arguments = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
                 assert len([a for a in arguments if a != "self"]) <= MOST_ARGUMENTS, f"{name}: {node.name}"
+
+
+def test_a_detector_can_be_read_in_one_sitting():
+    for name, file in files().items():
+        most = LARGEST_DETECTOR.get(
+            name.removeprefix("llb.detectors."), 300 if name == "llb.encoders.cnn" else LARGEST_FILE
+        )
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= most, name
 
 
 def test_tables_and_pictures_load_without_jax():
