@@ -56,7 +56,9 @@ def test_an_error_of_the_program_keeps_its_traceback():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
-def test_a_signal_waits_for_the_end_of_a_step(number):
+def test_a_signal_waits_for_the_end_of_a_step(number, request):
+    inherited = signal.signal(number, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     before, done = signal.getsignal(number), []
     with pytest.raises(KeyboardInterrupt), handled_signals():
         with stop_later():
