@@ -7,7 +7,6 @@ Evaluates every detector that stage 2 has finished for all categories (--train-o
 table. A plain folder has no test set: all its images are scored, the dropped ones too.
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -63,10 +62,7 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     names = config["categories"]
     detectors = finished_detectors(run, config, settings.train_on)
     encoder = run_encoder(run, config)
-    stages = {}
-    for final in detectors:
-        stage = make_stage(run, settings, encoder, config | config["stage2"][final])
-        stages[final] = dataclasses.replace(stage, final=final)
+    stages = {final: make_stage(run, settings, encoder, config | config["stage2"][final], final) for final in detectors}
 
     datasets = dict(zip(names, load_datasets(run, config, settings.verify)))
     facts, notes = {}, {}

@@ -11,7 +11,6 @@ sub-model score every image, and keep the images with the lowest scores. Labels,
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llb.checkpoint import CheckpointFolder, Params, paths_digest
@@ -30,7 +29,7 @@ from llb.lock import hold
 from llb.manifest import record_images, stage1_command, write_config
 from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
-from llb.purify import aggregate, keep_auto, keep_lowest, partition, seen_by, standardised
+from llb.purify import combine, keep_auto, keep_lowest, partition
 from llb.run import as_shown, demo_or_given_root, environment, open_run, place_run
 from llb.score import heat_maps, score_all
 from llb.stage import Stage, check_step, load_features, make_stage
@@ -105,9 +104,7 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
 
     # ---- score every image with every sub-model, and aggregate ----
     scores = score_all(params, stage.setup, features, images, f"{name}, scoring")  # (N, K)
-    seen = jnp.asarray(seen_by(subset, settings.submodels, others))  # (N, K)
-    comparable = jnp.asarray(scores) if settings.standardise == "no" else standardised(jnp.asarray(scores), seen)
-    aggregated = np.asarray(aggregate(comparable, seen, settings.aggregate))  # (N,)
+    aggregated = combine(scores, subset, others, settings.standardise == "yes", settings.aggregate)  # (N,)
 
     # ---- select ----
     kept = keep_auto(aggregated) if settings.keep == "auto" else keep_lowest(aggregated, settings.keep)  # (N,) bool

@@ -59,7 +59,7 @@ def run_stage2(run: Path, settings: Stage2) -> None:
         passes, images = settings.passes, len(choices[-1].indices)
         steps[dataset.category] = steps_of(passes, images, settings.batch_size) if passes else settings.steps
     encoder = run_encoder(run, config)
-    stage = dataclasses.replace(make_stage(run, settings, encoder, config | vars(settings)), final=final)
+    stage = make_stage(run, settings, encoder, config | vars(settings), final)
     check_step(stage.setup, 1)
     begin_stage2(run, settings, final, steps)
 

@@ -60,6 +60,13 @@ def aggregate(scores: jax.Array, seen: jax.Array, how: str) -> jax.Array:
     raise ValueError(f"aggregate is one of {AGGREGATES}, not {how!r}")
 
 
+def combine(scores: np.ndarray, subset: np.ndarray, others: bool, standardise: bool, how: str) -> np.ndarray:
+    """From scores (N, K) of sub-models that have learned from their own subset, or from all others, to one for each
+    image, float32 (N,): `standardised` if wanted, then `aggregate`."""
+    comparable, seen = jnp.asarray(scores), jnp.asarray(seen_by(subset, scores.shape[1], others))
+    return np.asarray(aggregate(standardised(comparable, seen) if standardise else comparable, seen, how))
+
+
 def keep_lowest(scores: np.ndarray, share: float) -> np.ndarray:
     """bool (N,): the round(share · N) lowest scores (at least one); of equal scores the later image is kept."""
     return ranks(scores) > len(scores) - max(1, round(share * len(scores)))

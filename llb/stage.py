@@ -32,8 +32,10 @@ class Stage:
     final: str = ""  # name of the final detector, see `final_name`
 
 
-def make_stage(run: Path, settings: Stage1 | Stage2 | Evaluate, encoder: Encoder, values: dict[str, Any]) -> Stage:
-    """values, by name: the settings of stage 1; for a final detector stage 2's replace some."""
+def make_stage(
+    run: Path, settings: Stage1 | Stage2 | Evaluate, encoder: Encoder, values: dict[str, Any], final: str = ""
+) -> Stage:
+    """values, by name: the settings of stage 1; for a final detector stage 2's replace some. final: of `Stage`."""
     detector = DETECTORS[values["detector"]]
     fields = {field.name for field in dataclasses.fields(detector.Settings)}
     flagged = {name: values[name] for name in FLAGGED if name in fields}
@@ -51,7 +53,7 @@ def make_stage(run: Path, settings: Stage1 | Stage2 | Evaluate, encoder: Encoder
     learning = {name: values[name] for name in names} | {"score": values["image_score"], "map_rule": rule}
     setup = Setup(spec, strides, encoder.image_size, own, encoder.precision, **learning)
     check_detector(setup)
-    return Stage(run, settings, make_source(encoder, getattr(detector, "IMAGES", False)), setup)
+    return Stage(run, settings, make_source(encoder, getattr(detector, "IMAGES", False)), setup, final)
 
 
 def check_step(setup: Setup, submodels: int) -> None:

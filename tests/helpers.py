@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from llb.console import run_script
@@ -32,6 +33,20 @@ def small_setup(detector: str, side: int = 24, **others) -> Setup:
     module = DETECTORS[detector]
     known = {"settings": module.Settings(), "detector": detector, "score": module.SCORE, "map_rule": module.MAP}
     return Setup(dataclasses.replace(SPECS["tiny"], **sizes), (), side, **known | others)
+
+
+def tree_of(stored: dict[str, np.ndarray], prefix: str) -> dict:
+    """The stored arrays whose names begin so, as a tree by the rest of their names."""
+    flat = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    return unflatten_dict(flat, sep="/")
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    """Trees of arrays, to a part of the largest value of each."""
+    actual, expected = flatten_dict({"": actual}), flatten_dict({"": expected})
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=0, atol=tolerance * np.abs(value).max(), err_msg=str(name))
 
 
 def draw(file: Path, seed: int, defect: bool = False) -> None:

@@ -1,6 +1,5 @@
 """DeSTSeg equals a small PyTorch model (tests/reference/destseg_reference.py), and paints sensible damage."""
 
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from reference.drawn import draw
 
 from llb.detectors import destseg, layers
 from llb.detectors.common import SCORES, Setup, anomaly_map
@@ -32,16 +32,6 @@ class Given(Setup):
 
 SETUP = Given(SMALL, image_size=40, **CNN, **STEPS)
 TEACHERS = [tuple(STORED[f"teacher_{phase}_{level}"] for level in range(3)) for phase in (0, 1)]
-
-
-def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The weights of tests/reference/destseg_reference.py."""
-    numbers = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
-    if name.endswith("kernel"):
-        return numbers * np.float32((2 / np.prod(shape[:-1])) ** 0.5)
-    if name.endswith(("scale", "variance")):
-        return 1 + np.abs(numbers) / 4
-    return numbers / 4
 
 
 def leaves(variables: dict) -> dict[str, np.ndarray]:

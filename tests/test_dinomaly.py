@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import small_setup
+from flax.traverse_util import flatten_dict
+from helpers import small_setup, tree_of
 from scipy.ndimage import gaussian_filter, zoom
 
 from llb.detectors import dinomaly
@@ -22,9 +22,7 @@ MODEL = Dinomaly(depth=4, heads=2, patches=16, dropout=0.2, linear_init="truncat
 CASES = ("off", "llbnad", "dinomaly")
 
 
-def tree(prefix: str):
-    flat = {key.removeprefix(prefix): value for key, value in STORED.items() if key.startswith(prefix)}
-    return unflatten_dict(flat, sep="/")
+tree = partial(tree_of, STORED)
 
 
 @jax.jit

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers import assert_close, tree_of
 
 from llb.detectors import simplenet
 from llb.detectors.common import Setup
@@ -19,17 +19,7 @@ SETUP = Setup(SPEC, (), 32, simplenet.Settings(hidden=16), learning_rate=2e-2, s
 EMBEDDED = STORED["embedding"].reshape(-1, 24)
 
 
-def tree(prefix: str):
-    flat = {key.removeprefix(prefix): value for key, value in STORED.items() if key.startswith(prefix)}
-    return unflatten_dict(flat, sep="/")
-
-
-def assert_close(actual, expected, tolerance=1e-4):
-    """To a part of the largest value of each array."""
-    actual, expected = flatten_dict({"": actual}), flatten_dict({"": expected})
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(actual[name], value, rtol=0, atol=tolerance * np.abs(value).max(), err_msg=str(name))
+tree = partial(tree_of, STORED)
 
 
 def start(key):

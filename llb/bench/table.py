@@ -17,7 +17,6 @@ from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llb.checkpoint import CheckpointFolder
@@ -34,7 +33,7 @@ from llb.images import ImageFiles
 from llb.layouts import read_root
 from llb.masks import load_masks
 from llb.metrics import PixelCounts, accumulate, image_metrics, pixel_metrics_of, purification
-from llb.purify import aggregate, keep_auto, partition, seen_by, standardised
+from llb.purify import combine, keep_auto, partition
 from llb.score import score, score_all
 from llb.stage import Stage, make_stage
 from llb.tables import TRAIN_ON
@@ -113,10 +112,8 @@ def measure_one(settings: Stage1, dataset: Dataset, known: dict, scratch: Path) 
     submodels = Submodels(subsets, submodel_keys(models_key, settings.submodels), others)
     with TemporaryDirectory(dir=scratch) as folder:
         params = learn(stage.setup, train, submodels, CheckpointFolder(Path(folder), ""), "stage 1")
-    scores = jnp.asarray(score_all(params, stage.setup, train, len(labels), "scoring"))
-    seen = jnp.asarray(seen_by(subset, settings.submodels, others))
-    comparable = scores if settings.standardise == "no" else standardised(scores, seen)
-    aggregated = np.asarray(aggregate(comparable, seen, settings.aggregate))
+    scores = score_all(params, stage.setup, train, len(labels), "scoring")
+    aggregated = combine(scores, subset, others, settings.standardise == "yes", settings.aggregate)
     kept = keep_auto(aggregated)
     facts = purification(labels, aggregated, kept)
     row = {"ranking_auroc": facts["train_auroc"], "kept": facts["kept"], "contamination": facts["contamination_after"]}

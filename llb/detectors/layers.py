@@ -55,8 +55,20 @@ def _backward(stride: int, dilation: int, kept: tuple[jax.Array, jax.Array], gra
 convolve.defvjp(lambda x, kernel, stride, dilation: (convolve(x, kernel, stride, dilation), (x, kernel)), _backward)
 
 
+def normalised(x: jax.Array, means: nn.Variable, variances: nn.Variable, train: bool) -> jax.Array:
+    """BatchNorm over all axes but the last, without its scale and bias. While training, x's own moments are taken, and
+    the stored ones follow them. The stored variance is unbiased as PyTorch's; Flax's is not."""
+    mean, variance = means.value, variances.value
+    if train:
+        axes, count = tuple(range(x.ndim - 1)), x[..., 0].size
+        mean, variance = x.mean(axes), x.var(axes)
+        means.value = 0.9 * means.value + 0.1 * mean
+        variances.value = 0.9 * variances.value + 0.1 * variance * count / max(1, count - 1)
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-5)
+
+
 class ConvNorm(nn.Module):
-    """A convolution without bias, then BatchNorm. The stored variance is unbiased as PyTorch's; Flax's is not."""
+    """A convolution without bias, then BatchNorm."""
 
     width: int
     size: int = 3
@@ -76,9 +88,4 @@ class ConvNorm(nn.Module):
         means = self.variable("batch_stats", "mean", jnp.zeros, (self.width,))
         variances = self.variable("batch_stats", "variance", jnp.ones, (self.width,))
         x = convolve(x.astype(self.precision), kernel.astype(self.precision), self.stride, self.dilation)
-        mean, variance = means.value, variances.value
-        if train:
-            mean, variance, count = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2)), x[..., 0].size
-            means.value = 0.9 * means.value + 0.1 * mean
-            variances.value = 0.9 * variances.value + 0.1 * variance * count / max(1, count - 1)
-        return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * scale + bias
+        return normalised(x, means, variances, train) * scale + bias

@@ -29,11 +29,9 @@ from flax.linen import avg_pool
 from llb.detectors.common import MapRule, Setup, between, choice, maps_of, to_patches
 
 STRIDES = (16,)
-PUBLISHED: dict[str, dict] = {}
 AGGREGATE = "mean"
 SCORE = "max"
 MAP = MapRule(align_corners=True, sigma=0.0)
-ADDITIVE = False
 
 RATE = 1e11  # multiplications and additions a second, for the estimate of time: about two CPU cores
 SAME = 1e-5  # mean squared distance of an image's patches from themselves: rounding makes 1e-7 of it

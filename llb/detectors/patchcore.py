@@ -29,7 +29,6 @@ PUBLISHED = {"wide_resnet50_2": {"image_size": 224, "resize": 256}}
 AGGREGATE = "out-of-fold"
 SCORE = "patch-max"
 MAP = MapRule(align_corners=False, sigma=4.0)
-ADDITIVE = False
 
 STARTS = 10  # random patches from which the greedy choice starts
 TOGETHER = 256  # candidates of the greedy choice that are considered at a time

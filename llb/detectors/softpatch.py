@@ -26,7 +26,7 @@ from llb.detectors import banks, patchcore
 from llb.detectors.common import Setup, between
 
 STRIDES, PUBLISHED, AGGREGATE = patchcore.STRIDES, patchcore.PUBLISHED, patchcore.AGGREGATE
-SCORE, MAP, ADDITIVE = patchcore.SCORE, patchcore.MAP, patchcore.ADDITIVE
+SCORE, MAP = patchcore.SCORE, patchcore.MAP
 LOF_EPS = 1e-10  # scikit-learn's: the density of equal patches stays finite
 
 

@@ -4,12 +4,12 @@ The teacher is left out: its maps are given, and so are the damaged images and t
 names, so that they need not be stored; of the trained ones some numbers are.
 """
 
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from drawn import draw
 from torch import nn
 
 WIDTH, SIDE, BATCH = 4, 40, 3
@@ -102,16 +102,6 @@ def as_ours(name: str, tensor: torch.Tensor) -> np.ndarray:
     if array.ndim == 4:
         array = array.transpose(2, 3, 1, 0)
     return array[0, 0] if "logit/kernel" in name else array
-
-
-def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The weights at the start, in our shapes; tests/test_destseg.py has the same lines."""
-    numbers = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
-    if name.endswith("kernel"):
-        return numbers * np.float32((2 / np.prod(shape[:-1])) ** 0.5)
-    if name.endswith(("scale", "variance")):
-        return 1 + np.abs(numbers) / 4
-    return numbers / 4
 
 
 def sparse(array: np.ndarray) -> np.ndarray:
