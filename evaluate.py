@@ -19,12 +19,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from llb import tables
 from llb.checkpoint import Params, check_finished, open_checkpoints, restore_params
-from llb.config import Evaluate, parse_flags
+from llb.config import Evaluate
 from llb.console import run_script, say
 from llb.data import Dataset, Record
 from llb.device import start_jax
 from llb.features import Features
 from llb.files import UserError, atomic, discard_files, write_json, writing
+from llb.flags import parse_flags
 from llb.images import load_image
 from llb.lock import hold
 from llb.masks import MaskRule, load_masks

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from llb.checkpoint import CheckpointFolder, Params, paths_digest
-from llb.config import Stage1, parse_flags
+from llb.config import Stage1
 from llb.console import run_script, say
 from llb.data import Dataset, choose_categories, describe, load_category, reading_line
 from llb.defaults import resolve, with_sizes
@@ -23,6 +23,7 @@ from llb.encoders import load_encoder
 from llb.features import Features
 from llb.files import UserError, atomic, typed
 from llb.fit import learn
+from llb.flags import parse_flags
 from llb.images import load_image, white_line
 from llb.layouts import read_root
 from llb.lock import hold

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from llb.checkpoint import check_finished, save_finished
-from llb.config import Stage2, parse_flags
+from llb.config import Stage2
 from llb.console import run_script, say
 from llb.data import Dataset
 from llb.defaults import resolve_final
@@ -22,6 +22,7 @@ from llb.detectors.released import read_released
 from llb.device import start_jax
 from llb.files import UserError, typed
 from llb.fit import learn
+from llb.flags import parse_flags
 from llb.lock import hold
 from llb.manifest import stage1_command
 from llb.protocols import steps_of

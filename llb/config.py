@@ -4,16 +4,14 @@ A setting whose default depends on others is None until llb.defaults fills it in
 RUN/config.json holds the filled-in value. A later command for the same run must give the same settings.
 """
 
-import argparse
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from llb.detectors import DETECTORS
 from llb.detectors.common import SCORES
 from llb.detectors.recipes import RECIPES
-from llb.files import UserError
+from llb.flags import MOST, Number, flag, real, whole
 from llb.layouts import LAYOUTS
 from llb.protocols import PROTOCOLS
 from llb.purify import AGGREGATES
@@ -26,62 +24,7 @@ DEMO_STEPS, DEMO_FINAL_STEPS, DEMO_BATCH = 100, 400, 8  # a few minutes on two C
 FLAGGED = ("recipe", "dropout")  # settings of a detector that have flags of their own
 PRECISIONS, FOLDS, YES_NO = ("float32", "bfloat16"), ("own", "others"), ("yes", "no")
 # bounds far above any use, below what JAX, NumPy or the machine fails at without a word of help
-MOST, LARGEST_BATCH, LARGEST_SIDE, MOST_SUBMODELS = 10**7, 2**16, 2**12, 10**4
-
-
-@dataclass(frozen=True)
-class Number:
-    """A parser for numbers of a kind between two bounds; `open_below` leaves the lower one out, `word` is one more
-    value that is taken."""
-
-    kind: type
-    lowest: float
-    highest: float
-    open_below: bool = False
-    word: str | None = None
-
-    @property
-    def bounds(self) -> str:
-        return f"{'above' if self.open_below else 'from'} {self.lowest} to {self.highest}"
-
-    def __call__(self, text: str) -> Any:
-        if text == self.word:
-            return text
-        try:
-            value = self.kind(text)
-        except ValueError:
-            value = float("nan")  # fits nowhere
-        if not self.lowest <= value <= self.highest or (self.open_below and value == self.lowest):
-            name = f"a {'whole ' if self.kind is int else ''}number {self.bounds}"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {f'{self.word} or ' if self.word else ''}{name}")
-        return value
-
-
-def whole(minimum: int, maximum: int = MOST) -> Number:
-    """A parser for whole numbers."""
-    return Number(int, minimum, maximum)
-
-
-def real(lowest: float, highest: float, open_below: bool = False) -> Number:
-    """A parser for numbers between two bounds; `open_below` leaves the lower one out."""
-    return Number(float, lowest, highest, open_below)
-
-
-def filled(text: str) -> str:
-    """A parser for text that is not empty."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the value is empty (an unset variable?): give one, or leave the flag out")
-    return text
-
-
-def flag(default: Any, text: str, parse=filled, choices=None, shown: str | None = None, affects: bool = True):
-    """A dataclass field that becomes a flag. shown: the default in --help, if it depends on other settings.
-
-    affects: whether results depend on the setting; if so, a run with another value is refused.
-    """
-    about = {"help": text, "parse": parse, "choices": choices, "shown": shown, "affects": affects}
-    return field(default=default, metadata=about)
-
+LARGEST_BATCH, LARGEST_SIDE, MOST_SUBMODELS = 2**16, 2**12, 10**4
 
 # ---- flags that several scripts have ----
 
@@ -219,40 +162,3 @@ class Evaluate:
     no_cache: bool = no_cache_flag()
     verify: bool = verify_flag()
     overwrite: bool = flag(False, "score again", affects=False)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
-
-    def error(self, message: str):
-        line = UserError(message.removeprefix("argument "))
-        self.exit(2, f"error: {line} (--help lists every flag)\n")
-
-
-def parse_flags(settings: type, argv: list[str] | None = None):
-    """Read the flags of one of the dataclasses above; argv: None for the command line's."""
-    parser = Parser(description=settings.__doc__, allow_abbrev=False)
-    for item in dataclasses.fields(settings):
-        about, name = item.metadata, "--" + item.name.replace("_", "-")
-        shown = about["shown"] or ("no" if item.default is False else item.default)
-        bounds = f"; {about['parse'].bounds}" if isinstance(about["parse"], Number) else ""
-        text = f"{about['help']} (default: {shown}{bounds})".replace("%", "%%")
-        if item.default is False:
-            parser.add_argument(name, action="store_true", help=text)
-        else:
-            metavar = None if about["choices"] else item.name.rsplit("_")[-1].upper()
-            parser.add_argument(
-                name, default=item.default, type=about["parse"], choices=about["choices"], metavar=metavar, help=text
-            )
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        if isinstance(value, list):  # argparse makes it of "--steps=--"
-            parser.error(f"--{name.replace('_', '-')}: expected one argument")
-        if isinstance(value, str) and value.encode(errors="replace").decode() != value:
-            parser.error(f"--{name.replace('_', '-')} {ascii(value)}: the name is not UTF-8; rename it")
-    return settings(**given)
-
-
-def influential(settings) -> dict[str, Any]:
-    """The settings that results depend on, by name."""
-    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["affects"]}

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from llb.checkpoint import CheckpointFolder, paths_digest
-from llb.config import Stage1, Stage2, influential
+from llb.config import Stage1, Stage2
 from llb.console import say
 from llb.data import Dataset, load_category
 from llb.demo import write_demo
 from llb.encoders import Encoder, load_encoder
 from llb.files import UserError, check_writable, digest_of_files, is_writer, typed
+from llb.flags import influential
 from llb.images import find_white
 from llb.layouts import read_root
 from llb.lock import turn

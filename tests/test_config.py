@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from llb.config import Evaluate, Number, Stage1, Stage2, parse_flags
+from llb.config import Evaluate, Stage1, Stage2
+from llb.flags import Number, parse_flags, typed_flags
 
 NUMBERS = [
     (settings, item.name, item.metadata["parse"])
@@ -55,3 +56,9 @@ def test_every_number_is_bounded_and_help_says_how(settings, name, number, capsy
     shown = " ".join(capsys.readouterr().out.split())
     default = shown.split(f" {name} ")[-1].split("(default: ")[1]
     assert default.split(")")[0].endswith(number.bounds)
+
+
+def test_settings_are_typed_as_the_flags_that_give_them():
+    line = ["--data", "a b", "--keep", "0.8", "--submodels", "5", "--set", "power=1", "--no-cache"]
+    assert sorted(typed_flags(parse_flags(Stage1, line))) == sorted(line)
+    assert typed_flags(Stage1()) == []

@@ -10,7 +10,7 @@ from llb.detectors import DETECTORS
 ROOT = Path(__file__).resolve().parent.parent
 # Every file of the core, from the bottom up. A file may import only from files to the left of it, and above.
 CORE = """
-    files console processes device
+    files flags console processes device
     metrics pictures tree pairing layouts lists images masks data demo tables figures
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
     detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released

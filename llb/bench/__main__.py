@@ -14,11 +14,11 @@ from functools import partial
 from llb.bench import cpu, gpu
 from llb.bench.common import Sizes
 from llb.bench.process import import_torch
-from llb.config import flag, parse_flags, whole
 from llb.console import run_script, say
 from llb.device import start_jax
 from llb.encoders.specs import SPECS, Spec
 from llb.files import UserError, check_writable_file, write_json
+from llb.flags import flag, parse_flags, whole
 
 # the reference's way has no CNN and no filter bank
 ENCODERS = tuple(name for name, spec in SPECS.items() if isinstance(spec, Spec) and not spec.filter_bank)

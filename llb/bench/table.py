@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from llb.checkpoint import CheckpointFolder
-from llb.config import Stage1, Stage2, flag, parse_flags
+from llb.config import Stage1, Stage2
 from llb.console import run_script, say
 from llb.data import Dataset, choose_categories, load_category
 from llb.defaults import resolve, resolve_final, with_sizes
@@ -29,6 +29,7 @@ from llb.device import start_jax
 from llb.encoders import Encoder, load_encoder
 from llb.features import Features, streamed_features
 from llb.fit import learn
+from llb.flags import flag, parse_flags
 from llb.images import ImageFiles
 from llb.layouts import read_root
 from llb.masks import load_masks

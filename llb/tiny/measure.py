@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llb.config import DEMO_BATCH, DEMO_FINAL_STEPS, DEMO_STEPS, flag, parse_flags, whole
+from llb.config import DEMO_BATCH, DEMO_FINAL_STEPS, DEMO_STEPS
 from llb.console import run_script, say
 from llb.data import choose_categories
 from llb.device import start_jax
 from llb.files import UserError, check_writable, read_json, write_json
+from llb.flags import flag, parse_flags, whole
 from llb.run import PROJECT, demo_or_given_root
 from llb.tables import METRICS_FILE, TRAIN_ON, mean_defined, read_purified
 from llb.tiny.heldout import write_heldout

@@ -33,7 +33,7 @@ import numpy as np
 import optax
 
 from llb.checkpoint import check_params, open_checkpoints, restore_params, restore_state, save
-from llb.config import LARGEST_SEED, flag, influential, parse_flags, real, whole
+from llb.config import LARGEST_SEED
 from llb.console import progress, run_script, say
 from llb.device import start_jax
 from llb.encoders import stem
@@ -42,6 +42,7 @@ from llb.encoders.vit import ViT
 from llb.encoders.weights import write_tree
 from llb.features import normalise
 from llb.files import check_writable_file, read_json, write_json
+from llb.flags import flag, influential, parse_flags, real, whole
 from llb.run import make_run_folder, refuse_differences
 from llb.tiny import textures
 from llb.tiny.objectives import GRID, OBJECTIVES, PATCHES, SPEC, init_params

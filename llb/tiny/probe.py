@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-from llb.config import LARGEST_SEED, flag, parse_flags, real, whole
+from llb.config import LARGEST_SEED
 from llb.console import progress, run_script, say
 from llb.data import Dataset, choose_categories, load_category
 from llb.detectors.common import map_matrix
@@ -36,6 +36,7 @@ from llb.encoders.stem import ENERGIES, energies, pool
 from llb.encoders.vit import ViT
 from llb.features import normalise
 from llb.files import UserError, check_writable
+from llb.flags import flag, parse_flags, real, whole
 from llb.images import find_white, load_image
 from llb.layouts import read_root
 from llb.masks import load_masks
