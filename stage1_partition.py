@@ -55,7 +55,8 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     root = read_root(demo_or_given_root(run, settings.data), settings.layout)
     settings = resolve(settings, root.layout if settings.data else "demo")
     names = choose_categories(root, settings.category)
-    datasets = [load_category(root, name, settings.noise_ratio, settings.seed) for name in names]
+    noise = (settings.noise_ratio, settings.seed, settings.noise_pool)
+    datasets = [load_category(root, name, *noise) for name in names]
     for dataset in datasets:
         check(dataset, settings)
     reading = describe(root, datasets)

@@ -60,9 +60,15 @@ class Stage1:
     noise_ratio: float | None = flag(
         None,
         "share of defective images in train. Real-IAD: picks the split (0.0, 0.1, 0.2, 0.4); "
-        "MVTec, VisA: moves randomly drawn defective test images into train; not for a plain folder",
+        "MVTec, VisA: moves randomly drawn defective test images of the noise pool into train; not for a plain folder",
         real(0, 1),
         shown="0.2 for the demo set, else 0.0",
+    )
+    noise_pool: str | int | None = flag(
+        None,
+        "defective test images that are set aside for noise: the rest, the test set, is the same at every ratio",
+        Number(int, 0, MOST, word="half"),
+        shown="half of them for the demo set or with --noise-ratio, else 0",
     )
     out: str = flag("runs/demo", "folder of the run", affects=False)
     encoder: str | None = flag(

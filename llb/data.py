@@ -21,6 +21,9 @@ from llb.layouts import Record, Root, Split, read_root
 from llb.masks import is_black
 from llb.tree import OTHER, count, fold, summary
 
+HALF = "half"  # of the defective test images: a size of the noise pool
+RESERVE = "the rest of the noise pool"
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -36,6 +39,7 @@ class Dataset:
     )  # kind of deep image → the value shown as white (llb.images)
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by the category's list: reason → paths
     resize: int | None = None  # side of the square of which the centre is shown
+    reserve: tuple[Record, ...] = ()  # what the noise ratio leaves of the noise pool: neither in train nor in test
 
 
 def categories(root: Root | Path | str) -> list[str]:
@@ -76,7 +80,9 @@ def choose_categories(root: Root | Path | str, wanted: str | None) -> list[str]:
     return chosen
 
 
-def load_category(root: Root | Path | str, category: str, noise_ratio: float = 0.0, seed: int = 0) -> Dataset:
+def load_category(
+    root: Root | Path | str, category: str, noise_ratio: float = 0.0, seed: int = 0, noise_pool: int | str | None = None
+) -> Dataset:
     """The records of one category, in an order that depends on the files and the seed only.
 
     Args:
@@ -84,6 +90,8 @@ def load_category(root: Root | Path | str, category: str, noise_ratio: float = 0
         noise_ratio: share of defective images in train, 0 ≤ α < 1. Real-IAD: which FUIAD split is read. Else, if train
             holds normal images only: round(α·n / (1 − α)) defective test images move to the n training images.
         seed: decides which test images move; no effect on Real-IAD.
+        noise_pool: how many defective test images are set aside at every ratio, for noise alone, so that the test set
+            does not depend on the ratio; "half" of them. None: half with a ratio above 0, else 0.
 
     Raises:
         UserError: the category or the ratio cannot be had, or a listed file is missing or listed twice.
@@ -92,8 +100,11 @@ def load_category(root: Root | Path | str, category: str, noise_ratio: float = 0
     if not 0 <= noise_ratio < 1:
         raise UserError(f"--noise-ratio {noise_ratio}: give a share from 0 to below 1")
     _require_category(root, category, categories(root))
-    left_out = {}
+    left_out, reserve = {}, []
+    noise_pool = (HALF if noise_ratio else 0) if noise_pool is None else noise_pool
     if root.layout.startswith("real-iad"):
+        if noise_pool not in (HALF, 0):
+            raise UserError(f"--noise-pool {noise_pool}: Real-IAD has splits of its own; leave the flag out")
         (train, test), left_out = lists.read_realiad(root, category, noise_ratio)
     else:
         if root.sets is None:
@@ -102,12 +113,13 @@ def load_category(root: Root | Path | str, category: str, noise_ratio: float = 0
             train, test = root.sets[category]
         if root.layout.startswith("ksdd"):
             train, test = (_label_by_masks(root.path, records) for records in (train, test))
-        train, test = _mix_noise((train, test), noise_ratio, category, seed)
+        (train, test), reserve = _mix_noise((train, test), noise_ratio, noise_pool, category, seed)
     for record in (*train, *test):
         # a list with one path a line, blanks around it stripped, must give the path back
         if record.path.encode(errors="replace").decode().strip().splitlines() != [record.path]:
             raise UserError(f"{root.path}: {record.path!r} does not fit a list with one path a line; rename the file")
-    return Dataset(root.path, root.layout, category, tuple(train), tuple(test), left_out=left_out)
+    parts = tuple(train), tuple(test)
+    return Dataset(root.path, root.layout, category, *parts, left_out=left_out, reserve=tuple(reserve))
 
 
 def describe(root: Root, datasets: Sequence[Dataset]) -> dict[str, Any]:
@@ -123,10 +135,13 @@ def describe(root: Root, datasets: Sequence[Dataset]) -> dict[str, Any]:
     for dataset in datasets:
         for reason, paths in dataset.left_out.items():
             left_out[reason] = [*left_out.get(reason, ()), *paths]
+    reserve = [record for dataset in datasets for record in dataset.reserve]
+    left_out[RESERVE] = [record.path for record in reserve]
     records = [record for dataset in datasets for record in (*dataset.train, *dataset.test)]
     masks = [mask for record in records for mask in record.masks]
     if root.sets is None:
         used = {*(record.path for record in records), *masks, *(path for paths in left_out.values() for path in paths)}
+        used |= {mask for record in reserve for mask in record.masks}
         rest = [path for path in root.tree.images if path not in used and not path.startswith(others)]
         left_out["images and masks not on the list"] = rest
         left_out[OTHER] = [path for path in left_out.get(OTHER, ()) if not fold(path).startswith(lists.FOLDERS)]
@@ -191,24 +206,40 @@ def _label_by_masks(root: Path, records: Sequence[Record]) -> list[Record]:
         return list(pool.map(label, records))
 
 
-def _mix_noise(split: Split, noise_ratio: float, category: str, seed: int) -> Split:
-    """Move randomly drawn defective images from test to train until they are the share `noise_ratio` of train.
+def _mix_noise(
+    split: Split, noise_ratio: float, noise_pool: int | str, category: str, seed: int
+) -> tuple[Split, Sequence[Record]]:
+    """Set `noise_pool` defective test images aside and move some of them to train, until they are the share
+    `noise_ratio` of it. Returns the new split and the rest of the pool.
 
-    A larger ratio moves the same images and more. Train is shuffled, so that its order does not tell which were moved.
+    The pool depends neither on the ratio nor the noise on the pool: both are the beginning of one order, in which every
+    part holds the kinds of defect in proportion. Train is shuffled, so that its order does not tell which were moved.
     """
     train, test = split
-    if noise_ratio == 0:
-        return split
-    if any(record.label != 0 for record in train):
+    if noise_ratio > 0 and any(record.label != 0 for record in train):
         has = "has no labels" if train[0].label is None else "has defective training images of its own"
         raise UserError(f"--noise-ratio {noise_ratio}: {category} {has}; leave the flag out")
     anomalies = [record for record in test if record.label == 1]
+    size = len(anomalies) // 2 if noise_pool == HALF else noise_pool
+    if size > len(anomalies):
+        raise UserError(
+            f"--noise-pool {size}: {category} has {len(anomalies)} defective test images; give at most that"
+        )
     wanted = round(noise_ratio * len(train) / (1 - noise_ratio))
-    if wanted > len(anomalies):
-        most = math.floor(1000 * len(anomalies) / (len(train) + len(anomalies))) / 1000
-        need = f"{category} would need {wanted} defective test images, has {len(anomalies)}"
-        raise UserError(f"--noise-ratio {noise_ratio}: {need}; give at most {most}")
+    if wanted > size:
+        most = math.floor(1000 * size / (len(train) + size)) / 1000
+        larger = f"--noise-pool {wanted}, or " if wanted <= len(anomalies) else ""
+        need = f"{category} needs {wanted} defective images, its noise pool holds {size} of {len(anomalies)}"
+        raise UserError(f"--noise-ratio {noise_ratio}: {need}; give {larger}at most {most}")
     random = np.random.default_rng([seed % 2**32, zlib.crc32(category.encode())])
-    moved = [anomalies[i] for i in random.permutation(len(anomalies))[:wanted]]
-    mixed, gone = [*train, *moved], set(moved)
-    return [mixed[i] for i in random.permutation(len(mixed))], [record for record in test if record not in gone]
+    shuffled = [anomalies[i] for i in random.permutation(len(anomalies))]
+    places = {}  # record → 0…1: the images of a kind lie at equal distances
+    for kind in sorted({record.kind for record in anomalies}):
+        alike = [record for record in shuffled if record.kind == kind]
+        places |= dict(zip(alike, (np.arange(len(alike)) + random.uniform()) / len(alike)))
+    pool = sorted(shuffled, key=places.get)[:size]
+    if noise_ratio > 0:
+        mixed = [*train, *pool[:wanted]]
+        train = [mixed[i] for i in random.permutation(len(mixed))]
+    aside = set(pool)
+    return (train, [record for record in test if record not in aside]), pool[wanted:]

@@ -16,6 +16,7 @@ from llb.config import (
     Stage1,
     Stage2,
 )
+from llb.data import HALF
 from llb.detectors import DETECTORS, is_trained, read_settings
 from llb.device import default_precision
 from llb.files import UserError
@@ -37,6 +38,7 @@ def resolve(settings: Stage1, layout: str) -> Stage1:
     defaults = {
         "layout": layout,
         "noise_ratio": 0.2 if demo else 0.0,
+        "noise_pool": HALF if demo or settings.noise_ratio is not None else 0,
         "encoder": encoder,
         "submodels": submodels,
         "folds": "others" if submodels > 1 and getattr(detector, "ADDITIVE", False) else "own",

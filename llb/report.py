@@ -229,6 +229,7 @@ def shown_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
         "data": "Data",
         "layout": "Layout of the data",
         "noise_ratio": "Noise ratio",
+        "noise_pool": "Noise pool: defective test images set aside",
         "encoder": "Encoder",
         "weights": "Encoder weights",
         "image_size": "Image size, pixels",

@@ -204,7 +204,7 @@ def load_datasets(run: Path, config: dict[str, Any], verify: bool) -> list[Datas
     given = config.get("data_given")  # in this folder: if all was moved to another place, images.csv decides
     data = given if given and os.path.exists(given) and not os.path.exists(config["data"]) else config["data"]
     check_there(run, config, "its images", data)
-    settings, command = (config["noise_ratio"], config["seed"]), stage1_command(run, config)
+    settings, command = (config["noise_ratio"], config["seed"], config["noise_pool"]), stage1_command(run, config)
     try:
         root = read_root(demo_or_given_root(run, data), config["layout"] if data else None)
         datasets = as_shown([load_category(root, name, *settings) for name in config["categories"]], config)

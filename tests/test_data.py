@@ -256,18 +256,37 @@ def test_single_view_lists_are_read_where_there_are_no_others_or_when_asked_for(
         assert paths_of(load_category(read_root(tmp_path, layout), "cap").train) == [f"realiad_256/cap/OK/{name}.jpg"]
 
 
-@pytest.mark.parametrize("ratio, moved", ((0.0, 0), (0.05, 1), (0.1, 1), (0.2, 3), (0.25, 4), (0.4, 8)))
-def test_noise_is_the_asked_share_and_leaves_test(ratio, moved, tmp_path):
+@pytest.mark.parametrize("ratio, moved", ((0.0, 0), (0.05, 1), (0.1, 1), (0.2, 3), (0.25, 4)))
+def test_noise_is_the_asked_share_and_the_test_set_is_the_same_at_every_ratio(ratio, moved, tmp_path):
     root = put_mvtec(tmp_path)
-    before, after = load_category(root, "tile"), load_category(root, "tile", ratio, seed=1)
+    before, after = load_category(root, "tile"), load_category(root, "tile", ratio, 1, "half")
     noise = [record for record in after.train if record.label == 1]
     assert len(noise) == moved and set(after.train) == {*before.train, *noise} and len(after.train) == 12 + moved
-    assert list(after.test) == [record for record in before.test if record not in noise]
-    assert set(noise) <= set(before.test)  # with their paths, kinds and masks
+    aside = {*noise, *after.reserve}
+    assert Counter(record.kind for record in aside) == {"crack": 2, "hole": 2} and len(aside) == moved + len(
+        after.reserve
+    )
+    assert list(after.test) == [record for record in before.test if record not in aside]
+    assert after.test == load_category(root, "tile", 0.25, 1).test and set(noise) <= set(before.test)
+    line = reading_line(describe(read_root(root), [after]))
+    rest = f"the rest of the noise pool: {4 - moved}"
+    assert (rest in line) == (moved < 4) and before.reserve == () and len(before.test) == 11
+
+
+def test_a_larger_ratio_takes_the_same_images_and_more_and_a_larger_pool_the_same_noise(tmp_path):
+    root = put_mvtec(tmp_path, good=30, defective=40)
+
+    def parts(ratio, pool):
+        dataset = load_category(root, "tile", ratio, 0, pool)
+        return {record for record in dataset.train if record.label}, set(dataset.test)
+
+    (few, test), (more, same), (again, smaller) = parts(0.1, 20), parts(0.3, 20), parts(0.3, 30)
+    assert few < more == again and test == same > smaller and len(test) - len(smaller) == 10
+    assert parts(0.0, 7)[0] == set() and len(parts(0.0, 7)[1]) == 3 + 33
 
 
 def test_noise_depends_on_the_seed_and_the_category_only_and_the_order_does_not_tell_it(tmp_path):
-    root = put_mvtec(put_mvtec(tmp_path, "tile", 60, 40), "tube", 60, 40)
+    root = put_mvtec(put_mvtec(tmp_path, "tile", 60, 80), "tube", 60, 80)
 
     def noise(category, seed):
         train = load_category(root, category, 0.2, seed).train
@@ -276,18 +295,23 @@ def test_noise_depends_on_the_seed_and_the_category_only_and_the_order_does_not_
     assert noise("tile", 0) == noise("tile", 0)
     assert set(noise("tile", 0)) != set(noise("tile", 1)) and set(noise("tile", 0)) != set(noise("tube", 0))
     # drawn the same on every machine and in every process: no salted hash may take part
-    assert sorted(noise("tile", 0))[:3] == ["/test/crack/000.png", "/test/crack/007.png", "/test/crack/008.png"]
+    assert sorted(noise("tile", 0))[:3] == ["/test/crack/009.png", "/test/crack/020.png", "/test/crack/021.png"]
     places = [i for i, record in enumerate(load_category(root, "tile", 0.4).train) if record.label == 1]
     assert len(places) == 40 and min(places) < 20 and 35 < np.mean(places) < 65
 
 
-def test_a_ratio_that_cannot_be_had_is_refused_with_the_largest_possible(tmp_path):
+def test_a_ratio_or_pool_that_cannot_be_had_is_refused_with_the_largest_possible(tmp_path):
     root = put_mvtec(tmp_path, good=13, defective=8)
-    line = error_of(load_category, root, "tile", 0.5)
-    assert "--noise-ratio 0.5" in line and line.endswith("at most 0.38")
-    assert sum(record.label for record in load_category(root, "tile", 0.38).train) == 8
+    line = error_of(load_category, root, "tile", 0.3)
+    assert "--noise-ratio 0.3" in line and line.endswith("give --noise-pool 6, or at most 0.235")
+    line = error_of(load_category, root, "tile", 0.5, 0, 8)
+    assert "needs 13" in line and "8 of 8" in line and line.endswith("give at most 0.38")
+    assert sum(record.label for record in load_category(root, "tile", 0.38, 0, 8).train) == 8
+    assert "--noise-pool 9: tile has 8" in error_of(load_category, root, "tile", 0.0, 0, 9)
     defective = put_visa(tmp_path / "visa", "\n".join(ROWS).replace("test,anomaly", "train,anomaly", 1))
     assert "defective training images of its own" in error_of(load_category, defective, "candle", 0.2)
+    put_realiad(tmp_path / "iad", [entry("OK/0.jpg")], [])
+    assert "--noise-pool 1: Real-IAD" in error_of(load_category, tmp_path / "iad", "cap", 0.0, 0, 1)
     for ratio in (-0.1, 1.0, 1.5, float("nan")):
         assert "--noise-ratio" in error_of(load_category, root, "tile", ratio)
 

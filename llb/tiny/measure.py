@@ -98,8 +98,9 @@ def list_sets(settings: Measure) -> list[Set]:
     stage2_flags = ("--steps", str(settings.final_steps))
 
     def stage1_flags(root: Path, category: str, noise_ratio: float) -> list[str]:
-        data = ["--data", str(root), "--category", category, "--noise-ratio", str(noise_ratio)]
-        return [*data, "--encoder", "tiny", "--steps", str(settings.steps), "--batch-size", str(DEMO_BATCH)]
+        noise = ["--noise-ratio", str(noise_ratio)] if noise_ratio else []
+        data = ["--data", str(root), "--category", category]
+        return [*data, *noise, "--encoder", "tiny", "--steps", str(settings.steps), "--batch-size", str(DEMO_BATCH)]
 
     if settings.only in (None, "demo"):
         root = demo_or_given_root(out, None)
