@@ -8,8 +8,8 @@ table. A plain folder has no test set: all its images are scored, the dropped on
 """
 
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from llb.checkpoint import Params, check_finished, open_checkpoints, restore_par
 from llb.config import Evaluate
 from llb.console import run_script, say
 from llb.data import Dataset, Record
+from llb.detectors import DETECTORS
 from llb.device import start_jax
 from llb.features import Features
 from llb.files import UserError, atomic, discard_files, write_json, writing
@@ -40,10 +41,12 @@ from llb.metrics import (
 )
 from llb.pictures import contact_sheet
 from llb.protocols import PROTOCOLS, mask_rule
+from llb.purify import combine
 from llb.report import write_report
 from llb.run import final_checkpoints, find_run, finished_detectors, load_datasets, read_run, run_encoder, steps_in
 from llb.score import heat_maps, score
 from llb.stage import Stage, load_features, make_stage
+from llb.threshold import threshold_facts
 
 EXAMPLES = 24  # images on the sheet of test examples
 PIXEL_ERROR = 1e-5  # a larger error of the pixel metrics is reported
@@ -66,9 +69,10 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     stages = {final: make_stage(run, settings, encoder, config | config["stage2"][final], final) for final in detectors}
 
     datasets = dict(zip(names, load_datasets(run, config, settings.verify)))
-    facts, notes = {}, {}
+    facts, notes, lists = {}, {}, {}
     for name, dataset in datasets.items():
         purified = tables.read_purified(run / name, dataset)
+        lists[name] = purified.indices
         for final in stages:
             if config["stage2"][final]["train_on"] == "purified":
                 # a purified.txt that was edited after the detector was trained ends the script
@@ -85,7 +89,9 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
             if final in tables.read_metrics(run).get(name, {}) and evaluated(run / name, stage, dataset):
                 say(f"{name}: {final} is evaluated; --overwrite scores again")
                 continue
-            values = evaluate(stage, dataset, mask_rule(PROTOCOLS.get(config["protocol"]), config["resize"]))
+            rule = mask_rule(PROTOCOLS.get(config["protocol"]), config["resize"])
+            normal = partial(purified_scores, stage, dataset, lists[name], config)
+            values = evaluate(stage, dataset, rule, normal)
             # written after each detector: an interrupted evaluation continues with the next one
             metrics = tables.read_metrics(run)
             metrics.setdefault(name, {})[final] = values
@@ -98,11 +104,21 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     tables.write_metrics_csv(run / "metrics.csv", metrics)
     write_report(run, notes)
     say(tables.summary_table(metrics))
+    for name in names:
+        for final in tables.detector_names(metrics[name]):
+            threshold = tables.read_threshold(run / name, final)
+            if threshold and final.startswith("purified"):
+                say(f"{name}, {final}: {tables.threshold_line(threshold)}")
     say(f"report: {run / 'report.html'}")
 
 
-def evaluate(stage: Stage, dataset: Dataset, rule: MaskRule) -> dict[str, float | None]:
-    """Maps, scores and metrics of one final detector on one category. Writes predictions, examples and maps."""
+def evaluate(
+    stage: Stage, dataset: Dataset, rule: MaskRule, normal: Callable[[Params], np.ndarray | None]
+) -> dict[str, float | None]:
+    """Maps, scores and metrics of one final detector on one category. Writes predictions, threshold, examples, maps.
+
+    normal: `purified_scores`, which wants only the detector.
+    """
     name, final = dataset.category, stage.final
     folder, size = stage.run / name, stage.setup.image_size
     # a plain folder has no test set: score the images it was trained on, and the dropped ones too
@@ -140,11 +156,36 @@ def evaluate(stage: Stage, dataset: Dataset, rule: MaskRule) -> dict[str, float 
         say(f"{name}: so many scores are nearly equal that pixel metrics on {final} may be off by {error:.1g}")
 
     # ---- write ----
+    tables.write_threshold(folder, final, threshold_facts(normal(params), labels, scores))
     write_examples(stage, dataset, part, scores, params, features)
     if stage.settings.save_maps:
         replace_maps(unfinished, maps_folder, records)
     tables.write_predictions(folder, final, records, scores)
     return metrics
+
+
+def purified_scores(
+    stage: Stage, dataset: Dataset, purified: np.ndarray, config: dict[str, Any], params: Params
+) -> np.ndarray | None:
+    """What the purified images score: float32 (n,). None if the detector cannot say.
+
+    A detector that scores what it has learned from far too low, such as a memory bank, gets stage 1's scores by the
+    sub-models that have not seen the image, if stage 1 had the same detector.
+
+    purified: int (n,), indices of dataset.train; params: the final detector.
+    """
+    if DETECTORS[stage.setup.detector].AGGREGATE == "out-of-fold":
+        final = config["stage2"][stage.final]
+        same = all(final[name] == config[name] for name in ("detector", "set", "image_score"))
+        if not same or config["submodels"] == 1:
+            return None
+        subset, scores = tables.read_submodels(stage.run / dataset.category)
+        return combine(scores, subset, config["folds"] == "others", False, "out-of-fold")[purified]
+    scores = np.empty(len(purified), np.float32)
+    features, title = load_features(stage, dataset, "train"), f"{dataset.category}, threshold of {stage.final}"
+    for positions, score_k, _ in score(params, stage.setup, features, purified, title):
+        scores[positions] = score_k[:, 0]
+    return scores
 
 
 @cache
@@ -206,6 +247,8 @@ def evaluated(folder: Path, stage: Stage, dataset: Dataset) -> bool:
     """Whether nothing is left to do for this detector."""
     settings, final = stage.settings, stage.final
     if settings.overwrite or (settings.save_maps and not (folder / f"maps-{final}").exists()):
+        return False
+    if not (folder / tables.threshold_file(final)).is_file():  # evaluated by an older version
         return False
     try:
         rows = tables.read_table(folder / f"predictions-{final}.csv", ("path", "score", "label"))

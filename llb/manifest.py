@@ -26,7 +26,7 @@ from llb.files import UserError, discard, discard_files, is_writer, read_json, t
 from llb.images import load_image
 from llb.masks import load_masks
 from llb.processes import agreed
-from llb.tables import METRICS_FILE, TRAIN_ON, read_metrics, read_table
+from llb.tables import METRICS_FILE, TRAIN_ON, read_metrics, read_table, threshold_file
 
 VERSION = 2  # of the files of a run: config.json's "llb"
 IMAGES_FILE = "images.csv"
@@ -266,7 +266,7 @@ def clear_detector(folder: Path, final: str) -> None:
         paths |= {row["path"] for row in read_table(folder / f"predictions-{final}.csv", ["path"])}
     for maps in (f"maps-{final}", f".maps-{final}.tmp"):
         discard_files(folder / maps, (f"{path}.png" for path in paths))
-    discard_files(folder, (f"predictions-{final}.csv", f"examples-{final}.png"))
+    discard_files(folder, (f"predictions-{final}.csv", f"examples-{final}.png", threshold_file(final)))
 
 
 def stage2_folder(final: str) -> str:

@@ -3,6 +3,7 @@
 RUN/<category>/scores.csv                      what stage 1 found out about each training image
 RUN/<category>/purified.txt                    the paths that stage 1 kept, one a line
 RUN/<category>/predictions-<train-on>.csv      the scores of the test images
+RUN/<category>/threshold-<train-on>.json       the score above which an image is called defective
 RUN/metrics.json, metrics.csv                  how well each final detector finds defects
 """
 
@@ -28,6 +29,7 @@ METRICS_FILE = "metrics.json"
 UNDEFINED = "–"
 COLUMN_TYPES = {
     "path": str,
+    "subset": int,
     "score": lambda text: float(text) if math.isfinite(float(text)) else COLUMN_TYPES[text],
     "kept": {"0": False, "1": True}.__getitem__,
     "label": {"0": 0, "1": 1, "": None}.__getitem__,
@@ -73,13 +75,19 @@ def stage1_finished(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("scores.csv", "suspects.png", "purified.txt"))
 
 
-def read_table(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a scores or predictions table, typed; [] without the file. A damaged table raises a UserError."""
+def read_table(file: Path, columns: Sequence[str], numbered: str | None = None) -> list[dict[str, Any]]:
+    """Rows of a scores or predictions table, typed; [] without the file. A damaged table raises a UserError.
+
+    numbered: the beginning of the names of more columns, which hold numbers.
+    """
     if not file.is_file():  # a pipe would be waited for
         return []
     try:
         with open(file, newline="", encoding="utf-8") as opened:
-            return [{name: COLUMN_TYPES[name](row[name]) for name in columns} for row in csv.DictReader(opened)]
+            rows = csv.DictReader(opened)
+            more = [name for name in rows.fieldnames or () if numbered and name.startswith(numbered)]
+            types = {name: COLUMN_TYPES[name] for name in columns} | dict.fromkeys(more, COLUMN_TYPES["score"])
+            return [{name: parse(row[name]) for name, parse in types.items()} for row in rows]
     except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{file} is damaged ({error}): delete it and run the stage that wrote it again") from None
 
@@ -91,6 +99,13 @@ def read_scores(folder: Path, dataset: Dataset) -> dict[str, np.ndarray]:
     if [row["path"] for row in rows] != [record.path for record in dataset.train]:
         raise UserError(f"{file} is damaged (its rows are not the training images): delete it and run stage 1 again")
     return {name: np.array([row[name] for row in rows]) for name in ("score", "kept")}
+
+
+def read_submodels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """What scores.csv says of the sub-models: each image's subset, int32 (N,), and the scores, float32 (N, K)."""
+    rows = read_table(folder / "scores.csv", ["subset"], "model_")
+    scores = np.array([list(row.values()) for row in rows], np.float64).reshape(len(rows), -1 if rows else 1)
+    return scores[:, 0].astype(np.int32), scores[:, 1:].astype(np.float32)
 
 
 def read_purified(folder: Path, dataset: Dataset) -> Choice:
@@ -144,6 +159,40 @@ def write_predictions(folder: Path, train_on: str, records: Sequence[Record], sc
     """predictions-<train-on>.csv. scores: float32 (N,)."""
     rows = [[r.path, float(score), "" if r.label is None else r.label] for r, score in zip(records, scores)]
     write_csv(folder / f"predictions-{train_on}.csv", ["path", "score", "label"], rows)
+
+
+def write_threshold(folder: Path, final: str, facts: dict[str, float | int | None]) -> None:
+    """threshold-<final>.json. facts: of `llb.threshold.threshold_facts`."""
+    write_json(folder / threshold_file(final), facts)
+
+
+def read_threshold(folder: Path, final: str) -> dict[str, float | int | None] | None:
+    """What `write_threshold` has written; None if the detector is not evaluated, or has no threshold.
+
+    A damaged file raises a UserError.
+    """
+    file, advice = folder / threshold_file(final), "delete it and run evaluate.py again"
+    if not file.is_file():
+        return None
+    facts = read_json(file, advice)
+    if not isinstance(facts, dict) or "threshold" not in facts or not _are_facts(final, facts):
+        raise UserError(f"{file} is damaged; {advice}")
+    return None if facts["threshold"] is None else facts
+
+
+def threshold_file(final: str) -> str:
+    return f"threshold-{final}.json"
+
+
+def threshold_line(facts: dict[str, float | int | None]) -> str:
+    """In words; facts: of `llb.threshold.threshold_facts`, with a threshold."""
+    line = f"threshold {facts['threshold']:.4g} ({facts['quantile']:.0%} of the purified images score below it)"
+    rates = {
+        "of the normal test images are false alarms": "false_alarm_rate",
+        "of the defective ones are missed": "missed_rate",
+    }
+    known = [f"{percent(facts[rate])} {words}" for words, rate in rates.items() if facts[rate] is not None]
+    return ": ".join(filter(None, (line, ", ".join(known))))
 
 
 def read_metrics(run: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from llb.checkpoint import open_checkpoints, restore_params
 from llb.detectors.common import SCORES
 from llb.detectors.released import released_name
 from llb.files import UserError
+from llb.tables import read_threshold
 
 
 def test_scores_hold_every_training_image_once_and_no_test_image(finished, data):
@@ -45,6 +46,8 @@ def test_metrics_report_and_facts_are_complete(finished):
     facts, config = metrics["tile"]["purification"], json.loads((finished / "config.json").read_text())
     assert facts["n"] == 12 and facts["contamination_before"] == 0.25
     assert (finished / "metrics.csv").exists() and (finished / "report.html").exists()
+    threshold = read_threshold(finished / "tile", "purified")
+    assert threshold["images"] == facts["kept"] and 0 <= threshold["false_alarm_rate"] <= 1
     assert config["versions"]["jax"] == jax.__version__ and config["device"] == "CPU, seen as 3 devices"
 
 

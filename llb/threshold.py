@@ -1,0 +1,34 @@
+"""The score above which an image is called defective: taken from the purified images, judged on the test images.
+
+No JAX. Labels only judge: the threshold does not depend on them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+QUANTILE = 0.99  # of the purified images' scores
+
+
+def threshold_facts(
+    purified: np.ndarray | None, labels: Sequence[int | None], scores: np.ndarray
+) -> dict[str, float | int | None]:
+    """The threshold, taken from the purified images alone, and how it does on the test images.
+
+    An image is called defective if its score is above the threshold. The purified images may hold a few defects, and
+    the detector has seen them: so more than 1 − QUANTILE of new normal images may lie above it. `false_alarm_rate` says
+    how many do, `missed_rate` how many of the defective images do not; None if a label is unknown or there is no image.
+
+    purified: float (n,), the purified images' scores; None if there are none that can be compared: then the threshold
+        is None. labels: (N,) of the test images; scores: float (N,).
+    """
+    threshold = None if purified is None else float(np.quantile(purified, QUANTILE))
+    facts = {"threshold": threshold, "quantile": QUANTILE, "images": 0 if purified is None else len(purified)}
+    facts |= {"false_alarm_rate": None, "missed_rate": None}
+    if threshold is not None and None not in labels:
+        above, defective = np.asarray(scores) > threshold, np.array(labels, bool)
+        if not defective.all():
+            facts["false_alarm_rate"] = float(above[~defective].mean())
+        if defective.any():
+            facts["missed_rate"] = float(1 - above[defective].mean())
+    return facts
