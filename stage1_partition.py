@@ -27,11 +27,12 @@ from llb.flags import parse_flags
 from llb.images import load_image, white_line
 from llb.layouts import read_root
 from llb.lock import hold
-from llb.manifest import record_images, stage1_command, write_config
+from llb.manifest import record_images
 from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
 from llb.purify import combine, keep_auto, keep_lowest, partition
 from llb.run import as_shown, demo_or_given_root, environment, open_run, place_run
+from llb.runfiles import stage1_command, write_config
 from llb.score import heat_maps, score_all
 from llb.stage import Stage, check_step, load_features, make_stage
 from llb.tables import Stage1Result, purification_line, stage1_finished, write_purified, write_scores

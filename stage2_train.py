@@ -24,9 +24,9 @@ from llb.files import UserError, typed
 from llb.fit import learn
 from llb.flags import parse_flags
 from llb.lock import hold
-from llb.manifest import stage1_command
 from llb.protocols import steps_of
 from llb.run import begin_stage2, final_checkpoints, final_name, find_run, load_datasets, read_run, run_encoder
+from llb.runfiles import stage1_command
 from llb.stage import Stage, check_step, load_features, make_stage
 from llb.tables import Choice, choose_images, stage1_finished
 from llb.train import Submodels, submodel_keys

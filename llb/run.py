@@ -28,17 +28,9 @@ from llb.flags import influential
 from llb.images import find_white
 from llb.layouts import read_root
 from llb.lock import turn
-from llb.manifest import (
-    VERSION,
-    check_manifest,
-    clear_run,
-    clear_stage2,
-    own_config,
-    read_config,
-    stage1_command,
-    write_config,
-)
+from llb.manifest import check_manifest, clear_run, clear_stage2
 from llb.processes import process_0_first
+from llb.runfiles import VERSION, own_config, read_config, stage1_command, write_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "scikit-learn", "scipy")
 PROJECT = Path(__file__).resolve().parent.parent

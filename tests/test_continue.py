@@ -19,7 +19,7 @@ from llb.checkpoint import open_checkpoints, restore_params, save
 from llb.device import silence_checkpoints
 from llb.encoders.weights import write_tree
 from llb.files import UserError, discard
-from llb.manifest import write_config
+from llb.runfiles import write_config
 
 
 @pytest.fixture

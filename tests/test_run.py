@@ -15,7 +15,8 @@ from llb.data import Dataset
 from llb.files import UserError, atomic, write_csv, write_text
 from llb.layouts import Record
 from llb.lock import hold, turn
-from llb.manifest import clear_run, clear_stage2, write_config
+from llb.manifest import clear_run, clear_stage2
+from llb.runfiles import write_config
 from llb.tables import choose_images, read_purified
 
 OWN = ("notes.txt", "tile/marks.csv", "tile/stage1/why.txt", "tile/maps-all/best/000.png", "cache/mine.npy", "x/1.png")

@@ -1,0 +1,88 @@
+"""What a run says of itself, read without JAX: settings and facts, and the images that it belongs to.
+
+RUN/config.json              settings and facts, see llb.run; "llb" marks a run, "checksum" is of all else
+RUN/<category>/images.csv    path, bytes, modified_ns, sha256 of every image and mask; llb.manifest compares them
+"""
+
+import csv
+import hashlib
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from llb.files import UserError, read_json, typed, write_json
+
+VERSION = 2  # of the files of a run: config.json's "llb"
+IMAGES_FILE = "images.csv"
+COLUMNS = ["path", "bytes", "modified_ns", "sha256"]
+
+State = tuple[int, int, str]  # size in bytes, time of change in ns, SHA-256; "" if the size alone shows the change
+
+
+def own_config(run: Path, where: str) -> dict[str, Any]:
+    """RUN/config.json if llb wrote it, as far as it is whole. A UserError is raised if it is another program's or of
+    another version of llb. where: names the run in messages."""
+    try:
+        text = (run / "config.json").read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: config.json cannot be read ({error.strerror}): give another folder") from None
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = {"llb": VERSION} if b'"llb": ' in text else None
+    if isinstance(config, dict) and config.get("llb") == VERSION:
+        return config
+    if isinstance(config, dict) and ("llb" in config or {"submodels", "sources"} <= config.keys()):
+        raise UserError(f"{where} was made by another version of llb: make it again with another --out")
+    raise UserError(f"{where} holds other files (config.json is not llb's, or empty): give another folder")
+
+
+def read_config(run: Path, where: str, advice: str) -> dict[str, Any]:
+    """RUN/config.json of a run. A UserError is raised as by `own_config`, or if it is not what `write_config` wrote.
+
+    where: names the run in messages; advice: ends the one on a damaged file.
+    """
+    own_config(run, where)
+    config = read_json(run / "config.json", advice)
+    if config.get("checksum") != _checksum(config):
+        raise UserError(f"{where}: config.json is damaged, edited or of another version of llb; {advice}")
+    return config
+
+
+def write_config(run: Path, config: dict[str, Any]) -> None:
+    """Write config.json with a checksum: with one digit changed, it would be of another run."""
+    write_json(run / "config.json", config | {"checksum": _checksum(config)})
+
+
+def _checksum(config: dict[str, Any]) -> str:
+    rest = {name: value for name, value in config.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def stage1_command(run: Path, config: dict[str, Any]) -> str:
+    """The command of stage 1 of a run. The run, its images and its weights may have moved since it was given."""
+    places = {"--data": config["data"], "--weights": config["weights"], "--out": run}
+    words, kept = iter(shlex.split(config["command"])), []
+    for word in words:
+        if word.partition("=")[0] not in places:
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return " ".join([shlex.join(kept), *(f"{flag} {typed(place)}" for flag, place in places.items() if place)])
+
+
+def read_manifest(folder: Path) -> dict[str, State]:
+    """images.csv: path → size, time, digest. A missing or damaged file raises a UserError."""
+    file = folder / IMAGES_FILE
+    try:
+        with open(file, newline="", encoding="utf-8") as text:
+            rows = csv.DictReader(text)
+            states = {row["path"]: (int(row["bytes"]), int(row["modified_ns"]), row["sha256"]) for row in rows}
+            if rows.fieldnames == COLUMNS and all(len(digest) == 64 for _, _, digest in states.values()):
+                return states
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there, so nobody knows which images these results belong to") from None
+    except (OSError, csv.Error, ValueError, TypeError):
+        pass
+    raise UserError(f"{file} is damaged, so nobody knows which images these results belong to")
