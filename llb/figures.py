@@ -11,16 +11,19 @@ An inline SVG takes its ink and its letters from the page, so it is readable in 
 import io
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
+
+import numpy as np
 
 from llb.files import atomic
 
 INK = "#23262b"  # of letters and lines; `svg_of` puts the page's colour in its place
 KEPT, DROPPED = "#4a7fb5", "#e08a3c"  # as in the report; readable on light and on dark ground
 COLOURS = (KEPT, DROPPED, "#5b9a68", "#b0629f", "#8a7fd0", "#a08a4a", "#4fa3a5", "#c8605a")  # of curves, in this order
+LINES = ("-", "--", ":", "-.")
 LETTERS = 11  # size of text in points; 5 inches are 360 points, about the width of a phone
 LARGEST_SCALE = 1.4  # an inline figure grows with the page to so many pixels for a point
 
@@ -81,6 +84,33 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = 5.0, height: floa
 
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def spread_figure(panels: Mapping[str, Mapping[tuple[str, str], Mapping[str, Sequence[float]]]], along: str):
+    """Means as points, standard deviations as bars: panel → (colour, line) → place on the x-axis → values. Curves with
+    the same name for the colour have the same colour, likewise lines; "" is the first line.
+
+    along: the name of the x-axis. Call it in `house`.
+    """
+    colours, lines = (list(dict.fromkeys(names)) for names in zip(*(key for panel in panels.values() for key in panel)))
+    lines = [line for line in lines if line] or [""]
+    places = list(dict.fromkeys(place for panel in panels.values() for points in panel.values() for place in points))
+    figure, axes = new_figure(1, len(panels), 3.2 * len(panels), 3.6)
+    known = {}
+    for axis, (title, panel) in zip(axes[0], panels.items()):
+        for (colour, line), points in panel.items():
+            where, means = [places.index(place) for place in points], list(map(np.mean, points.values()))
+            spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in points.values()]
+            kind = LINES[lines.index(line or lines[0]) % len(LINES)]
+            style = {"color": COLOURS[colours.index(colour) % len(COLOURS)], "linestyle": kind, "marker": "o"}
+            known[", ".join(filter(None, (colour, line or lines[0])))] = axis.errorbar(
+                where, means, spread, markersize=4, capsize=2, **style
+            )
+        axis.set(title=title, xlabel=along)
+        axis.set_xticks(range(len(places)), places, rotation=30 if max(map(len, places)) > 7 else 0)
+    if len(known) > 1:
+        figure.legend(known.values(), known, loc="outside lower center", ncols=min(len(known), 4))
+    return figure
 
 
 def svg_of(figure, label: str = "") -> str:

@@ -197,6 +197,19 @@ def purification(labels: Sequence[int | None], scores: np.ndarray, kept: np.ndar
     return facts | {"train_auroc": image_metrics(labels, scores)["image_auroc"]}
 
 
+def lowest_contamination(scores: np.ndarray, labels: Sequence[int | None], share: float) -> tuple[float | None, ...]:
+    """The statistic of LLBNAD's paper (there: share 0.4): how many of the lowest scores are of defective images, by
+    each sub-model alone (the mean of the K shares) and by the sub-models' mean. None if labels are unknown.
+
+    scores: float (N, K); labels: (N,).
+    """
+    if None in labels:
+        return None, None
+    count, columns = max(1, round(share * len(labels))), [*scores.T, scores.mean(axis=1)]
+    *alone, mean = (float(np.array(labels)[ranks(column) > len(labels) - count].mean()) for column in columns)
+    return float(np.mean(alone)), mean
+
+
 def why_undefined(metric: str, labels: Sequence[int | None]) -> str:
     """Why a metric of these images is None; for a metric that starts with "pixel_", the masks may be to blame."""
     if not len(labels):

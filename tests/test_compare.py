@@ -1,0 +1,102 @@
+"""Runs that differ in the seed alone are one row; what differs is named; differences are paired by seed."""
+
+import sys
+
+import numpy as np
+import pytest
+from helpers import rows_of
+from PIL import Image
+
+from llb.compare import differing, grouped, main, read_results, report
+from llb.data import Record
+from llb.files import UserError, write_json
+from llb.metrics import lowest_contamination
+from llb.runfiles import write_config
+from llb.tables import Stage1Result, write_scores
+
+SCORES = np.array([[1, 4], [2, 1], [3, 3], [6, 2], [5, 6]], np.float32)  # the mean ranks both defects highest
+LABELS = (0, 0, 0, 1, 1)
+
+
+def made(run, seed=0, auroc=0.9, sources="old", finals=("purified", "all"), **settings):
+    """A small run: one in five images dropped; the final detector on all images is .1 worse."""
+    records = [Record(f"{i}.png", label, (), "") for i, label in enumerate(LABELS)]
+    kept = np.array([True, True, True, True, False])
+    write_scores(run / "part", records, Stage1Result(np.zeros(5, int), SCORES, SCORES.mean(axis=1), kept))
+    values = {"purified": auroc, "all": auroc - 0.1}
+    metrics = {final: {"image_auroc": values[final], "pixel_aupro": None} for final in finals}
+    write_json(run / "metrics.json", {"part": metrics, "mean": metrics})
+    stage2 = {final: {"train_on": final, "set": {}, "category_steps": {"part": seed}} for final in finals}
+    own = {"submodels": 2, "set": {"power": 2.0}, "data": None} | settings
+    facts = {"categories": ["part"], "sources": [sources], "stage2": stage2, "command": f"python … {run}"}
+    write_config(run, {"llb": 2, "seed": seed} | own | facts)
+    return str(run)
+
+
+def results(*runs):
+    return grouped([result for run in runs for result in read_results(run)])
+
+
+def test_seeds_make_one_row_and_other_settings_or_sources_another(tmp_path):
+    for number, (seed, settings) in enumerate(
+        [(1, {}), (0, {}), (0, {"submodels": 5}), (0, {"sources": "new"}), (0, {"set": {"power": 1.0}})]
+    ):
+        made(tmp_path / str(number), seed, **settings)
+    groups = results(*(tmp_path / str(number) for number in range(5)))
+    assert [list(group) for group in groups] == [[0, 1], [0], [0], [0]]
+    assert differing(groups) == (["submodels", "set.power", "sources"], [])
+    with pytest.raises(UserError, match="0 and .*0 have the same settings and the same seed"):
+        results(tmp_path / "0", tmp_path / "0")
+
+
+def test_of_settings_that_differ_together_one_names_the_rows(tmp_path):
+    runs = [tmp_path / name for name in "ab"]
+    for run, submodels in zip(runs, (1, 3)):
+        made(run, submodels=submodels, aggregate=f"of {submodels}")
+    assert differing(results(*runs)) == (["submodels"], ["aggregate"])
+    assert differing(results(*runs), first=["aggregate"]) == (["aggregate"], ["submodels"])
+    assert "Together with these differ: aggregate." in report(results(*runs))
+
+
+def test_the_table_has_means_and_differences_paired_by_seed(tmp_path):
+    for seed in range(6):
+        made(tmp_path / f"a{seed}", seed, 0.9 + seed / 1000)
+        made(tmp_path / f"b{seed}", seed, 0.95 + 2 * seed / 1000, submodels=5)
+    made(tmp_path / "b6", 6, 0.1, submodels=5, finals=("purified",))  # a seed without a partner counts in no difference
+    lines = report(results(*sorted(tmp_path.iterdir()))).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    titles = ["submodels", "n", "ranking AUROC", "contamination", "kept", "image AUROC purified", "image AUROC all"]
+    assert cells[0] == titles and cells[4] == [*titles, "purified − all"]
+    assert cells[2] == ["2", "6", "1.000 ± .000", "25.0 ± 0.0 %", "80.0 ± 0.0 %", ".903 ± .002", ".802 ± .002"]
+    assert cells[3][:2] == ["5", "7"] and cells[3][6] == ".855 ± .004"
+    assert cells[6] == ["2", "6", *5 * "–", "+.100 ± .000 (p .031)"]
+    assert cells[7][2:6] == ["+.000 ± .000", "+0.0 ± 0.0 %", "+0.0 ± 0.0 %", "+.052 ± .002 (p .031)"]
+
+
+def test_runs_of_stage_1_alone_are_compared_and_others_are_refused(tmp_path):
+    made(tmp_path / "a", finals=())
+    assert "image AUROC" not in report(results(tmp_path / "a"))
+    (tmp_path / "a" / "part" / "scores.csv").unlink()
+    for run, problem in (("a", "finish stage 1"), ("b", "config.json cannot be read")):
+        with pytest.raises(UserError, match=problem):
+            read_results(tmp_path / run)
+
+
+def test_the_papers_statistic_counts_defects_among_the_lowest_scores():
+    # the first sub-model's two lowest are normal, the second's are one normal and one defective
+    assert lowest_contamination(SCORES, LABELS, 0.4) == (0.25, 0.0)
+    assert lowest_contamination(SCORES, (None, *LABELS[1:]), 0.4) == (None, None)
+
+
+def test_the_command_writes_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
+    runs = [made(tmp_path / name, submodels=k, seed=s) for name, k, s in (("a", 1, 0), ("b", 1, 1), ("c", 3, 0))]
+    files = ["--csv", str(tmp_path / "t.csv"), "--plot", str(tmp_path / "t")]
+    monkeypatch.setattr(sys, "argv", ["compare", *runs, *files, "--lowest", "0.4"])
+    main()
+    assert "25.0 ± 0.0 %" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "t.csv")
+    assert [(row["run"], row["seed"], row["submodels"]) for row in rows] == list(zip(runs, "010", "113"))
+    assert float(rows[0]["image AUROC all"]) == 0.8 and rows[0]["pixel AUPRO all"] == ""
+    assert "submodels" in (tmp_path / "t.svg").read_text()
+    with Image.open(tmp_path / "t.png") as image:
+        assert image.width > 300
