@@ -1,32 +1,38 @@
 """The demo set: drawn photographs of a machined flange, with planted defects. This file draws all of it.
 
-    from llb.demo import write_demo
-    write_demo(Path("flanges"))     # flanges/part/{train,test,ground_truth}: an MVTec-style root of about 9 MB
+    python -m llb.demo --out flanges                   the demo set, an MVTec-style root of about 10 MB
+    python -m llb.demo --out rare --recurring 0        the same parts, whose defects do not recur
+    python stage1_partition.py --data rare --noise-ratio 0.2 --encoder tiny --out runs/rare
 
 A turned steel flange lies on a woven mat: a bore with a keyway, six bolt holes, an engraved ring with a scale. Between
 images it is shifted (±3 px) and turned (±4°), the light changes in strength, direction and tint, and every tool mark,
-thread and grain of noise is different. The test images show six kinds of defect, from plain to faint. As in a factory
-each kind has a cause, so it recurs at about the same place and looks about the same. One kind is common: two worn
-drills leave holes shallow. A detector that sees enough of them in train learns them as normal. The seed determines
-every pixel, on every machine.
+thread and grain of noise is different. There are six kinds of defect, from plain to faint. As in a factory each has
+a cause (a worn drill, a dirty gripper), so it recurs at about the same place: a detector that sees it in train learns
+it as normal. --recurring is the share of these; the others lie anywhere, no two alike. The seed determines every pixel,
+on every machine.
 """
 
 import inspect
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_closing, binary_fill_holes, gaussian_filter
 
-from llb.files import digest_of_files, write_text
+from llb.console import run_script, say
+from llb.files import UserError, check_writable, digest_of_files, typed, write_text
+from llb.flags import flag, parse_flags, real, whole
 
 SIDE = 128  # pixels
 KINDS = ("chip", "dent", "fibre", "scratch", "shallow_hole", "stain")
-COUNTS = {"train/good": 160, "test/good": 50} | {f"test/{kind}": 12 for kind in KINDS} | {"test/shallow_hole": 44}
+NORMAL, FAULTY = 160, 36  # training images; defective ones of each kind: half of them make 40 % of the training set
+COUNTS = {"train/good": NORMAL, "test/good": 50} | {f"test/{kind}": FAULTY for kind in KINDS}
+RECURRING, STRENGTH = 1.0, 1.0  # share of the defects that recur; of a defect's contrast
 VISIBLE = 12  # grey levels of 255: pixels that differ by more belong to the mask
-MARKER = "finished.txt"  # written last: without it the set is drawn again
+MARKER = "drawn.txt"  # tells by what the set is drawn; its text is written last, without it the set is drawn again
 
 RADIUS, BORE, BOLT_CIRCLE, BOLT, RING = 52.0, 11.5, 33.0, 4.6, 43.5  # the flange, in pixels
 LAMP = np.array([-0.6, -0.8])  # where the light comes from: above, a little to the left (x, y)
@@ -36,27 +42,57 @@ MAT = np.array([0.15, 0.23, 0.27])
 Draw = Callable[[list[int], str], tuple[np.ndarray, np.ndarray]]  # seed, kind → uint8 (S, S, 3), mask bool (S, S)
 
 
-def write_demo(folder: Path | str, seed: int = 0) -> None:
+@dataclass
+class Demo:
+    """Draw the demo set, or one with other defects, as an image set for --data."""
+
+    out: str = flag("flanges", "folder of the image set")
+    recurring: float = flag(RECURRING, "share of the defects that recur at one place of their kind", real(0, 1))
+    strength: float = flag(STRENGTH, "contrast of the defects: 1 is the demo set's", real(0, 4, open_below=True))
+    seed: int = flag(0, "determines every pixel", whole(0))
+
+
+def main() -> None:
+    settings = parse_flags(Demo)
+    out = Path(settings.out)
+    if check_writable(out) and not (out / "part" / MARKER).exists():
+        raise UserError(f"--out {out} holds other files: give a new or empty folder")
+    write_demo(out, settings.seed, settings.recurring, settings.strength)
+    say(f"{out}: {NORMAL} normal training images, {sum(COUNTS.values()) - NORMAL} test images")
+    say(f"next: python stage1_partition.py --data {typed(out)} --noise-ratio 0.2 --encoder tiny --out runs/NAME")
+
+
+def write_demo(folder: Path | str, seed: int = 0, recurring: float = RECURRING, strength: float = STRENGTH) -> None:
     """Draw the whole set into `folder`/part, in the layout of MVTec AD. A finished set stays as it is.
 
-    160 normal training images; for test 50 normal ones, 44 with a shallow hole, 12 with each other kind of defect, and
-    their masks: 128 × 128 px, PNG. It takes a few seconds. After an interruption the next call starts again.
+    160 normal training images; for test 50 normal ones, 36 with each kind of defect, and their masks: 128 × 128 px,
+    PNG. It takes some seconds. After an interruption the next call starts again.
+
+    recurring: share of the defects that recur at one place; strength: factor of their contrast.
     """
-    write_set(Path(folder) / "part", COUNTS, draw, seed)
+
+    def drawn(key: list[int], kind: str) -> tuple[np.ndarray, np.ndarray]:
+        number = key[-1]
+        recurs = int((number + 1) * recurring) > int(number * recurring)  # evenly among the images of a kind
+        return draw(key, kind, recurs, strength)
+
+    note = "" if (recurring, strength) == (RECURRING, STRENGTH) else f", recurring {recurring}, strength {strength}"
+    write_set(Path(folder) / "part", COUNTS, drawn, seed, note)
 
 
-def write_set(folder: Path, counts: dict[str, int], draw: Draw, seed: int) -> None:
+def write_set(folder: Path, counts: dict[str, int], draw: Draw, seed: int, note: str = "") -> None:
     """Draw one category of an MVTec-style root into `folder`. A finished one stays as it is, any other is replaced.
 
-    counts: images of each "train/good", "test/<kind>".
+    counts: images of each "train/good", "test/<kind>"; note: what `draw` depends on besides its code.
     """
     marker, source = folder / MARKER, Path(inspect.getfile(draw))
     digest = digest_of_files([source], source.parent)  # changed code draws again
-    text = f"drawn by {draw.__module__} ({digest[:12]}), seed {seed}, {sum(counts.values())} images\n"
+    text = f"drawn by {source.name} ({digest[:12]}), seed {seed}, {sum(counts.values())} images{note}\n"
     if marker.exists() and marker.read_text(encoding="utf-8") == text:
         return
-    marker.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_text(marker, "not finished\n")
     for group, (place, count) in enumerate(counts.items()):
         kind = place.split("/")[1]
         masks = folder / "ground_truth" / kind
@@ -70,21 +106,26 @@ def write_set(folder: Path, counts: dict[str, int], draw: Draw, seed: int) -> No
     write_text(marker, text)
 
 
-def draw(seed: int | list[int], kind: str = "good") -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    seed: int | list[int], kind: str = "good", recurring: bool = True, strength: float = STRENGTH
+) -> tuple[np.ndarray, np.ndarray]:
     """One photograph: image uint8 (128, 128, 3) and the defect's mask bool (128, 128), empty for "good".
 
-    The mask is where the image visibly differs from the same photograph without the defect.
+    The mask is where the image visibly differs from the same photograph without the defect. recurring: whether the
+    defect lies at its kind's place, or anywhere; strength: factor of its contrast.
     """
-    image = _photograph(seed, kind)
-    normal = image if kind == "good" else _photograph(seed, "good")
-    change = np.abs(image.astype(int) - normal).max(axis=2)  # (S, S)
+    normal = _photograph(seed, "good")
+    image = normal if kind == "good" else normal + strength * (_photograph(seed, kind, recurring) - normal)
+    image, normal = ((2 * np.rint(127 * values.clip(0, 1))).astype(np.uint8) for values in (image, normal))
+    change = np.abs(image.astype(int) - normal).max(axis=2)  # (S, S); 7 bits: files a quarter smaller
     return image, binary_fill_holes(binary_closing(change > VISIBLE))
 
 
-def _photograph(seed: int | list[int], kind: str) -> np.ndarray:
-    """The image without its mask. The defect has its own random stream: all else equals the normal image."""
+def _photograph(seed: int | list[int], kind: str, recurring: bool = True) -> np.ndarray:
+    """The light of every pixel, float64 (S, S, 3), 1 is white. The defect has its own random stream, so all else equals
+    the normal image."""
     random, fault = np.random.default_rng(seed).spawn(2)
-    place = _place(fault, kind)
+    place = _place(fault, kind, recurring)
 
     # ---- the pose: u, v and r, angle belong to the flange, x, y and bearing to the image ----
     y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2  # (S, S)
@@ -105,7 +146,7 @@ def _photograph(seed: int | list[int], kind: str) -> np.ndarray:
     solid = np.maximum(rim, -np.minimum(bore, bolts))
     metal = _cover(solid)
     if kind == "shallow_hole":
-        floor = _cover(holes[(0, 5)[fault.integers(2)]])  # of one of the two that the worn drills make
+        floor = _cover(holes[fault.choice((0, 5) if recurring else 6)])  # the worn drills make two of them
         metal = np.maximum(metal, fault.uniform(0.6, 0.8) * floor)
 
     # ---- the mat: a plain weave, threads of uneven brightness; the flange throws a soft shadow ----
@@ -157,8 +198,7 @@ def _photograph(seed: int | list[int], kind: str) -> np.ndarray:
     tilt_x, tilt_y = random.normal(0, 0.06, 2)
     light = random.uniform(0.90, 1.08) * (1 + (tilt_x * x + tilt_y * y) / SIDE)
     image = image * light[..., None] * (1 + random.normal(0, 0.02) * np.array([1, 0, -1]))  # warm or cold
-    image = image + random.normal(0, 0.006, (SIDE, SIDE, 1)) + random.normal(0, 0.002, (SIDE, SIDE, 3))
-    return 2 * np.rint(127 * image.clip(0, 1)).astype(np.uint8)  # 7 bits: files a quarter smaller
+    return image + random.normal(0, 0.006, (SIDE, SIDE, 1)) + random.normal(0, 0.002, (SIDE, SIDE, 3))
 
 
 def _cover(distance: np.ndarray) -> np.ndarray:
@@ -182,11 +222,13 @@ def _blotches(random: np.random.Generator, sigma: float) -> np.ndarray:
     return noise / noise.std()
 
 
-def _place(random: np.random.Generator, kind: str) -> tuple[float, float]:
-    """Radius (px) and angle on the flange: every kind has a place of its own, give or take some pixels."""
+def _place(random: np.random.Generator, kind: str, recurring: bool) -> tuple[float, float]:
+    """Radius (px) and angle on the flange: of a recurring defect its kind's own, give or take some pixels."""
     places = {"chip": (0, 200), "dent": (29, 120), "fibre": (30, 160), "scratch": (31, -60), "stain": (32, 30)}
     radius, degrees = places.get(kind, (0, 0))  # a chip only needs the angle, other kinds neither
-    return radius + random.normal(0, 1.5), np.deg2rad(degrees + random.normal(0, 6))
+    if recurring:
+        return radius + random.normal(0, 1.5), np.deg2rad(degrees + random.normal(0, 6))
+    return random.uniform(17, 27 if kind == "dent" else 46), random.uniform(0, 2 * np.pi)
 
 
 def _line(random, u: np.ndarray, v: np.ndarray, place: tuple[float, float], length: float, bend: float) -> np.ndarray:
@@ -197,3 +239,7 @@ def _line(random, u: np.ndarray, v: np.ndarray, place: tuple[float, float], leng
     path_u += place[0] * np.cos(place[1]) - path_u.mean()
     path_v += place[0] * np.sin(place[1]) - path_v.mean()
     return np.min(np.hypot(u[..., None] - path_u, v[..., None] - path_v), axis=-1)
+
+
+if __name__ == "__main__":
+    run_script(main)

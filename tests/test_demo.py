@@ -1,12 +1,17 @@
 """The demo set follows from its seed, has the layout and the numbers that it claims, and masks that fit its defects."""
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import refuse, succeed
+from PIL import Image
 
+import llb.demo as demo_module
 from llb.data import categories, load_category
-from llb.demo import COUNTS, KINDS, MARKER, SIDE, VISIBLE, draw, write_demo, write_set
+from llb.demo import COUNTS, FAULTY, KINDS, MARKER, NORMAL, SIDE, VISIBLE, draw, write_demo, write_set
+from llb.files import typed
 from llb.layouts import read_root
 from llb.masks import load_mask
 
@@ -27,13 +32,18 @@ def files_of(folder):
 
 def test_the_set_has_the_layout_and_the_numbers_it_claims_and_no_two_equal_images(demo):
     assert read_root(demo).layout == "mvtec" and categories(demo) == ["part"]
-    dataset = load_category(demo, "part")
-    assert len(dataset.train) == 160 and len(dataset.test) == 50 + 44 + 12 * 5
-    noisy = load_category(demo, "part", 0.2)
-    assert sum(record.label for record in noisy.train) == 40 and len(noisy.train) == 200
+    whole = load_category(demo, "part")
+    assert len(whole.train) == NORMAL and len(whole.test) == 50 + FAULTY * len(KINDS)
+    tests = set()
+    for ratio in (0.0, 0.1, 0.2, 0.4):  # half of every kind is the noise pool, enough for all of them
+        noisy = load_category(demo, "part", ratio, 0, "half")
+        assert abs(np.mean([record.label for record in noisy.train]) - ratio) < 0.003
+        assert Counter(r.kind for r in noisy.test) == {"good": 50} | dict.fromkeys(KINDS, FAULTY // 2)
+        tests.add(noisy.test)
+    assert len(tests) == 1
     files = files_of(demo)
     images = {content for name, content in files.items() if "ground_truth" not in name and name.endswith(".png")}
-    assert len(images) == sum(COUNTS.values()) and sum(map(len, files.values())) < 10e6
+    assert len(images) == sum(COUNTS.values()) and sum(map(len, files.values())) < 12e6
 
 
 def test_masks_cover_a_small_part_of_every_defective_image(demo):
@@ -47,10 +57,23 @@ def test_masks_cover_a_small_part_of_every_defective_image(demo):
 def test_a_mask_holds_what_the_defect_changed_and_nothing_else(kind):
     for seed in range(8):
         normal, empty = draw(seed)
-        image, mask = draw(seed, kind)
+        image, mask = draw(seed, kind, recurring=seed % 2 == 0)
         change = np.abs(image.astype(int) - normal).max(axis=2)
         assert not empty.any() and mask.sum() > 15
         assert change[~mask].max() <= VISIBLE < np.median(change[mask])
+
+
+def test_recurring_defects_lie_at_one_place_the_others_anywhere_and_strength_is_their_contrast():
+    def places(recurring):
+        return np.array([np.argwhere(draw(seed, "stain", recurring)[1]).mean(axis=0) for seed in range(12)])
+
+    assert places(True).std(axis=0).max() < 8 < 15 < places(False).std(axis=0).min()
+
+    def change(strength):
+        image = draw(3, "stain", strength=strength)[0].astype(int)
+        return np.abs(image - draw(3)[0]).sum()
+
+    assert change(0.5) == pytest.approx(change(1) / 2, rel=0.1) and change(2) == pytest.approx(2 * change(1), rel=0.1)
 
 
 def test_the_pixels_follow_from_the_seed_on_every_machine(tmp_path):
@@ -80,6 +103,25 @@ def test_a_finished_set_is_left_and_an_unfinished_one_is_drawn_from_scratch(tmp_
 
     with pytest.raises(KeyboardInterrupt):
         write_set(folder, FEW, interrupted, 1)
-    assert not (folder / MARKER).exists()
+    assert "not finished" in (folder / MARKER).read_text()
     write_set(folder, FEW, draw, 0)
     assert files_of(folder) == whole
+
+
+def test_the_command_draws_the_asked_share_of_recurring_defects_and_spares_other_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_module, "COUNTS", {"train/good": 1, "test/stain": 4})
+    place, line = tmp_path / "set", ("llb.demo", "--out", tmp_path / "set")
+    assert f"--data {typed(place)} --noise-ratio 0.2" in succeed(*line, "--recurring", 0.25, "--strength", 1.5)
+    for index in range(4):
+        expected = draw([0, 1, index], "stain", index == 3, 1.5)[0]
+        assert (np.asarray(Image.open(place / f"part/test/stain/{index:03}.png")) == expected).all()
+    before = files_of(place)
+    succeed(*line, "--recurring", 0.25, "--strength", 1.5)
+    assert files_of(place) == before
+    succeed(*line)  # other defects: drawn again
+    assert (np.asarray(Image.open(place / "part/test/stain/000.png")) == draw([0, 1, 0], "stain")[0]).all()
+    (tmp_path / "mine/part").mkdir(parents=True)
+    (tmp_path / "mine/part/note").touch()
+    assert "--out" in refuse("llb.demo", "--out", tmp_path / "mine") and files_of(tmp_path / "mine") == {
+        "part/note": b""
+    }
