@@ -1,11 +1,12 @@
 """Stage 2: train the final detector from scratch on what stage 1 kept.
 
-    python stage2_train.py                                      continues runs/demo
+    python stage2_train.py                                      continues runs/demo: purified, all and clean
     python stage2_train.py --run runs/NAME --train-on all       for comparison: without purification
     python stage2_train.py --detector padim                     another detector on the same images
 
-The training is stage 1's with K = 1. `--train-on clean` uses the labels, an upper bound. Before this script you may
-edit RUN/<category>/purified.txt by hand: stage 2 trains on the images that it lists.
+The training is stage 1's with K = 1. Your images are trained on as purified, if nothing else is said; the demo set is
+trained on three times, to compare: `all` skips the purification, `clean` uses the labels, an upper bound. Before this
+script you may edit RUN/<category>/purified.txt by hand: `purified` is what it lists.
 """
 
 import dataclasses
@@ -26,9 +27,9 @@ from llb.flags import parse_flags
 from llb.lock import hold
 from llb.protocols import steps_of
 from llb.run import begin_stage2, final_checkpoints, final_name, find_run, load_datasets, read_run, run_encoder
-from llb.runfiles import stage1_command
+from llb.runfiles import own_config, stage1_command
 from llb.stage import Stage, check_step, load_features, make_stage
-from llb.tables import Choice, choose_images, stage1_finished
+from llb.tables import TRAIN_ON, Choice, choose_images, stage1_finished
 from llb.train import Submodels, submodel_keys
 
 
@@ -37,13 +38,23 @@ def main() -> None:
     say(start_jax(settings))
     run = find_run(settings.run)
     readers = ("evaluate",) if settings.overwrite else ()  # of what it deletes
-    # two final detectors on the same images take turns
-    with hold(run, f"stage2-{settings.train_on}", against=("stage1", *readers)):
-        run_stage2(run, settings)
+    for train_on in lists_to_train_on(run, settings):
+        # two final detectors on the same images take turns
+        with hold(run, f"stage2-{train_on}", against=("stage1", *readers)):
+            run_stage2(run, dataclasses.replace(settings, train_on=train_on))
+    say(f"next: python evaluate.py --run {typed(run)}")
+
+
+def lists_to_train_on(run: Path, settings: Stage2) -> tuple[str, ...]:
+    """What --train-on gives; without it all of TRAIN_ON on the demo set, which is there to compare, else "purified"."""
+    if settings.train_on is not None:
+        return (settings.train_on,)
+    demo = own_config(run, f"--run {run}")["data"] is None
+    return TRAIN_ON if demo and not settings.released else ("purified",)
 
 
 def run_stage2(run: Path, settings: Stage2) -> None:
-    """Train the final detector of every category."""
+    """Train the final detector of every category. settings: with a --train-on."""
     config = read_run(run)
     settings = resolve_final(settings, config)  # what is not given is stage 1's
     final = final_name(settings.train_on, settings.detector, config)
@@ -67,7 +78,6 @@ def run_stage2(run: Path, settings: Stage2) -> None:
     for dataset, choice in zip(datasets, choices):
         own = dataclasses.replace(stage.setup, steps=steps[dataset.category])
         stage2(dataclasses.replace(stage, setup=own), dataset, choice, config["seed"])
-    say(f"next: python evaluate.py --run {typed(run)}")
 
 
 def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:

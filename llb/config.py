@@ -20,7 +20,7 @@ from llb.tables import TRAIN_ON
 ENCODER = "dinov2_vitb14_reg"
 LARGEST_SEED = 2**32 - 1  # JAX keys do not distinguish larger ones
 STEPS, FINAL_STEPS, BATCH = 1000, 5000, 16
-DEMO_STEPS, DEMO_FINAL_STEPS, DEMO_BATCH = 100, 400, 8  # a few minutes on two CPU cores
+DEMO_STEPS, DEMO_FINAL_STEPS, DEMO_BATCH = 100, 200, 8  # a few minutes on two CPU cores
 FLAGGED = ("recipe", "dropout")  # settings of a detector that have flags of their own
 PRECISIONS, FOLDS, YES_NO = ("float32", "bfloat16"), ("own", "others"), ("yes", "no")
 # bounds far above any use, below what JAX, NumPy or the machine fails at without a word of help
@@ -135,7 +135,12 @@ class Stage2:
     """Train the final detector from scratch on what stage 1 kept."""
 
     run: str = flag("runs/demo", "folder of the run that stage 1 made", affects=False)
-    train_on: str = flag("purified", "purified: by stage 1; all: unpurified; clean: by the labels", choices=TRAIN_ON)
+    train_on: str | None = flag(
+        None,
+        "purified: by stage 1; all: unpurified; clean: by the labels",
+        choices=TRAIN_ON,
+        shown="purified, demo set all three",
+    )
     detector: str | None = flag(None, "the final detector", choices=DETECTORS, shown="stage 1's")
     set: Any = set_flag()
     image_score: str | None = image_score_flag()

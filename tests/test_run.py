@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from helpers import LATER, TILE, child, draw, draw_mvtec, refuse, rows_of, succeed
 
+from llb.config import Stage2
 from llb.data import Dataset
 from llb.files import UserError, atomic, write_csv, write_text
 from llb.layouts import Record
 from llb.lock import hold, turn
 from llb.manifest import clear_run, clear_stage2
-from llb.runfiles import write_config
+from llb.runfiles import VERSION, write_config
 from llb.tables import choose_images, read_purified
+from stage2_train import lists_to_train_on
 
 OWN = ("notes.txt", "tile/marks.csv", "tile/stage1/why.txt", "tile/maps-all/best/000.png", "cache/mine.npy", "x/1.png")
 
@@ -32,6 +34,16 @@ def moved(finished, data, tmp_path):
 
 def files_below(folder: Path) -> set[str]:
     return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
+
+
+def test_the_demo_set_is_trained_on_as_purified_all_and_clean_and_other_images_as_purified(tmp_path):
+    def lists(data, **settings):
+        write_config(tmp_path, {"llb": VERSION, "data": data})
+        return lists_to_train_on(tmp_path, Stage2(**settings))
+
+    assert lists(None) == ("purified", "all", "clean") and lists("/images") == ("purified",)
+    assert lists(None, train_on="all") == lists("/images", train_on="all") == ("all",)
+    assert lists(None, released="dinomaly.pth") == ("purified",)
 
 
 # ---- what is deleted ----
