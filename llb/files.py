@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -100,6 +101,35 @@ def write_csv(path: Path | str, header: list[str], rows: list[list[Any]]) -> Non
     write_text(path, buffer.getvalue())
 
 
+def move_file(start: Path, end: Path, digest: str, modified_ns: int, copy: bool = False) -> None:
+    """Move or copy a file with its rights; its time becomes `modified_ns`. Nothing is overwritten. To another disk it
+    is copied, and deleted when the new one is whole and has the SHA-256 `digest`: killed between, call it again."""
+    with writing(end):
+        end.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if not copy and not os.path.lexists(end):
+                return start.rename(end)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        if not os.path.lexists(end):
+            atomic(end, lambda temporary: _copy(start, temporary), size=start.stat().st_size)
+            with suppress(PermissionError):
+                shutil.copymode(start, end)
+        if digest_of_file(end) != digest:
+            raise UserError(f"{end} has other contents, and nothing is overwritten: move it away")
+        os.utime(end, ns=(modified_ns, modified_ns))
+        if not copy:
+            start.unlink()
+
+
+def _copy(start: Path, temporary: Path) -> None:
+    shutil.copyfile(start, temporary)
+    with suppress(PermissionError):  # of a disk that knows no rights
+        shutil.copystat(start, temporary)
+        temporary.chmod(temporary.stat().st_mode | stat.S_IWUSR)  # `atomic` opens it
+
+
 def discard(*paths: Path) -> None:
     """Delete files and folders with all they hold, if they are there. A folder is renamed first, so half of one never
     looks whole. Of a link only the link is deleted."""
@@ -144,6 +174,12 @@ def digest_of_files(files: Iterable[Path], top: Path) -> str:
         total.update(f"{file.relative_to(top).as_posix()}\0".encode())
         total.update(file.read_bytes())
     return total.hexdigest()
+
+
+def digest_of_file(file: Path | str) -> str:
+    """SHA-256 of the contents."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def check_writable(folder: Path, flag: str = "--out") -> list[str]:

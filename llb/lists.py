@@ -26,7 +26,7 @@ FOLDERS = ("split_csv/", "realiad_jsons")  # of the lists
 ABSOLUTE = re.compile(r"/|[A-Za-z]:/")
 REALIAD_SPLIT = "realiad_jsons_fuiad_"
 # names of a run's own files, and of metrics.json
-RESERVED = {"cache", "mean", "config.json", "metrics.json", "metrics.csv", "report.html"}
+RESERVED = {"cache", "mean", "config.json", "metrics.json", "metrics.csv", "report.html", "quarantine.csv"}
 NOTHING = set(
     "none null nan nat n/a na unknown undefined unclear undecided maybe unlabeled unlabelled ignore todo tbd true false"
     " y n -".split()

@@ -4,7 +4,6 @@ Stage 1 writes RUN/<category>/images.csv first (llb.runfiles); every later comma
 folder is the same data, a changed image is not. Nothing is deleted but what the last part names.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from llb.console import progress
 from llb.data import Dataset, Record
 from llb.detectors import DETECTORS
 from llb.features import prefetch
-from llb.files import UserError, discard, discard_files, is_writer, write_csv, write_json
+from llb.files import UserError, digest_of_file, discard, discard_files, is_writer, write_csv, write_json
 from llb.images import load_image
 from llb.masks import load_masks
 from llb.processes import agreed
@@ -134,8 +133,7 @@ def _state(root: Path, path: str, old: dict[str, State], verify: bool) -> State 
                 return status.st_size, status.st_mtime_ns, ""
             if status.st_mtime_ns == before[1] and not verify:
                 return before
-        with open(root / path, "rb") as file:
-            return status.st_size, status.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()
+        return status.st_size, status.st_mtime_ns, digest_of_file(root / path)
     except FileNotFoundError:
         return None
     except OSError as error:

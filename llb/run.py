@@ -30,7 +30,7 @@ from llb.layouts import read_root
 from llb.lock import turn
 from llb.manifest import check_manifest, clear_run, clear_stage2
 from llb.processes import process_0_first
-from llb.runfiles import VERSION, own_config, read_config, stage1_command, write_config
+from llb.runfiles import VERSION, data_of, own_config, read_config, stage1_command, write_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "scikit-learn", "scipy")
 PROJECT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def make_run_folder(run: Path) -> None:
     """Make the folder of the run. A folder that holds something else is refused and stays as it is."""
     names = check_writable(run)
     # dot-files come from killed runs or from file managers
-    strangers = [name for name in names if name != "cache" and not name.startswith(".")]
+    strangers = [name for name in names if name not in ("cache", "quarantine.csv") and not name.startswith(".")]
     if strangers and not (run / "config.json").exists():
         raise UserError(f"--out {run} holds other files ({strangers[0]}): give a new or empty folder")
 
@@ -193,8 +193,7 @@ def run_encoder(run: Path, config: dict[str, Any]) -> Encoder:
 
 def load_datasets(run: Path, config: dict[str, Any], verify: bool) -> list[Dataset]:
     """The categories as stage 1 saw them. Images that are not there, or others, raise a UserError."""
-    given = config.get("data_given")  # in this folder: if all was moved to another place, images.csv decides
-    data = given if given and os.path.exists(given) and not os.path.exists(config["data"]) else config["data"]
+    data = data_of(config)
     check_there(run, config, "its images", data)
     settings, command = (config["noise_ratio"], config["seed"], config["noise_pool"]), stage1_command(run, config)
     try:

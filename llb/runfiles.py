@@ -7,6 +7,7 @@ RUN/<category>/images.csv    path, bytes, modified_ns, sha256 of every image and
 import csv
 import hashlib
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ def write_config(run: Path, config: dict[str, Any]) -> None:
 def _checksum(config: dict[str, Any]) -> str:
     rest = {name: value for name, value in config.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def data_of(config: dict[str, Any]) -> str | None:
+    """Where the images of a run are; None for the demo set."""
+    given = config.get("data_given")  # in this folder: if all was moved to another place, images.csv decides
+    return given if given and os.path.exists(given) and not os.path.exists(config["data"]) else config["data"]
 
 
 def stage1_command(run: Path, config: dict[str, Any]) -> str:

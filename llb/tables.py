@@ -27,13 +27,14 @@ TITLES = {"auroc": "AUROC", "ap": "AP", "f1_max": "F1-max", "aupro": "AUPRO"}
 PURIFICATION = ("n", "kept", "contamination_before", "contamination_after", "train_auroc")  # the last: ranking AUROC
 METRICS_FILE = "metrics.json"
 UNDEFINED = "–"
+REPEAT = "delete it and run the stage that wrote it again"
 COLUMN_TYPES = {
     "path": str,
     "subset": int,
     "score": lambda text: float(text) if math.isfinite(float(text)) else COLUMN_TYPES[text],
     "kept": {"0": False, "1": True}.__getitem__,
     "label": {"0": 0, "1": 1, "": None}.__getitem__,
-}
+} | {"category": str, "from": str, "to": str, "bytes": int, "sha256": str, "modified_ns": int}
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,12 @@ def stage1_finished(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("scores.csv", "suspects.png", "purified.txt"))
 
 
-def read_table(file: Path, columns: Sequence[str], numbered: str | None = None) -> list[dict[str, Any]]:
+def read_table(
+    file: Path, columns: Sequence[str], numbered: str | None = None, advice: str = REPEAT
+) -> list[dict[str, Any]]:
     """Rows of a scores or predictions table, typed; [] without the file. A damaged table raises a UserError.
 
-    numbered: the beginning of the names of more columns, which hold numbers.
+    numbered: the beginning of the names of more columns, which hold numbers; advice: ends the message.
     """
     if not file.is_file():  # a pipe would be waited for
         return []
@@ -89,7 +92,7 @@ def read_table(file: Path, columns: Sequence[str], numbered: str | None = None) 
             types = {name: COLUMN_TYPES[name] for name in columns} | dict.fromkeys(more, COLUMN_TYPES["score"])
             return [{name: parse(row[name]) for name, parse in types.items()} for row in rows]
     except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{file} is damaged ({error}): delete it and run the stage that wrote it again") from None
+        raise UserError(f"{file} is damaged ({error}): {advice}") from None
 
 
 def read_scores(folder: Path, dataset: Dataset) -> dict[str, np.ndarray]:

@@ -1,0 +1,147 @@
+"""From suspects to a clean folder: take the images that stage 1 dropped out of it, or put them back. No JAX.
+
+    python -m llb.quarantine --run runs/mine            says what would be moved, and where to; changes nothing
+    python -m llb.quarantine --run runs/mine --go       moves it
+    python -m llb.quarantine --run runs/mine --undo     puts it back
+
+RUN/quarantine.csv    category, path, from, to, bytes, sha256, modified_ns; written before anything is moved
+
+What is done, the disk says: an image lies at its old place, at its new one or, if a copy to another disk was killed, at
+both. So a killed command is given again, or undone. Nothing is overwritten. Masks stay.
+"""
+
+import os
+import shlex
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llb.console import progress, run_script, say
+from llb.data import Dataset, Record
+from llb.demo import MARKER
+from llb.files import UserError, check_writable, digest_of_file, discard_files, move_file, typed, write_csv
+from llb.flags import flag, parse_flags, typed_flags, whole
+from llb.lock import hold
+from llb.metrics import ranks
+from llb.runfiles import data_of, read_config, read_manifest, stage1_command
+from llb.tables import read_purified, read_table, stage1_finished
+
+MANIFEST, COLUMNS = "quarantine.csv", ["category", "path", "from", "to", "bytes", "sha256", "modified_ns"]
+LOST = "it says where the images lie: mend it by hand"
+
+
+@dataclass
+class Quarantine:
+    """Take the images that stage 1 dropped out of the folder of images. Without --go it says what it would do."""
+
+    run: str = flag("runs/demo", "folder of the run")
+    category: str | None = flag(None, "one category", shown="all of the run")
+    dropped: bool = flag(False, "the images that purified.txt does not list; so it is without --top, too")
+    top: int | None = flag(None, "of each category the N images that rank highest", whole(1), shown="--dropped")
+    to: str | None = flag(None, "folder for the images", shown="beside the run, with -quarantine behind its name")
+    copy: bool = flag(False, "copy the images: they stay where they are, too")
+    go: bool = flag(False, "do it")
+    undo: bool = flag(False, "put back what was moved, and delete what was copied")
+
+
+def main() -> None:
+    settings = parse_flags(Quarantine)
+    run = Path(settings.run)
+    if not (run / "config.json").is_file():
+        raise UserError(f"--run {run}: there is no run; give the --out of stage1_partition.py")
+    config = read_config(run, f"--run {run}", "make the run again")
+    if settings.category not in (None, *config["categories"]):
+        raise UserError(f"--category {settings.category}: {run} has {', '.join(config['categories'])}")
+    if settings.undo + settings.dropped + (settings.top is not None) > 1:
+        raise UserError("--dropped, --top and --undo exclude each other: give one")
+    names = [settings.category] if settings.category else config["categories"]
+    with hold(run, "quarantine", against=("",)) if settings.go or settings.undo else nullcontext():
+        undo(run, names) if settings.undo else take_out(run, config, settings, names)
+
+
+def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: list[str]) -> None:
+    """Move or copy the wanted images, or say which. All are looked at before the first is moved."""
+    root = Path(os.path.abspath(data_of(config) or ""))
+    to = os.path.abspath(settings.to or f"{run.absolute()}-quarantine")
+    if config["data"] is None or (root.parent.name in ("cache", "demo") and (root / "part" / MARKER).is_file()):
+        raise UserError(f"--run {run}: its images are the demo set, which llb draws; give a run on your own images")
+    if Path(os.path.realpath(to)).is_relative_to(os.path.realpath(root)):
+        raise UserError(f"--to {to} lies in the folder of images, {root}: give one outside")
+    old, rows = {row["from"]: row for row in read_table(run / MANIFEST, COLUMNS, advice=LOST)}, []
+    for name in names:
+        if not stage1_finished(run / name):
+            raise UserError(f"stage 1 is not finished for {name}; continue with: {stage1_command(run, config)}")
+        states = read_manifest(run / name)
+        for path in wanted(run / name, root, settings.top):
+            source, (size, modified, digest) = root / path, states.get(path, (0, 0, ""))
+            modified = source.stat().st_mtime_ns if source.exists() else modified  # it may be touched since stage 1
+            row = dict(zip(COLUMNS, (name, path, str(source), os.path.join(to, path), size, digest, modified)))
+            if row["from"] not in old and os.path.lexists(row["to"]):
+                raise UserError(f"{row['to']} is there already, and nothing is overwritten: give another --to")
+            rows.append(old.get(row["from"], row))
+    work = [row for row in rows if is_at(row["from"], row["to"], row)]
+    if len({os.path.realpath(row["from"]) for row in work}) < len(work):
+        raise UserError(f"{root}: two of these images are one file, by a link; put a copy in the place of the link")
+
+    verb = f"{'are' if settings.go else 'would be'} {'copied' if settings.copy else 'moved'}"
+    first = ", ".join(row["path"] for row in work[:3]) + ", …" * (len(work) > 3)
+    say(f"{len(work)} of {len(rows)} images {verb} from {root} to {to}: {first or 'nothing to do'}")
+    if settings.go:
+        check_writable(Path(to), "--to")
+        write_rows(run, (old | {row["from"]: row for row in rows}).values())
+        for row in progress(work, desc="quarantine", unit="image"):
+            move_file(Path(row["from"]), Path(row["to"]), row["sha256"], row["modified_ns"], settings.copy)
+        say(f"back: python -m llb.quarantine --run {typed(run)} --undo")
+    else:
+        say(f"nothing is changed yet; do it: python -m llb.quarantine {shlex.join(typed_flags(settings))} --go")
+    if not settings.copy:
+        need = "stage 2 and evaluation need every image in its place: do them before, or undo, or begin anew:"
+        say(f"{run}: {need} python stage1_partition.py --data {typed(root)} --out NEW")
+
+
+def wanted(folder: Path, root: Path, top: int | None) -> list[str]:
+    """The paths of a category that are to be taken out, the first suspect first. folder: RUN/<category>."""
+    rows = read_table(folder / "scores.csv", ("path", "score"))
+    order = np.argsort(ranks(np.array([row["score"] for row in rows])))
+    dataset = Dataset(root, "", folder.name, tuple(Record(row["path"], None, (), "") for row in rows), ())
+    kept = () if top else set(read_purified(folder, dataset).indices)
+    return [rows[i]["path"] for i in order[:top] if i not in kept]
+
+
+def undo(run: Path, names: list[str]) -> None:
+    """Put every image of the manifest back, with its date; then delete its row."""
+    own = [row for row in read_table(run / MANIFEST, COLUMNS, advice=LOST) if row["category"] in names]
+    if not own:
+        raise UserError(f"--undo: no image of {run} is in quarantine")
+    places = [[Path(row[end].removesuffix(os.path.normpath(row["path"]))) for end in ("from", "to")] for row in own]
+    if missing := [root for root, _ in places if not root.is_dir()]:
+        raise UserError(f"{missing[0]}, where the images belong, is not there: put it back")
+    work = [row for row in own if is_at(row["to"], row["from"], row)]
+    for row in progress(work, desc="undo", unit="image"):
+        move_file(Path(row["to"]), Path(row["from"]), row["sha256"], row["modified_ns"])
+    for row, (_, to) in zip(own, places):
+        discard_files(to, [row["path"]])  # what a killed copy has left, and empty folders
+    write_rows(run, [row for row in read_table(run / MANIFEST, COLUMNS, advice=LOST) if row not in own])
+    say(f"{len(work)} images are back in their places")
+
+
+def is_at(start: str, end: str, row: dict[str, Any]) -> bool:
+    """Whether an image is at `start`. One that is at neither place, or has changed, raises a UserError."""
+    there = [place for place in (start, end) if os.path.lexists(place)]
+    if not there:
+        raise UserError(f"{start} is not there: put it back")
+    for place in there if start in there else ():
+        if os.path.islink(place) or digest_of_file(place) != row["sha256"]:
+            raise UserError(f"{place} is a link, or not the image that stage 1 saw: put that one in its place")
+    return start in there
+
+
+def write_rows(run: Path, rows: list[dict[str, Any]]) -> None:
+    write_csv(run / MANIFEST, COLUMNS, [list(row.values()) for row in rows]) if rows else discard_files(run, [MANIFEST])
+
+
+if __name__ == "__main__":
+    run_script(main)

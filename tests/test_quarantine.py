@@ -1,0 +1,142 @@
+"""Quarantine: images go aside and come back byte for byte, whatever ends the command; all else is one line."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import LATER, command, refuse, rows_of, succeed
+
+from llb.runfiles import read_config, write_config
+
+NAME = "llb.quarantine"
+
+
+class Killed(BaseException):
+    """What no handler stops, as of a signal 9."""
+
+
+@pytest.fixture
+def own(tmp_path, finished, data):
+    """The finished run, and its images, as copies of which the run knows."""
+    run, images = tmp_path / "run", tmp_path / "my images"
+    shutil.copytree(data, images)
+    shutil.copytree(finished, run)
+    write_config(run, read_config(run, "", "") | {"data": str(images)})
+    return run, images
+
+
+def state(*folders: Path) -> dict[str, tuple[bytes, int]]:
+    """Contents and time of every file, without those that a killed command may leave."""
+    files = [file for folder in folders for file in folder.rglob("[!.]*") if file.is_file()]
+    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def dropped(run: Path) -> list[str]:
+    rows = sorted(rows_of(run / "tile" / "scores.csv"), key=lambda row: int(row["rank"]))
+    return [row["path"] for row in rows if row["kept"] == "0"]
+
+
+def test_the_dropped_images_go_aside_and_come_back_and_masks_stay(own):
+    run, images = own
+    start, before, paths = state(run, images), state(images), dropped(run)
+    assert paths and f"{len(paths)} of {len(paths)} images would be moved" in succeed(NAME, "--run", run)
+    assert state(run, images) == start, "a dry run changes nothing"
+    out = succeed(NAME, "--run", run, "--go")
+    assert f"--data '{images}' --out NEW" in out.splitlines()[-1]
+    aside = {str(run.parent / "run-quarantine" / path): before.pop(str(images / path)) for path in paths}
+    assert state(images, run.parent / "run-quarantine") == before | aside
+    assert [row["path"] for row in rows_of(run / "quarantine.csv")] == paths
+    for script in LATER:
+        assert "its images" in refuse(script, "--run", run), script
+    assert f"{len(paths)} images are back" in succeed(NAME, "--run", run, "--undo")
+    assert state(images) == before | {f.replace("run-quarantine", "my images"): s for f, s in aside.items()}
+    assert not (run.parent / "run-quarantine").exists()
+    assert "no image" in refuse(NAME, "--run", run, "--undo")
+
+
+@pytest.mark.parametrize("how", ["on one disk", "to another disk", "copied"])
+def test_a_command_that_is_killed_anywhere_is_given_again_or_undone(own, how, monkeypatch, tmp_path):
+    run, images = own
+    undo = (NAME, "--run", run, "--undo")
+    go = (NAME, "--run", run, "--top", 3, "--to", tmp_path / "to", "--go", *(["--copy"] if how == "copied" else []))
+    left = [0]  # file operations until the command is killed
+
+    def counted(function):
+        def act(*paths, **named):
+            if {"my images", "to", "quarantine.csv"} & {*Path(paths[0]).parts, *Path(paths[-1]).parts}:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Killed
+            return function(*paths, **named)
+
+        return act
+
+    def refused(*paths):
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(Path, "rename", refused if how == "to another disk" else counted(Path.rename))
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+
+    before = state(images)
+    succeed(*go)
+    aside = state(images, tmp_path / "to")
+    assert len(aside) == len(before) + 3 * (how == "copied") and aside != before
+    kills = 0
+    for first, then in ((go, go), (go, undo), (undo, undo), (undo, go)):
+        for number in range(1, 99):
+            start = (aside, before)[first == go]
+            if state(images, tmp_path / "to") != start:
+                succeed(*(undo if first == go else go))
+            assert state(images, tmp_path / "to") == start
+            left[0], killed = number, False
+            try:
+                command(*first)
+            except Killed:
+                killed = True
+            left[0] = 0
+            command(*then)  # refused if nothing had been moved yet
+            if not killed:
+                break
+            kills += 1
+            assert state(images, tmp_path / "to") == (aside, before)[then == undo], (first, then, number)
+    assert kills > 15
+
+
+def test_what_cannot_be_moved_safely_is_refused_before_anything_moves(own, tmp_path):
+    run, images = own
+    first, last = images / dropped(run)[0], images / dropped(run)[-1]
+    content, to, go = last.read_bytes(), tmp_path / "run-quarantine", (NAME, "--run", run, "--go")
+
+    def refused(mention: str, *line):
+        before = state(images, to)
+        assert mention in refuse(*(line or go))
+        assert state(images, to) == before
+
+    last.write_bytes(content[:-1] + b"x")
+    refused("not the image that stage 1 saw")
+    last.unlink()
+    refused("is not there")
+    last.symlink_to(first)
+    refused("is a link")
+    last.unlink()
+    last.write_bytes(content)
+    (to / dropped(run)[0]).parent.mkdir(parents=True)
+    (to / dropped(run)[0]).touch()
+    refused("is there already, and nothing is overwritten")
+    shutil.rmtree(to)
+    refused("lies in the folder of images", *go, "--to", images / "aside")
+    refused("exclude each other", *go, "--dropped", "--top", "1")
+    refused("run has tile", *go, "--category", "bottle")
+    refused("there is no run", NAME, "--run", images)
+
+    (run / "tile" / "purified.txt").write_text(f"{dropped(run)[0]}\n")  # edited by hand: all others go
+    assert "11 of 11 images are moved" in succeed(*go)
+    (to / dropped(run)[-1]).write_bytes(b"")
+    refused("not the image that stage 1 saw", NAME, "--run", run, "--undo")
+    (run / "quarantine.csv").write_text("category,path\n1,2\n")
+    refused("mend it by hand", NAME, "--run", run, "--undo")
+    write_config(run, read_config(run, "", "") | {"data": None, "data_given": None})
+    refused("which llb draws")
