@@ -1,34 +1,33 @@
 """Score the test images with the final detectors, and write the report.
 
-    python evaluate.py                              continues runs/demo
+    python evaluate.py                                      continues runs/demo
     python evaluate.py --run runs/NAME --save-maps
+    python evaluate.py --run runs/NAME --images FOLDER      scores other images, see llb/new_images.py
 
 Evaluates every detector that stage 2 has finished for all categories (--train-on picks one) and compares them in one
 table. A plain folder has no test set: all its images are scored, the dropped ones too.
 """
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from llb import tables
 from llb.checkpoint import Params, check_finished, open_checkpoints, restore_params
 from llb.config import Evaluate
 from llb.console import run_script, say
-from llb.data import Dataset, Record
+from llb.data import Dataset
 from llb.detectors import DETECTORS
 from llb.device import start_jax
 from llb.features import Features
-from llb.files import UserError, atomic, discard_files, write_json, writing
+from llb.files import UserError, atomic, discard_files, write_json
 from llb.flags import parse_flags
 from llb.images import load_image
 from llb.lock import hold
+from llb.maps import map_names, replace_maps, write_maps
 from llb.masks import MaskRule, load_masks
 from llb.metrics import (
     PixelCounts,
@@ -39,6 +38,7 @@ from llb.metrics import (
     purification,
     sample_auroc,
 )
+from llb.new_images import check_flags, score_images
 from llb.pictures import contact_sheet
 from llb.protocols import PROTOCOLS, mask_rule
 from llb.purify import combine
@@ -54,8 +54,12 @@ PIXEL_ERROR = 1e-5  # a larger error of the pixel metrics is reported
 
 def main() -> None:
     settings = parse_flags(Evaluate)
+    check_flags(settings)
     say(start_jax(settings))
     run = find_run(settings.run)
+    if settings.images:
+        score_images(run, settings)
+        return
     with hold(run, "evaluate", against=("stage1",)):
         run_evaluation(run, settings)
 
@@ -209,38 +213,6 @@ def write_examples(
         tiles.append((image, heat, caption))
     folder, final = stage.run / dataset.category, stage.final
     atomic(folder / f"examples-{final}.png", contact_sheet(tiles).save)
-
-
-def write_maps(folder: Path, records: list[Record], maps: np.ndarray) -> None:
-    """One 16-bit PNG for each image, at its path below `folder`. The text chunk "scale" times the pixel is the map,
-    plus the chunk "offset" where the map has negative numbers."""
-    for name, heat in zip(map_names(records), maps):
-        file = folder / name
-        low = min(0.0, float(heat.min()))
-        scale = max(float(heat.max()) - low, 1e-12) / 65535
-        text = PngInfo()
-        text.add_text("scale", repr(scale))
-        if low < 0:
-            text.add_text("offset", repr(low))
-        image = Image.fromarray(np.rint((heat - low) / scale).astype(np.uint16))
-        with writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file, pnginfo=text)
-
-
-def replace_maps(unfinished: Path, folder: Path, records: Sequence[Record]) -> None:
-    """Move all maps into `folder`; whatever else lies there stays."""
-    # without predictions the detector counts as not evaluated: after an interruption, all maps are written again
-    discard_files(folder.parent, [f"predictions-{folder.name.removeprefix('maps-')}.csv"])
-    for name in map_names(records):
-        with writing(folder / name):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(unfinished / name, folder / name)
-    discard_files(unfinished, map_names(records))
-
-
-def map_names(records: Sequence[Record]) -> list[str]:
-    return [f"{record.path}.png" for record in records]
 
 
 def evaluated(folder: Path, stage: Stage, dataset: Dataset) -> bool:

@@ -46,7 +46,10 @@ def heat_overlay(image: np.ndarray, heat: np.ndarray, low: float, high: float) -
 
 
 def contact_sheet(
-    tiles: Sequence[tuple[np.ndarray, np.ndarray, tuple[str, str]]], columns: int = 3, side: int = 192
+    tiles: Sequence[tuple[np.ndarray, np.ndarray, tuple[str, str]]],
+    columns: int = 3,
+    side: int = 192,
+    scale: tuple[float, float] | None = None,
 ) -> Image.Image:
     """A grid of tiles in the given order, row by row: each image beside its heat map.
 
@@ -54,7 +57,8 @@ def contact_sheet(
     can be compared.
 
     tiles: for each the image, uint8 (S, S, 3), the map, float32 (S, S), and the caption: a headline, and the image's
-        path (shortened from the left to fit); columns: tiles in a row; side: of an image on the sheet, pixels.
+        path (shortened from the left to fit); columns: tiles in a row; side: of an image on the sheet, pixels;
+        scale: the map's values at both ends of the colour scale, if this sheet is one of several.
     """
     tiles = list(tiles)
     columns = max(1, min(columns, len(tiles)))
@@ -62,7 +66,9 @@ def contact_sheet(
     size = (MARGIN + columns * (width + MARGIN), MARGIN + math.ceil(len(tiles) / columns) * (height + MARGIN))
     sheet = Image.new("RGB", size, GROUND)
     draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(12)
-    if tiles:
+    if scale is not None:
+        low, high = scale
+    elif tiles:
         low, high = np.quantile(np.stack([heat for _, heat, _ in tiles]), [0.5, 0.999])
     for place, (image, heat, (headline, path)) in enumerate(tiles):
         x, y = MARGIN + place % columns * (width + MARGIN), MARGIN + place // columns * (height + MARGIN)

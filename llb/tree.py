@@ -74,8 +74,9 @@ def by_folder(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(paths, key=lambda path: path.split("/")))
 
 
-def walk(root: Path) -> Tree:
-    """Everything below the folder `root`. A UserError is raised if it, or a folder below it, cannot be read."""
+def walk(root: Path, flag: str = "--data") -> Tree:
+    """Everything below the folder `root`, named by `flag`. A UserError is raised if it, or a folder below it, cannot be
+    read."""
     images, left_out = [], defaultdict(list)
     waiting = [(0, [])]  # links on the way to a folder, parts of its path
     seen = {}  # real folder → its path
@@ -90,7 +91,7 @@ def walk(root: Path) -> Tree:
         entries = _entries(root / folder)
         if _is_run(root / folder, entries):
             if not parts:
-                raise UserError(f"--data {root} is a run of llb, not a folder of images: give the one it was made from")
+                raise UserError(f"{flag} {root} is a run of llb, not a folder of images: give the one it was made from")
             left_out[RUN].append(folder)
             continue
         for entry in entries:

@@ -11,12 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every file of the core, from the bottom up. A file may import only from files to the left of it, and above.
 CORE = """
     files flags console processes lock runfiles device
-    metrics threshold pictures tree pairing layouts lists images masks data demo tables figures compare quarantine
+    metrics threshold pictures tree pairing layouts lists images masks data demo maps tables figures compare quarantine
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
     detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released
     detectors.padim detectors.subspace detectors.banks detectors.patchcore detectors.softpatch detectors.mutual
     detectors.rd detectors.uniad detectors.simplenet detectors.cflow detectors.damage detectors.destseg detectors
-    protocols purify config defaults features placement checkpoint train fit score manifest run stage report
+    protocols purify config defaults features placement checkpoint train fit score manifest run stage report new_images
 """.split()
 ORDER = ["llb", *(f"llb.{name}" for name in CORE), "stage1_partition", "stage2_train", "evaluate"]
 LARGEST_FILE, MOST_ARGUMENTS = 350, 6

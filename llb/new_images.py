@@ -1,0 +1,149 @@
+"""`evaluate.py --images FOLDER`: score other images with a finished final detector. Nothing else of the run changes.
+
+RUN/<category>/images-<name of FOLDER>/, or --out
+    folder.txt              where the images are
+    scores-<final>.csv      path, score, verdict: defect above the run's threshold, else fine; empty if there is none
+    overlays-<final>/       --overlays: each image beside its heat map, all on one colour scale
+    maps-<final>/           --save-maps
+
+FOLDER is read as a plain one, subfolders too; the training images need not be there. An interrupted command begins
+again. It writes its table last, so beside a table all pictures are there.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llb import tables
+from llb.checkpoint import open_checkpoints, restore_params
+from llb.config import Evaluate
+from llb.console import say
+from llb.data import Dataset, Record
+from llb.features import streamed_features
+from llb.files import UserError, atomic, check_writable, discard_files, typed, write_csv, write_text
+from llb.images import ImageFiles, load_image
+from llb.lock import hold
+from llb.manifest import check_readable, listed
+from llb.maps import map_names, write_maps
+from llb.pictures import contact_sheet
+from llb.run import as_shown, final_name, finished_detectors, run_encoder
+from llb.runfiles import read_config
+from llb.score import heat_maps, score
+from llb.stage import make_stage
+from llb.tree import count, summary, walk
+
+SMALLEST = 192  # side of an image in an overlay, pixels
+FLAGS = ("category", "detector", "overlays", "out")
+
+
+def check_flags(settings: Evaluate) -> None:
+    """Raise a UserError for a flag that has no meaning without --images."""
+    for name in FLAGS:
+        if getattr(settings, name) and not settings.images:
+            raise UserError(f"--{name} is of other images than the test set: give --images FOLDER too")
+
+
+def score_images(run: Path, settings: Evaluate) -> None:
+    """Score a folder of images and write the results."""
+    config = read_config(run, f"--run {run}", "make the run again")
+    # stages that delete a detector wait; two folders may be scored at once
+    with hold(run, f"evaluate-images-{os.getpid()}", against=("stage1",)):
+        name, final = choose(run, config, settings)
+        dataset = read_folder(settings.images, name, config)
+        out = place(run, name, settings)
+        encoder = run_encoder(run, config)
+        stage = make_stage(run, settings, encoder, config | config["stage2"][final], final)
+        check_readable(dataset)  # before anything is written
+        with open_checkpoints(run / name / f"stage2-{final}") as checkpoints:
+            params = restore_params(checkpoints)
+
+        # ---- what an earlier command has written goes: it may be of images that are no longer there ----
+        maps_folder, overlays, table = out / f"maps-{final}", out / f"overlays-{final}", out / f"scores-{final}.csv"
+        with suppress(UserError):  # damaged
+            old = [f"{row['path']}.png" for row in tables.read_table(table, ["path"])]
+            discard_files(maps_folder, old)
+            discard_files(overlays, old)
+        discard_files(out, [table.name])
+
+        # ---- scores; only one batch of maps is in memory ----
+        records = dataset.test
+        files = ImageFiles(tuple(dataset.root / record.path for record in records), dataset.white, dataset.resize)
+        features, everything = streamed_features(stage.source, files), np.arange(len(records))
+        scores, levels = np.empty(len(records), np.float32), np.zeros((len(records), 2))
+        title = f"{name}, new images on {final}"
+        for positions, score_k, maps_k in score(params, stage.setup, features, everything, title, with_maps=True):
+            scores[positions] = score_k[:, 0]
+            if settings.overlays:
+                levels[positions] = np.quantile(maps_k[:, 0], [0.5, 0.999], axis=(1, 2)).T
+            if settings.save_maps:
+                write_maps(maps_folder, [records[i] for i in positions], maps_k[:, 0])
+
+        # ---- verdicts ----
+        facts = tables.read_threshold(run / name, final)
+        threshold = facts["threshold"] if facts else None
+        verdicts = ["" if threshold is None else "defect" if value > threshold else "fine" for value in scores]
+
+        # ---- write ----
+        if settings.overlays:
+            side = max(SMALLEST, stage.setup.image_size)
+            # a folder without a defect shall not look hot: the scale reaches the threshold at least
+            scale = np.median(levels[:, 0]), max(levels[:, 1].max(), -np.inf if threshold is None else threshold)
+            for index, heat in heat_maps(params, stage.setup, features, everything, f"{name}, overlays"):
+                image = load_image(files.paths[index], stage.setup.image_size, dataset.white, dataset.resize)
+                tile = (image, heat, (f"{scores[index]:.4f} {verdicts[index]}", records[index].path))
+                atomic(overlays / map_names(records)[index], contact_sheet([tile], side=side, scale=scale).save)
+        rows = [[record.path, float(value), verdict] for record, value, verdict in zip(records, scores, verdicts)]
+        write_csv(table, ["path", "score", "verdict"], rows)
+    if threshold is None:
+        say(f"{name}, {final}: no threshold, so no verdicts; python evaluate.py --run {typed(run)} looks for one")
+    else:
+        above = verdicts.count("defect")
+        say(f"{name}, {final}: {above} of {len(records)} images score above the threshold {threshold:.4g}")
+    say(f"scores: {table}")
+
+
+def choose(run: Path, config: dict[str, Any], settings: Evaluate) -> tuple[str, str]:
+    """The category, and the name of the final detector: purified if it is finished, else the only one."""
+    there, name = config["categories"], settings.category
+    name = there[0] if name is None and len(there) == 1 else name
+    if name not in there:
+        raise UserError(f"--category: {run} has {', '.join(there)}; give the one whose detector scores the images")
+    finished = finished_detectors(run, config | {"categories": [name]}, settings.train_on)
+    finals = [f for f in finished if settings.detector in (None, config["stage2"][f]["detector"])]
+    wanted = final_name(settings.train_on or "purified", settings.detector or config["detector"], config)
+    if wanted not in finals and len(finals) != 1:
+        choice = f"choose one of {', '.join(finished)} with --train-on and --detector"
+        raise UserError(f"--run {run}: {wanted} is not finished for {name}; {choice}")
+    return name, wanted if wanted in finals else finals[0]
+
+
+def read_folder(given: str, name: str, config: dict[str, Any]) -> Dataset:
+    """The images, as `test`, shown as stage 1 showed those of the category `name`."""
+    if not os.path.isdir(given):
+        raise UserError(f"--images {given} is not there, or no folder: give a folder of images")
+    tree = walk(Path(given), "--images")
+    rest = summary(count(tree.left_out))
+    if not tree.images:
+        raise UserError(f"--images {given} holds no images{f' ({rest})' if rest else ''}: give a folder of images")
+    records = tuple(Record(path, None, (), "") for path in tree.images)
+    (dataset,) = as_shown([Dataset(Path(given), "folder", name, (), records)], config)
+    listed(dataset)  # names that no table can hold
+    say(f"images: {os.path.abspath(given)}, {len(records)} images; left out: {rest or 'nothing'}")
+    return dataset
+
+
+def place(run: Path, name: str, settings: Evaluate) -> Path:
+    """The folder for the results. One with those of other images, or among the images, raises a UserError."""
+    images = os.path.abspath(settings.images)
+    out = Path(settings.out or run / name / f"images-{os.path.basename(images).lstrip('.') or 'all'}")
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(images)):
+        raise UserError(f"--out {out} lies in --images {settings.images}: give a folder that is apart from the images")
+    check_writable(out)
+    about, text = out / "folder.txt", images.encode(errors="replace").decode() + "\n"
+    if about.is_file() and about.read_bytes() != text.encode():
+        raise UserError(f"--out {out} holds the scores of other images ({about}): give another folder")
+    write_text(about, text)
+    return out

@@ -1,0 +1,94 @@
+"""evaluate.py --images: other images get the scores that they would get as test images, and the run stays as it is."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import draw, refuse, rows_of, succeed
+from PIL import Image
+
+from llb.config import Evaluate
+from llb.files import UserError
+from llb.new_images import choose
+from llb.tables import read_threshold
+
+
+def state(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def test_new_images_score_as_test_images_do_and_nothing_else_of_the_run_changes(finished, data, tmp_path):
+    before = state(finished)
+    images, out = data / "tile" / "test", tmp_path / "out"
+    flags = ("--run", finished, "--images", images, "--out", out, "--save-maps", "--overlays")
+    line = succeed("evaluate", *flags)
+    assert state(finished) == before
+    rows = {row["path"]: row for row in rows_of(out / "scores-purified.csv")}
+    assert list(rows) == sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
+    threshold = read_threshold(finished / "tile", "purified")["threshold"]
+    for path, row in rows.items():
+        assert row["verdict"] == ("defect" if float(row["score"]) > threshold else "fine")
+        with Image.open(out / "overlays-purified" / f"{path}.png") as overlay:
+            assert overlay.width > 2 * 192
+    assert f"{[row['verdict'] for row in rows.values()].count('defect')} of {len(rows)} images score above" in line
+    known = rows_of(finished / "tile" / "predictions-purified.csv")
+    for row in known:
+        path = row["path"].removeprefix("tile/test/")
+        assert rows[path]["score"] == row["score"], path
+        maps = [folder / "maps-purified" / file for folder, file in ((finished / "tile", row["path"]), (out, path))]
+        first, second = (np.asarray(Image.open(f"{file}.png")) for file in maps)
+        np.testing.assert_array_equal(first, second)
+
+    shutil.copytree(images / "good", tmp_path / "fewer" / "good")  # a detector of their own, and images that are gone
+    assert "holds the scores of other images" in refuse("evaluate", *flags, "--images", tmp_path / "fewer")
+    (out / "folder.txt").write_text(f"{tmp_path / 'fewer'}\n")
+    succeed("evaluate", "--run", finished, "--images", tmp_path / "fewer", "--out", out, "--train-on", "all")
+    succeed("evaluate", "--run", finished, "--images", tmp_path / "fewer", "--out", out)
+    assert len(rows_of(out / "scores-all.csv")) == len(rows_of(out / "scores-purified.csv")) == 3
+    assert {file.suffix for file in out.rglob("*") if file.is_file()} == {".txt", ".csv"}, (
+        "pictures of old scores are gone"
+    )
+
+
+def test_what_cannot_be_scored_is_one_line_and_nothing_is_written(finished, tmp_path):
+    images = tmp_path / "images"
+    for i in range(3):
+        draw(images / "a b" / f"{i}.png", i)
+    (images / "a b" / "1.png").write_bytes((images / "a b" / "1.png").read_bytes()[:600])
+    (tmp_path / "empty").mkdir()
+    out = ("--out", tmp_path / "out")
+    cases = {
+        "1.png cannot be read (truncated)": ("--images", images, *out),
+        "is not there": ("--images", tmp_path / "nowhere", *out),
+        "empty holds no images": ("--images", tmp_path / "empty", *out),
+        "--images": ("--images", finished, *out),
+        "lies in --images": ("--images", images, "--out", images / "out"),
+        "run has tile": ("--images", images, *out, "--category", "bottle"),
+        "padim": ("--images", images, *out, "--detector", "padim"),
+        "--overlays is of other images": ("--overlays",),
+    }
+    before = state(finished)
+    for mention, flags in cases.items():
+        assert mention in refuse("evaluate", "--run", finished, *flags)
+        assert not list((tmp_path / "out").glob("scores*")) and not (images / "out").exists()
+    assert state(finished) == before
+
+
+def test_the_detector_is_the_purified_one_or_the_only_one(tmp_path):
+    stage2 = {
+        final: {"train_on": final.partition("-")[0], "detector": final.partition("-")[2] or "dinomaly", "steps": 3}
+        for final in ("purified", "all", "all-padim")
+    }
+    config = {"categories": ["nut", "bolt"], "detector": "dinomaly", "stage2": stage2}
+    for final in ("all", "all-padim"):
+        (tmp_path / "nut" / f"stage2-{final}" / "3").mkdir(parents=True)
+    with pytest.raises(UserError, match="nut, bolt; give the one"):
+        choose(tmp_path, config, Evaluate())
+    with pytest.raises(UserError, match="choose one of all, all-padim"):
+        choose(tmp_path, config, Evaluate(category="nut"))
+    assert choose(tmp_path, config, Evaluate(category="nut", train_on="all")) == ("nut", "all")
+    assert choose(tmp_path, config, Evaluate(category="nut", detector="padim")) == ("nut", "all-padim")
+    (tmp_path / "nut" / "stage2-purified" / "3").mkdir(parents=True)
+    assert choose(tmp_path, config, Evaluate(category="nut")) == ("nut", "purified")
