@@ -31,7 +31,7 @@ from llb.manifest import record_images
 from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
 from llb.purify import combine, keep_auto, keep_lowest, partition
-from llb.run import as_shown, demo_or_given_root, environment, open_run, place_run
+from llb.run import as_shown, command_line, demo_or_given_root, environment, open_run, place_run
 from llb.runfiles import stage1_command, write_config
 from llb.score import heat_maps, score_all
 from llb.stage import Stage, check_step, load_features, make_stage
@@ -53,6 +53,7 @@ def main() -> None:
 def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     """Stage 1 of every category. device: of `start_jax`."""
     # ---- data and encoder: errors in them end the script before the run begins ----
+    command = command_line(settings)
     root = read_root(demo_or_given_root(run, settings.data), settings.layout)
     settings = resolve(settings, root.layout if settings.data else "demo")
     names = choose_categories(root, settings.category)
@@ -68,7 +69,7 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     check_step(stage.setup, settings.submodels)
 
     # ---- the run; images that have changed since it began end the script before any training ----
-    facts = {"data_given": settings.data, "reading": reading} | environment(device)
+    facts = {"data_given": settings.data, "reading": reading, "command": command} | environment(device)
     config = open_run(run, settings, datasets, encoder, facts)
     datasets = as_shown(datasets, config)
     for line in filter(None, map(white_line, datasets)):

@@ -10,7 +10,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from llb.data import Dataset, load_category
 from llb.demo import write_demo
 from llb.encoders import Encoder, load_encoder
 from llb.files import UserError, check_writable, digest_of_files, is_writer, typed
-from llb.flags import influential
+from llb.flags import influential, typed_flags
 from llb.images import find_white
 from llb.layouts import read_root
 from llb.lock import turn
@@ -116,7 +115,7 @@ def open_run(
         note_sources(config, run)
     elif is_writer():
         white = {dataset.category: dict(find_white(dataset).white) for dataset in datasets}
-        known = {"white": {name: values for name, values in white.items() if values}, "command": command_line()}
+        known = {"white": {name: values for name, values in white.items() if values}}
         config = {"llb": VERSION} | now | known | {"weights_digest": encoder.weights_digest} | facts
         write_config(run, config)
     else:
@@ -305,6 +304,6 @@ def sources_digest() -> str:
     return digest_of_files([*(PROJECT / script for script in SCRIPTS), *core], PROJECT)
 
 
-def command_line() -> str:
-    """The command that continues the run, as a person would type it."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if word != "--overwrite")])
+def command_line(settings: Stage1) -> str:
+    """The command that continues a run, as a person would type it. settings: as given, no default filled in."""
+    return shlex.join(["python", SCRIPTS[0], *typed_flags(dataclasses.replace(settings, overwrite=False))])
