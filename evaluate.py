@@ -72,7 +72,7 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     encoder = run_encoder(run, config)
     stages = {final: make_stage(run, settings, encoder, config | config["stage2"][final], final) for final in detectors}
 
-    datasets = dict(zip(names, load_datasets(run, config, settings.verify)))
+    datasets = dict(zip(names, load_datasets(run, config, settings)))
     facts, notes, lists = {}, {}, {}
     for name, dataset in datasets.items():
         purified = tables.read_purified(run / name, dataset)

@@ -54,7 +54,7 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     """Stage 1 of every category. device: of `start_jax`."""
     # ---- data and encoder: errors in them end the script before the run begins ----
     command = command_line(settings)
-    root = read_root(demo_or_given_root(run, settings.data), settings.layout)
+    root = read_root(demo_or_given_root(Path(settings.cache), settings.data), settings.layout)
     settings = resolve(settings, root.layout if settings.data else "demo")
     names = choose_categories(root, settings.category)
     noise = (settings.noise_ratio, settings.seed, settings.noise_pool)

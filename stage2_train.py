@@ -60,7 +60,7 @@ def run_stage2(run: Path, settings: Stage2) -> None:
     final = final_name(settings.train_on, settings.detector, config)
 
     # ---- choose the images of every category, so that errors end the script before any training ----
-    datasets = load_datasets(run, config, settings.verify)
+    datasets = load_datasets(run, config, settings)
     choices, steps = [], {}
     for dataset in datasets:
         folder = run / dataset.category

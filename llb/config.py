@@ -31,10 +31,14 @@ LARGEST_BATCH, LARGEST_SIDE, MOST_SUBMODELS = 2**16, 2**12, 10**4
 SIDE, IMAGES, SHARE = whole(1, LARGEST_SIDE), whole(1, LARGEST_BATCH), Number(float, 0, 1, True, "auto")
 RATE = real(0, 1000, open_below=True)
 HELD = "features up to this size, in GiB, are held in memory; larger ones are read from the disk"
+CACHED = "folder of features and demo sets, shared by all runs; may be deleted"
+LIMIT = "features in the cache, in GiB: beyond it those that were used longest ago are deleted, not this command's own"
 STREAMED = "store no features: decode and encode an image each time it is needed (slow; the scores are the same)"
 TOGETHER = "HOST:PORT of process 0, if several processes run this together (llb/processes.py); all see the same files"
 VERIFY = "compare the images with those of stage 1 by their contents, not by size and date (reads them all)"
 cache_gib_flag = partial(flag, 4.0, HELD, real(0, MOST), affects=False)
+cache_flag = partial(flag, "runs/cache", CACHED, affects=False)
+cache_limit_flag = partial(flag, 20.0, LIMIT, real(0, MOST), affects=False)
 verify_flag = partial(flag, False, VERIFY, affects=False)
 no_cache_flag = partial(flag, False, STREAMED, affects=False)
 coordinator_flag = partial(flag, None, TOGETHER, shown="from srun or mpirun, else one process", affects=False)
@@ -121,6 +125,8 @@ class Stage1:
     )
     detector: str = flag("dinomaly", "the anomaly detector", choices=DETECTORS)
     set: Any = set_flag()
+    cache: str = cache_flag()
+    cache_limit: float = cache_limit_flag()
     cache_gib: float = cache_gib_flag()
     no_cache: bool = no_cache_flag()
     coordinator: str | None = coordinator_flag()
@@ -153,6 +159,8 @@ class Stage2:
     passes: int | None = flag(None, "passes over the images, in place of --steps", whole(1), shown="see --steps")
     batch_size: int | None = flag(None, "images per step", IMAGES, shown="stage 1's")
     learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="stage 1's")
+    cache: str = cache_flag()
+    cache_limit: float = cache_limit_flag()
     cache_gib: float = cache_gib_flag()
     no_cache: bool = no_cache_flag()
     coordinator: str | None = coordinator_flag()
@@ -174,6 +182,8 @@ class Evaluate:
     detector: str | None = flag(None, "with --images: which detector", choices=DETECTORS, shown="stage 1's, if trained")
     overlays: bool = flag(False, "with --images: write each image beside its heat map")
     out: str | None = flag(None, "with --images: folder for the results", shown="RUN/<category>/images-<name>")
+    cache: str = cache_flag()
+    cache_limit: float = cache_limit_flag()
     cache_gib: float = cache_gib_flag()
     no_cache: bool = no_cache_flag()
     verify: bool = verify_flag()

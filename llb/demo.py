@@ -14,7 +14,9 @@ on every machine.
 
 import inspect
 import shutil
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +80,20 @@ def write_demo(folder: Path | str, seed: int = 0, recurring: float = RECURRING, 
 
     note = "" if (recurring, strength) == (RECURRING, STRENGTH) else f", recurring {recurring}, strength {strength}"
     write_set(Path(folder) / "part", COUNTS, drawn, seed, note)
+
+
+def demo_in(cache: Path) -> Path:
+    """The demo set in the folder of all runs, drawn if it is not there yet. It appears whole, so several commands may
+    call this at once; other code has another folder."""
+    folder = cache / "demo" / digest_of_files([Path(__file__)], Path(__file__).parent)[:16]
+    if not folder.exists():
+        check_writable(cache, "--cache")
+        unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+        write_demo(unfinished)
+        with suppress(OSError):  # another command was faster
+            unfinished.rename(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
 
 
 def write_set(folder: Path, counts: dict[str, int], draw: Draw, seed: int, note: str = "") -> None:

@@ -14,9 +14,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
-import shutil
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,17 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from llb import processes
+from llb.cache import find_rows, load_shard, make_room, write_shard
 from llb.console import progress, say
 from llb.encoders import Encoder
-from llb.encoders.specs import CnnSpec
-from llb.files import UserError, atomic, digest_of_files, discard_files, is_writer, read_json, write_json
+from llb.files import UserError, digest_of_files, is_writer
 from llb.images import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, load_image
 
 ENCODE_BATCH = 16  # images per call of the encoder: one fixed shape, compiled once
 GIB = 2**30
 SHARD_BYTES = 2**24  # of features in one file: an interruption costs at most this much work
 OPEN_SHARDS = 64  # a process may have few files open
-CONTENT = "features.json"  # describes what a cache holds
 
 Encode = Callable[[np.ndarray], np.ndarray]  # uint8 (b, S, S, 3) → float16 (b, …)
 Fetch = Callable[[np.ndarray], np.ndarray]  # image indices int (…) → float16 (…, …)
@@ -69,15 +65,6 @@ class Source:
         """Of one image's features."""
         side = self.encoder.image_size
         return (side, side, 3) if self.images else self.encoder.feature_shape
-
-    @property
-    def name(self) -> str:
-        """Names the features among others of the same encoder; empty for a ViT's usual ones."""
-        if self.images:
-            return "images"
-        if isinstance(self.encoder.spec, CnnSpec):
-            return "strides-" + "-".join(map(str, self.encoder.strides))
-        return "" if len(self.encoder.spec.groups) == 2 else "blocks"
 
     @property
     def dtype(self) -> np.dtype:
@@ -205,116 +192,85 @@ def streamed_features(source: Source, files: ImageFiles) -> Features:
     return source.features(fetch)
 
 
-def cached_features(source: Source, files: ImageFiles, folder: Path, memory_gib: float, title: str) -> Features:
-    """Features of all files, computed at most once for a run and shared by its stages.
+def cached_features(
+    source: Source, files: ImageFiles, cache: Path, memory_gib: float, limit_gib: float, title: str
+) -> Features:
+    """Features of all files, of the same content computed at most once for all runs that share the folder `cache`.
 
-    They lie in `folder` as shards (00000.npy …, float16 (n, …), and a checksum). Up to `memory_gib` they are read
-    into memory; beyond that the shards are memory-mapped. If the disk has no room for them, they are computed each
-    time, as by `streamed_features`. A shard is complete or absent, so an interrupted computation continues with the
-    next one; a damaged one is computed again. Several processes compute every P-th shard each. A UserError is raised
-    if an image cannot be read, or a shard cannot be written.
+    Up to `memory_gib` they are read into memory; beyond that the shards (llb.cache) are memory-mapped. `limit_gib`: of
+    the cache. If the disk has no room for them, they are computed each time, as by `streamed_features`; so are those
+    whose shard another command deletes meanwhile. A shard is complete or absent, so an interrupted computation
+    continues with the next one; a damaged one is computed again. Several processes compute every P-th shard each. A
+    UserError is raised if an image cannot be read, or a shard cannot be written.
     """
-    paths = files.paths
-    shape = (len(paths), *source.shape)
+    folder = cache / "features" / feature_kind(source, files)
     image_bytes = int(np.prod(source.shape)) * source.dtype.itemsize
-    size = len(paths) * image_bytes
+    size = len(files.paths) * image_bytes
     in_shard = max(1, SHARD_BYTES // image_bytes // ENCODE_BATCH) * ENCODE_BATCH  # images
-    starts = range(0, len(paths), in_shard)
-    shards = [folder / f"{number:05}.npy" for number in range(len(starts))]
-    with processes.process_0_first(f"{title}: cache"):
-        content = {"fingerprint": _fingerprint(source, files), "images in a shard": in_shard}
-        if _content_of(folder) != content:
-            if not is_writer():
-                raise UserError(f"{title}: process 0 sees other images, or another {folder}; share the files")
-            _clear(folder)
-            write_json(folder / CONTENT, content)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        missing = [number for number, whole in enumerate(pool.map(_is_whole, shards)) if not whole]
-    if damaged := [shards[number] for number in missing if shards[number].exists()]:
-        say(f"{title}: {len(damaged)} of {len(shards)} shards are damaged and computed again, first {damaged[0]}")
-    needed, free = size * len(missing) // len(shards), shutil.disk_usage(folder).free
-    if processes.agreed(needed > free):
-        space = f"on the disk of {folder} they need {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free"
-        say(f"{title}: features of {len(paths)} images are computed each time they are needed: {space}")
-        return streamed_features(source, files)
-    state = "to compute" if missing else "already computed"
-    place = "in memory" if size <= memory_gib * GIB else "read from disk"
-    say(f"{title}: features of {len(paths)} images, {state}, {size / GIB:.2f} GiB, {place}")
+    streamed = streamed_features(source, files)
 
-    own = [number for number in missing if number % jax.process_count() == jax.process_index()]
-    wanted = tuple(path for number in own for path in paths[starts[number] : starts[number] + in_shard])
-    with progress(total=len(wanted), desc=title, unit="image") as bar:
-        batches = load_batches(dataclasses.replace(files, paths=wanted), source.encoder.image_size)
-        for number in own:
+    # ---- what is there, as process 0 sees it ----
+    path_of = dict(zip(files.digests, files.paths))
+    places = find_rows(folder, path_of.keys())
+    lost = processes.agreed(np.array([digest not in places for digest in path_of]))
+    missing = [digest for digest, is_lost in zip(path_of, lost) if is_lost]
+    needed = len(missing) * image_bytes
+    if not processes.agreed(not is_writer() or make_room(cache, needed, limit_gib * GIB)):
+        space = f"{needed / GIB:.1f} GiB more do not fit on the disk of {cache}"
+        say(f"{title}: features of {len(files.paths)} images are computed each time they are needed: {space}")
+        return streamed
+    state = "already computed" if not missing else f"{len(missing)} to compute"
+    place = "in memory" if size <= memory_gib * GIB else "read from disk"
+    say(f"{title}: features of {len(files.paths)} images, {state}, {size / GIB:.2f} GiB, {place}")
+
+    # ---- what is not ----
+    lists = [missing[start : start + in_shard] for start in range(0, len(missing), in_shard)]
+    own = lists[jax.process_index() :: jax.process_count()]
+    wanted = dataclasses.replace(files, paths=tuple(path_of[digest] for digests in own for digest in digests))
+    with progress(total=len(wanted.paths), desc=title, unit="image") as bar:
+        batches = load_batches(wanted, source.encoder.image_size)
+        for digests in own:
             parts = []
-            for images in islice(batches, in_shard // ENCODE_BATCH):  # fewer in the last shard
+            for images in islice(batches, -(-len(digests) // ENCODE_BATCH)):
                 parts.append(source.encode(images))
                 bar.update(len(images))
-            write = partial(_save_shard, features=np.concatenate(parts))
-            atomic(shards[number], write, by_any_process=True, size=needed)
+            write_shard(folder, digests, np.concatenate(parts), needed)
     processes.wait(f"{title}: shards")
+    if unseen := path_of.keys() - places.keys():
+        places |= find_rows(folder, unseen)
 
-    if size <= memory_gib * GIB:
-        everything = np.empty(shape, source.dtype)
-        for start, shard in zip(starts, shards):
-            everything[start : start + in_shard] = np.load(shard)
-        return source.features(everything.__getitem__)
-    opened = lru_cache(maxsize=OPEN_SHARDS)(partial(np.load, mmap_mode="r"))
+    # ---- rows of one shard are read together; what is in none is encoded ----
+    found = [places.get(digest, (folder / "nowhere", 0)) for digest in files.digests]
+    shards = list(dict.fromkeys(shard for shard, _ in found))
+    number = dict(zip(shards, range(len(shards))))
+    shard_of, row_of = np.array([(number[shard], row) for shard, row in found]).T  # (N,) each
+    opened = lru_cache(maxsize=OPEN_SHARDS)(load_shard)
 
     def fetch(indices: np.ndarray) -> np.ndarray:
         features = np.empty((*indices.shape, *source.shape), source.dtype)
-        for number in np.unique(indices // in_shard):
-            here = indices // in_shard == number
-            features[here] = opened(shards[number])[indices[here] % in_shard]
+        for number in np.unique(shard_of[indices]):
+            here = shard_of[indices] == number
+            try:
+                features[here] = opened(shards[number])[row_of[indices[here]]]
+            except OSError:
+                features[here] = streamed.fetch(indices[here])
         return features
 
-    return source.features(fetch)
+    if size > memory_gib * GIB:
+        return source.features(fetch)
+    return source.features(fetch(np.arange(len(files.paths))).__getitem__)
 
 
-def _save_shard(file: Path, features: np.ndarray) -> None:
-    """A NumPy file with its CRC-32 behind it, which NumPy does not read."""
-    np.save(file, features)
-    checksum = zlib.crc32(file.read_bytes())
-    with open(file, "ab") as shard:
-        shard.write(checksum.to_bytes(4, "big"))
-
-
-def _is_whole(shard: Path) -> bool:
-    """Whether a shard is there, with the content that was written."""
-    try:
-        content = memoryview(shard.read_bytes())
-    except OSError:
-        return False
-    return len(content) > 4 and zlib.crc32(content[:-4]).to_bytes(4, "big") == content[-4:]
-
-
-def _clear(cache: Path) -> None:
-    """Delete the files of a cache, and nothing else that lies there."""
-    names = [file.name for file in cache.iterdir()] if cache.is_dir() else []
-    discard_files(cache, [*(name for name in names if re.fullmatch(r"\d{5,}\.npy|\.\d{5,}\.tmp\.npy", name)), CONTENT])
-
-
-def _content_of(cache: Path) -> Any:
-    """What a cache says it holds; None if it does not say, and then it is computed again."""
-    try:
-        return read_json(cache / CONTENT, "") if (cache / CONTENT).exists() else None
-    except UserError:
-        return None
-
-
-def _fingerprint(source: Source, files: ImageFiles) -> str:
-    """A digest of what the features depend on: the encoder, its weights and code, how images are shown, and each
-    image's path, size and date."""
-    encoder = source.encoder
-    here = Path(__file__).parent
+def feature_kind(source: Source, files: ImageFiles) -> str:
+    """A name for all that features depend on besides the image: the encoder, its weights and code, how images are
+    shown, and the kind of device, whose arithmetic may differ in the last digits."""
+    encoder, here = source.encoder, Path(__file__).parent
     code = digest_of_files([Path(__file__), here / "images.py", *sorted((here / "encoders").glob("*.py"))], here)
-    about = f"{encoder.spec} {encoder.image_size} {encoder.weights_digest} {encoder.precision} {code}"
-    about += f" {encoder.strides} {source.images} {files.resize} {json.dumps(dict(files.white), sort_keys=True)}"
-    digest = hashlib.sha256(about.encode())
-    for path in files.paths:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): put it back, or --overwrite the run") from None
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    about = f"{encoder.image_size} {files.resize} {json.dumps(dict(files.white), sort_keys=True)} {code}"
+    if source.images:
+        name = "images"
+    else:
+        name = encoder.spec.name
+        about += f" {encoder.spec} {encoder.strides} {encoder.weights_digest} {encoder.precision}"
+        about += f" {jax.devices()[0].device_kind} {jax.__version__}"
+    return f"{name}-{encoder.image_size}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import stat
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
@@ -62,12 +63,15 @@ def atomic(path: Path | str, write: Callable[[Path], Any], by_any_process: bool 
     """Let `write(temporary_path)` make a file, then rename it to `path`. A refusal raises a UserError, see `writing`.
 
     The temporary name keeps the ending, because image writers choose the format by it. It is the same each time, so the
-    next call overwrites what a killed program has left. by_any_process: written even if this is not process 0.
+    next call overwrites what a killed program has left. by_any_process: written even if this is not process 0, and
+    under a temporary name of this call's own, since other commands may write the same file.
     """
     if not (by_any_process or is_writer()):
         return
     path = Path(path)
     temporary = temporary_of(path)
+    if by_any_process:
+        temporary = temporary.with_stem(f"{temporary.stem}-{uuid.uuid4().hex}")
     with writing(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -50,6 +50,7 @@ class ImageFiles:
     paths: tuple[Path, ...]
     white: Mapping[str, int] = field(default_factory=dict)
     resize: int | None = None  # side of the square of which the centre is shown
+    digests: tuple[str, ...] = ()  # SHA-256 of the files, where features are looked up by them
 
 
 def load_image(

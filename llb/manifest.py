@@ -63,6 +63,17 @@ def write_manifest(folder: Path, dataset: Dataset) -> None:
         write_csv(folder / IMAGES_FILE, COLUMNS, [[path, *states[path]] for path in paths])
 
 
+def image_digests(folder: Path, root: Path, paths: Sequence[str]) -> tuple[str, ...]:
+    """The SHA-256 of images, from images.csv. A UserError is raised if one has changed in this moment, or if this is
+    one of several processes, and sees other files than process 0."""
+    states = read_manifest(folder)
+    for path in paths:
+        status = os.stat(root / path)
+        if (status.st_size, status.st_mtime_ns) != states[path][:2]:
+            raise UserError(f"{root / path} is not the file that {folder / IMAGES_FILE} lists: share the images")
+    return tuple(states[path][2] for path in paths)
+
+
 def check_manifest(run: Path, datasets: Sequence[Dataset], verify: bool, command: str) -> None:
     """Raise a UserError that names what was replaced, added or removed in any category since stage 1.
 

@@ -3,7 +3,7 @@
     python stage1_partition.py … --coordinator HOST:PORT --processes 2 --process-id 0    and elsewhere --process-id 1
     srun python stage1_partition.py …                                                    Slurm (or mpirun) sets all
 
-All processes run the same script on the same data and write into the same RUN, which all of them see:
+All processes run the same script on the same data and write into the same RUN and cache, which all of them see:
 
     features   each computes every P-th shard of the cache            nothing is sent
     training   each holds its own sub-models (llb.placement)          nothing, except "save now?", one bit a step
@@ -81,9 +81,12 @@ def process_0_first(name: str) -> Iterator[None]:
             wait(name)
 
 
-def agreed(value: bool) -> bool:
-    """Process 0's value, in all processes: for what may differ by the clock or by the machine."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
+def agreed(value):
+    """Process 0's value, in all processes: for what may differ by the clock or by the machine.
+
+    value: bool, or an array that has the same shape in all.
+    """
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
 
 def gathered(tree):

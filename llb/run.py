@@ -2,7 +2,6 @@
 
 RUN/config.json          every setting, versions, device, seed, git commit, digest of the sources
 RUN/<category>/…         tables (llb.tables), images.csv (llb.manifest), pictures and checkpoints
-RUN/cache/               features, and the demo set; may be deleted
 """
 
 import dataclasses
@@ -17,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from llb.checkpoint import CheckpointFolder, paths_digest
-from llb.config import Stage1, Stage2
+from llb.config import Evaluate, Stage1, Stage2
 from llb.console import say
 from llb.data import Dataset, load_category
-from llb.demo import write_demo
+from llb.demo import demo_in
 from llb.encoders import Encoder, load_encoder
 from llb.files import UserError, check_writable, digest_of_files, is_writer, typed
 from llb.flags import influential, typed_flags
@@ -36,14 +35,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("stage1_partition.py", "stage2_train.py", "evaluate.py")
 
 
-def demo_or_given_root(run: Path, data: str | None) -> Path:
-    """The folder of the images: --data, or without it the demo set, which is drawn into the run's cache once."""
+def demo_or_given_root(cache: Path, data: str | None) -> Path:
+    """The folder of the images: --data, or without it the demo set, which is drawn into the cache once for all runs."""
     if data is not None:
         return Path(os.path.abspath(data))
-    demo = run / "cache" / "demo"
     with process_0_first("demo set"):
-        write_demo(demo)
-    return demo
+        return demo_in(cache)
 
 
 # ---- stage 1 begins a run ----
@@ -51,35 +48,36 @@ def demo_or_given_root(run: Path, data: str | None) -> Path:
 
 def place_run(settings: Stage1) -> Path:
     """Make the folder of a run. One that holds something else, or overlaps the images', is refused as it is."""
-    run = Path(settings.out)
+    run, cache = Path(settings.out), Path(settings.cache)
     if settings.data is not None:
-        check_apart(run, settings.data)
+        if not _is_within(Path(os.path.realpath(settings.data)), cache / "demo"):  # whose pictures are images
+            check_apart("--out", run, settings.data)
+            check_apart("--cache", cache, settings.data)
     elif settings.layout is not None:
         raise UserError(f"--layout {settings.layout} says how --data is read: give --data too, or leave it out")
-    make_run_folder(run)
+    make_run_folder(run, cache)
     if os.path.lexists(run / "config.json"):
         own_config(run, f"--out {run}")
     return run
 
 
 @process_0_first("folder of the run")
-def make_run_folder(run: Path) -> None:
+def make_run_folder(run: Path, cache: Path) -> None:
     """Make the folder of the run. A folder that holds something else is refused and stays as it is."""
     names = check_writable(run)
     # dot-files come from killed runs or from file managers
-    strangers = [name for name in names if name not in ("cache", "quarantine.csv") and not name.startswith(".")]
+    strangers = [name for name in names if name != "quarantine.csv" and not name.startswith(".")]
+    strangers = [name for name in strangers if not _is_within(cache, run / name)]
     if strangers and not (run / "config.json").exists():
         raise UserError(f"--out {run} holds other files ({strangers[0]}): give a new or empty folder")
 
 
-def check_apart(run: Path, data: str) -> None:
-    """Raise a UserError if the run is, or lies in or around, the folder of the images: its pictures are no images."""
-    out, root = Path(os.path.realpath(run)), Path(os.path.realpath(data))
-    if root.is_relative_to(out / "cache" / "demo"):
-        return
+def check_apart(flag: str, folder: Path, data: str) -> None:
+    """Raise a UserError if a folder that llb writes to is, or lies in or around, the folder of the images."""
+    out, root = Path(os.path.realpath(folder)), Path(os.path.realpath(data))
     if _is_within(out, root) or _is_within(root, out):
         where = "inside" if not _is_within(root, out) else "around" if not _is_within(out, root) else "equal to"
-        raise UserError(f"--out {run} is {where} --data {data}: give a folder that is apart from the images")
+        raise UserError(f"{flag} {folder} is {where} --data {data}: give a folder that is apart from the images")
 
 
 def _is_within(inner: Path, outer: Path) -> bool:
@@ -190,18 +188,18 @@ def run_encoder(run: Path, config: dict[str, Any]) -> Encoder:
     return encoder
 
 
-def load_datasets(run: Path, config: dict[str, Any], verify: bool) -> list[Dataset]:
+def load_datasets(run: Path, config: dict[str, Any], settings: Stage2 | Evaluate) -> list[Dataset]:
     """The categories as stage 1 saw them. Images that are not there, or others, raise a UserError."""
     data = data_of(config)
     check_there(run, config, "its images", data)
-    settings, command = (config["noise_ratio"], config["seed"], config["noise_pool"]), stage1_command(run, config)
+    noise, command = (config["noise_ratio"], config["seed"], config["noise_pool"]), stage1_command(run, config)
     try:
-        root = read_root(demo_or_given_root(run, data), config["layout"] if data else None)
-        datasets = as_shown([load_category(root, name, *settings) for name in config["categories"]], config)
+        root = read_root(demo_or_given_root(Path(settings.cache), data), config["layout"] if data else None)
+        datasets = as_shown([load_category(root, name, *noise) for name in config["categories"]], config)
     except UserError as error:
         problem = f"--run {run}: its images cannot be read as stage 1 read them ({error})"
         raise UserError(f"{problem}; put the old files back, or begin again: {command} --overwrite") from None
-    check_manifest(run, datasets, verify, command)
+    check_manifest(run, datasets, settings.verify, command)
     return datasets
 
 

@@ -17,6 +17,7 @@ from llb.encoders.specs import Spec
 from llb.features import Features, Source, cached_features, make_source, streamed_features
 from llb.files import UserError
 from llb.images import ImageFiles
+from llb.manifest import image_digests
 from llb.protocols import PROTOCOLS
 from llb.train import check_memory
 
@@ -74,10 +75,11 @@ def check_detector(setup: Setup) -> None:
 
 
 def load_features(stage: Stage, dataset: Dataset, part: str) -> Features:
-    """Features of a category's "train" or "test" images: from RUN/cache, or with --no-cache computed each time."""
-    paths = tuple(dataset.root / record.path for record in getattr(dataset, part))
-    files = ImageFiles(paths, dataset.white, dataset.resize)
-    if stage.settings.no_cache:
+    """Features of a category's "train" or "test" images: from the cache, or with --no-cache computed each time."""
+    settings, names = stage.settings, [record.path for record in getattr(dataset, part)]
+    files = ImageFiles(tuple(dataset.root / name for name in names), dataset.white, dataset.resize)
+    if settings.no_cache:
         return streamed_features(stage.source, files)
-    folder = stage.run / "cache" / dataset.category / "-".join(filter(None, (part, stage.source.name)))
-    return cached_features(stage.source, files, folder, stage.settings.cache_gib, f"{dataset.category}, {part}")
+    files = dataclasses.replace(files, digests=image_digests(stage.run / dataset.category, dataset.root, names))
+    cache, title = Path(settings.cache), f"{dataset.category}, {part}"
+    return cached_features(stage.source, files, cache, settings.cache_gib, settings.cache_limit, title)

@@ -19,7 +19,17 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 3)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the three scripts, also when only `pytest` is typed
 
-from helpers import TILE, draw_mvtec, succeed  # noqa: E402
+from helpers import ROOT, TILE, draw_mvtec, succeed  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere():
+    """The scripts' defaults, runs/demo and runs/cache, lie in a folder of the suite, which all its processes share."""
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "work"
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    yield
+    os.chdir(ROOT)
 
 
 @pytest.fixture(scope="session")

@@ -195,7 +195,7 @@ def delete(file: Path, draws: random.Random) -> None:
 
 HARMS = {"flipped bit": flip, "half a file": cut, "missing file": delete}
 SCENES = {  # what is damaged → the state of the run, the files, the commands that read them
-    "cache": (SCRIPTS[0], "cache/tile/train/*", SCRIPTS[1:]),
+    "cache": (SCRIPTS[0], "cache/features/*/*", SCRIPTS[1:]),
     "checkpoint of a detector": (SCRIPTS[1], "tile/stage2-purified/**/*", SCRIPTS[2:]),
     "checkpoint of the sub-models": ("scored", "tile/stage1/**/*", SCRIPTS),
     "checkpoint in a training": ("trained", "tile/stage1/**/*", SCRIPTS),

@@ -37,6 +37,8 @@ CASES = {
     "--out inside --data": ("--data .. --out runs/inside", "is inside --data"),
     "--out inside --data by a link": ("--data link --out good/run", "is inside --data"),
     "--out around --data": ("--out .", "is around --data"),
+    "--cache inside --data": ("--cache good/cache", "--cache good/cache is inside --data"),
+    "--cache around --data": ("--cache .", "--cache . is around --data"),
     "--layout of the demo set": ("--layout mvtec", "give --data too"),
     "a run that is a file": ("--out file", "--out file cannot be written"),
     "unknown flag": ("--epochs 3", "--epochs"),

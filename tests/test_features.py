@@ -1,6 +1,8 @@
 """Features in memory, in shards on the disk, or computed each time are the same, and belong to the images asked for."""
 
 import dataclasses
+import hashlib
+import os
 from types import SimpleNamespace
 
 import jax
@@ -8,14 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import llb.cache
 import llb.features
 from llb import processes
+from llb.cache import make_room
 from llb.encoders import load_encoder
 from llb.features import Source, cached_features, make_encode, make_source, normalise, streamed_features
 from llb.files import UserError
 from llb.images import ImageFiles
 
-TOY = SimpleNamespace(spec="", feature_shape=(2, 5, 4), image_size=8, weights_digest="", precision="", strides=())
+TOY = SimpleNamespace(
+    spec=SimpleNamespace(name="toy"), feature_shape=(2, 5, 4), image_size=8, weights_digest="", precision="", strides=()
+)
 SOME = np.array([[6, 0, 3], [3, 5, 2]])
 
 
@@ -43,9 +49,22 @@ def paths(tmp_path, monkeypatch):
     return files
 
 
-def cached(paths, encode, memory_gib=1.0, encoder=TOY, white=None):
-    files = ImageFiles(tuple(paths), white or {})
-    return cached_features(Source(encoder, encode), files, paths[0].parent / "cache", memory_gib, "test")
+def files_of(paths, white=None):
+    digests = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    return ImageFiles(tuple(paths), white or {}, digests=digests)
+
+
+def cached(paths, encode, memory_gib=1.0, encoder=TOY, limit_gib=1.0, white=None):
+    """In the cache beside the images."""
+    cache = paths[0].parent / "cache"
+    return cached_features(Source(encoder, encode), files_of(paths, white), cache, memory_gib, limit_gib, "test")
+
+
+def shards(paths):
+    """The shards of the cache, those of the first images first."""
+    return sorted(
+        (paths[0].parent / "cache").glob(f"features/toy-8-*/{32 * '?'}.npy"), key=lambda file: np.load(file).flat[0]
+    )
 
 
 def brightness(given) -> list:
@@ -75,7 +94,7 @@ def test_an_interrupted_computation_continues_with_the_next_shard(paths):
 
 def test_a_damaged_shard_alone_is_computed_again(paths, capsys):
     cached(paths, Encode())
-    shard = paths[0].parent / "cache" / "00001.npy"
+    shard = shards(paths)[1]
     whole = shard.read_bytes()
     for at in (3, 100, len(whole) - 9, len(whole) - 1):  # in NumPy's header, in the values, in the checksum
         shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
@@ -89,19 +108,54 @@ def test_a_damaged_shard_alone_is_computed_again(paths, capsys):
         assert brightness(cached(paths, encode)) == SOME.tolist() and encode == [2, 3]
 
 
-def test_features_of_another_encoder_or_of_changed_images_are_not_used(paths):
-    cached(paths, Encode())
-    strangers = [paths[0].parent / "cache" / name for name in ("notes.txt", "photo.npy", "1.npy")]
-    for file in strangers:
-        file.touch()
-    other, changed = Encode(), Encode()
-    cached(paths, other, white={"integer": 4095})
-    assert other == list(range(7)) and all(file.exists() for file in strangers)
-    cached(paths, other, encoder=SimpleNamespace(**vars(TOY) | {"weights_digest": "x"}))
-    assert other == 2 * list(range(7))
+def test_features_belong_to_contents_so_other_names_orders_and_lists_encode_only_what_is_new(paths):
+    cached(paths[:5], Encode())
+    twin, encode = paths[0].with_name("twin.png"), Encode()
+    paths[2].rename(twin)
+    order = [paths[6], twin, paths[0], paths[0]]
+    for memory_gib in (1.0, 0.0):
+        given = cached(order, encode, memory_gib).fetch(np.arange(4))
+        assert given[:, 0, 0, 0].tolist() == [6, 2, 0, 0] and encode == [6]
     Image.fromarray(np.full((8, 9, 3), 50, np.uint8)).save(paths[3])
-    fetch = cached(paths, changed).fetch
-    assert changed == [0, 1, 2, 50, 4, 5, 6] and fetch(np.array([3]))[0, 0, 0, 0] == 50
+    given, changed = cached([*paths[:2], twin, *paths[3:]], changed := Encode()), changed
+    assert brightness(given) == [[6, 0, 50], [50, 5, 2]] and changed == [50, 5]
+
+
+def test_features_of_another_encoder_or_other_settings_are_not_used(paths):
+    cached(paths, Encode())
+    other = Encode()
+    cached(paths, other, white={"integer": 4095})
+    assert other == list(range(7))
+    cached(paths, other, encoder=SimpleNamespace(**vars(TOY) | {"weights_digest": "x"}))
+    assert other == 2 * list(range(7)) and len(shards(paths)) == 12
+
+
+def test_the_shards_used_longest_ago_make_room_and_nothing_else_is_deleted(paths, monkeypatch):
+    cached(paths[:6], Encode())
+    first, second, third = shards(paths)
+    strangers = [first.with_name(name) for name in ("notes.txt", "photo.npy", "0" * 32 + ".txt")]
+    remains = first.with_name(f".{first.stem}.tmp-{'0' * 32}.npy")  # of a killed command
+    for file in (*strangers, remains):
+        file.write_bytes(bytes(300))
+    for age, file in enumerate((second, remains, first, third, *strangers)):  # the first is the oldest
+        os.utime(file, (age, age))
+    size, cache = first.stat().st_size, paths[0].parent / "cache"
+    assert not make_room(cache, 10**18, 0) and len(shards(paths)) == 3  # no deletion would be enough
+    assert make_room(cache, size, 4 * size) and shards(paths) == [first, third]
+    assert make_room(cache, 0, 2 * size + 300) and remains.exists()
+    encode = Encode()
+    assert brightness(cached(paths, encode, limit_gib=0.0)) == SOME.tolist() and encode == [2, 3, 6]
+    assert first.exists() and third.exists() and not remains.exists() and all(file.exists() for file in strangers)
+
+
+@pytest.mark.parametrize("memory_gib", (1.0, 0.0))
+def test_shards_that_another_command_deletes_meanwhile_are_encoded_again(paths, monkeypatch, memory_gib):
+    monkeypatch.setattr(
+        llb.features, "load_shard", lambda shard, load=llb.cache.load_shard: shard.unlink() or load(shard)
+    )
+    encode = Encode()
+    assert brightness(cached(paths, encode, memory_gib)) == SOME.tolist()
+    assert set(encode[7:]) == (set(range(7)) if memory_gib else {0, 2, 3, 5, 6})
 
 
 def test_features_that_no_disk_can_hold_are_computed_each_time(paths, capsys):
@@ -110,26 +164,24 @@ def test_features_that_no_disk_can_hold_are_computed_each_time(paths, capsys):
     assert "computed each time" in capsys.readouterr().out and not encode
 
 
-def test_several_processes_compute_every_shard_once_and_one_with_other_images_deletes_none(paths, monkeypatch):
-    """Shards are dealt by number, so it does not matter that process 1 begins when process 0 has done its part."""
+def test_several_processes_compute_every_shard_once_as_process_0_deals_them(paths, monkeypatch):
+    """Process 1 begins when process 0 has done its part, and hears what process 0 had missed."""
+    heard = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(processes, "wait", lambda name: None)
-    monkeypatch.setattr(processes, "agreed", bool)
+    monkeypatch.setattr(processes, "agreed", lambda value: heard.append(value) or value)
     first, second = Encode(), Encode()
-    with pytest.raises(FileNotFoundError):  # nothing waits here for the shards of process 1
-        cached(paths, first)
+    cached(paths, first, 0.0)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes, "agreed", lambda value: heard.pop(0))
     given = cached(paths, second)
     assert (first, second) == ([0, 1, 4, 5], [2, 3, 6]) and brightness(given) == SOME.tolist()
-    monkeypatch.setattr(llb.features, "is_writer", lambda: False)
-    with pytest.raises(UserError, match="other images"):
-        cached(paths[:-1], Encode())
-    assert len(list((paths[0].parent / "cache").glob("*.npy"))) == 4
+    assert len(shards(paths)) == 4
 
 
 def test_a_detector_that_gets_images_gets_them_unchanged_with_the_encoders_parameters(paths):
     source = make_source(SimpleNamespace(**vars(TOY) | {"params": "frozen"}), images=True)
-    given = cached_features(source, ImageFiles(tuple(paths)), paths[0].parent / "cache", 1.0, "test")
+    given = cached_features(source, files_of(paths), paths[0].parent / "cache", 1.0, 1.0, "test")
     images = given.fetch(SOME)
     assert images.dtype == np.uint8 and images.shape == (2, 3, 8, 8, 3) and given.frozen == "frozen"
     np.testing.assert_array_equal(images[..., 0, 0, 0], SOME)

@@ -15,6 +15,7 @@ TALK = """
 import json, sys, time
 from pathlib import Path
 from types import SimpleNamespace
+import numpy as np
 from llb.console import say
 from llb.files import atomic, discard, is_writer, write_text
 from llb.processes import agreed, join, joined, part_of, process_0_first
@@ -28,7 +29,8 @@ with process_0_first("block"):
 discard(folder / f"kept {number}")
 say(f"line of {number}")
 together = {count: joined(10 * part_of(count), count).tolist() for count in (1, 4, 5)}
-facts = json.dumps([seen, is_writer(), agreed(number == 0), together])
+same = [bool(agreed(number == 0)), agreed(np.arange(2) == number).tolist()]
+facts = json.dumps([seen, is_writer(), same, together])
 atomic(folder / f"facts {number}", lambda file: file.write_text(facts), by_any_process=True)
 """
 
@@ -50,17 +52,23 @@ def test_process_0_writes_and_prints_and_both_join_their_parts(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"text 0", "kept 1", "facts 0", "facts 1"}
     together = {str(count): [10 * i for i in range(count)] for count in (1, 4, 5)}
     for number in range(2):
-        assert json.loads((tmp_path / f"facts {number}").read_text()) == [number == 1, number == 0, True, together]
+        assert json.loads((tmp_path / f"facts {number}").read_text()) == [
+            number == 1,
+            number == 0,
+            [True, [True, False]],
+            together,
+        ]
 
 
 @pytest.mark.slow
 def test_two_processes_with_two_devices_each_give_the_results_of_one(finished, data, tmp_path):
     """K = 3 on four devices, then K = 1 in stage 2: the other devices train copies."""
-    first, second = in_two_processes(ROOT / "stage1_partition.py", "--data", data, "--out", tmp_path, *TILE)
+    cache = ("--cache", tmp_path / "cache")
+    first, second = in_two_processes(ROOT / "stage1_partition.py", "--data", data, "--out", tmp_path, *TILE, *cache)
     assert "seen as 4 devices, in 2 processes" in first.stdout
     assert "device" not in second.stdout and "tile" not in second.stdout and "Traceback" not in second.stderr
     assert contents(tmp_path).items() <= contents(finished).items()
-    in_two_processes(ROOT / "stage2_train.py", "--run", tmp_path, "--steps", 3)
+    in_two_processes(ROOT / "stage2_train.py", "--run", tmp_path, "--steps", 3, *cache)
     succeed("evaluate", "--run", tmp_path)
     tables = [rows_of(run / "tile" / "predictions-purified.csv") for run in (tmp_path, finished)]
     for both, one in zip(*tables):

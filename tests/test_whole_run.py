@@ -87,12 +87,14 @@ def test_a_plain_folder_is_scored_whole_without_metrics(tmp_path):
     run = tmp_path / "run"
     for i in range(6):
         draw(tmp_path / "parts" / "deep" / f"{i}.png", i)
-    succeed("stage1_partition", "--data", tmp_path / "parts", "--out", run, *SMALL)
-    cached = dates(run / "cache")
-    assert "already computed" in succeed("stage2_train", "--run", run, "--steps", 3)
+    cache = ("--cache", tmp_path / "cache")
+    assert "6 to compute" in succeed("stage1_partition", "--data", tmp_path / "parts", "--out", run, *SMALL, *cache)
+    (shard,) = (tmp_path / "cache").glob("features/tiny-32-*/*.npy")
+    written = shard.stat().st_ino
+    assert "already computed" in succeed("stage2_train", "--run", run, "--steps", 3, *cache)
     note = "there is no test set: the training images are scored, the dropped ones too"
-    assert f"parts: {note}" in succeed("evaluate", "--run", run) and note in (run / "report.html").read_text()
-    assert dates(run / "cache") == cached
+    assert f"parts: {note}" in succeed("evaluate", "--run", run, *cache) and note in (run / "report.html").read_text()
+    assert shard.stat().st_ino == written and not (run / "cache").exists()
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["parts"]["purified"].values()) == {None}
     assert [row["label"] for row in rows_of(run / "parts" / "predictions-purified.csv")] == [""] * 6
@@ -100,8 +102,9 @@ def test_a_plain_folder_is_scored_whole_without_metrics(tmp_path):
 
 @pytest.mark.slow
 def test_without_the_cache_the_results_are_the_same(finished, data, tmp_path):
-    succeed("stage1_partition", "--data", data, "--out", tmp_path, "--no-cache", *TILE)
-    assert not (tmp_path / "cache").exists() and (tmp_path / "tile" / "purified.txt").exists()
+    cache = tmp_path / "cache"
+    succeed("stage1_partition", "--data", data, "--out", tmp_path, "--no-cache", "--cache", cache, *TILE)
+    assert not cache.exists() and (tmp_path / "tile" / "purified.txt").exists()
     assert contents(tmp_path).items() <= contents(finished).items()
 
 

@@ -1,6 +1,7 @@
 """Shared by all parts of the benchmark: sizes, turns, counted multiply-adds, drawn inputs, facts on the machine."""
 
 import datetime
+import hashlib
 import os
 import platform
 import statistics
@@ -228,7 +229,8 @@ class Stage:
 
     @property
     def files(self) -> ImageFiles:
-        return ImageFiles(tuple(self.paths))
+        names = (hashlib.sha256(bytes(path)).hexdigest() for path in self.paths)  # for a cache of this command alone
+        return ImageFiles(tuple(self.paths), digests=tuple(names))
 
 
 def prepare(sizes: Sizes, encoder: Encoder, paths: list[Path]) -> Stage:

@@ -239,7 +239,7 @@ def whole(stage: Stage, params: dict, folder: Path) -> dict[str, float]:
     score_all(params, stage.setup, streamed_features(stage.source, stage.files), 1, "  compiling")
     submodels = Submodels(stage.subsets, submodel_keys(jax.random.key(0), len(stage.subsets)))
     clock = [time.perf_counter()]
-    features = cached_features(stage.source, stage.files, folder / "features", 64.0, "  features")
+    features = cached_features(stage.source, stage.files, folder / "cache", 64.0, 64.0, "  features")
     clock.append(time.perf_counter())
     params = train(stage.setup, features, submodels, CheckpointFolder(folder / "training", "bench"), "  training")
     clock.append(time.perf_counter())

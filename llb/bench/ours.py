@@ -31,7 +31,7 @@ def stage1_ways(stage: Stage, folder: Path) -> dict[str, Way]:
 
     def features() -> None:
         cache = folder / f"features{next(numbers)}"
-        latest["features"] = cached_features(stage.source, stage.files, cache, MEMORY_GIB, "  features")
+        latest["features"] = cached_features(stage.source, stage.files, cache, MEMORY_GIB, MEMORY_GIB, "  features")
 
     def training_steps() -> None:
         at = CheckpointFolder(folder / f"training{next(numbers)}", "bench")

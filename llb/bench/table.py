@@ -27,7 +27,7 @@ from llb.defaults import resolve, resolve_final, with_sizes
 from llb.demo import write_demo
 from llb.device import start_jax
 from llb.encoders import Encoder, load_encoder
-from llb.features import Features, streamed_features
+from llb.features import Features, feature_kind, streamed_features
 from llb.fit import learn
 from llb.flags import flag, parse_flags
 from llb.images import ImageFiles
@@ -156,7 +156,7 @@ def final_metrics(
 def shared_features(stage: Stage, dataset: Dataset, part: str, known: dict) -> Features:
     """Features of a part; what another row has needed is not encoded again."""
     source, records = stage.source, getattr(dataset, part)
-    kind = (source.name, stage.setup.image_size, dataset.resize)
+    kind = feature_kind(source, ImageFiles((), dataset.white, dataset.resize))
     files = [dataset.root / record.path for record in records]
     missing = tuple(file for file in files if (file, kind) not in known)
     fresh = streamed_features(source, ImageFiles(missing, dataset.white, dataset.resize))

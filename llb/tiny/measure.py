@@ -103,7 +103,7 @@ def list_sets(settings: Measure) -> list[Set]:
         return [*data, *noise, "--encoder", "tiny", "--steps", str(settings.steps), "--batch-size", str(DEMO_BATCH)]
 
     if settings.only in (None, "demo"):
-        root = demo_or_given_root(out, None)
+        root = demo_or_given_root(out / "cache", None)
         sets.append(Set("demo", root, choose_categories(root, None), NOISE_RATIO))
     if settings.only in (None, "held-out"):
         root = out / "heldout"

@@ -85,7 +85,7 @@ def main() -> None:
     settings = parse_flags(Probe)
     say(start_jax())
     check_writable(Path(settings.out))
-    root = demo_or_given_root(Path(settings.out), settings.data)
+    root = demo_or_given_root(Path(settings.out) / "cache", settings.data)
     category = one_category(root, settings.category)
     images = load_images(root, category, settings.noise_ratio, settings.seed)
     if settings.neighbour >= len(images.train):
