@@ -1,6 +1,7 @@
 """The demo set follows from its seed, has the layout and the numbers that it claims, and masks that fit its defects."""
 
 import hashlib
+import os
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 import llb.demo as demo_module
 from llb.data import categories, load_category
-from llb.demo import COUNTS, FAULTY, KINDS, MARKER, NORMAL, SIDE, VISIBLE, draw, write_demo, write_set
+from llb.demo import COUNTS, FAULTY, KINDS, MARKER, NORMAL, SIDE, VISIBLE, demo_in, draw, write_demo, write_set
 from llb.files import typed
 from llb.layouts import read_root
 from llb.masks import load_mask
@@ -125,3 +126,18 @@ def test_the_command_draws_the_asked_share_of_recurring_defects_and_spares_other
     assert "--out" in refuse("llb.demo", "--out", tmp_path / "mine") and files_of(tmp_path / "mine") == {
         "part/note": b""
     }
+
+
+def test_the_set_in_the_cache_is_drawn_once_and_appears_whole_even_if_another_command_is_faster(tmp_path, monkeypatch):
+    def write(folder):
+        for place in (folder, folder.with_name(folder.name[1:17]))[: 1 + faster]:
+            place.mkdir(parents=True)
+            (place / "image.png").write_text(place.name[0])
+
+    for faster in (False, True):
+        cache = tmp_path / str(faster)
+        monkeypatch.setattr(demo_module, "write_demo", write)
+        folder = demo_in(cache)
+        assert (folder / "image.png").read_text() == (folder.name[0] if faster else ".")
+        monkeypatch.setattr(demo_module, "write_demo", None)  # not called again
+        assert demo_in(cache) == folder and os.listdir(cache / "demo") == [folder.name]

@@ -3,6 +3,9 @@
 import dataclasses
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 from types import SimpleNamespace
 
 import jax
@@ -162,6 +165,15 @@ def test_features_that_no_disk_can_hold_are_computed_each_time(paths, capsys):
     encode = Encode()
     cached(paths, encode, encoder=SimpleNamespace(**vars(TOY) | {"feature_shape": (2, 10**15, 4)}))
     assert "computed each time" in capsys.readouterr().out and not encode
+
+
+def test_two_commands_may_compute_the_same_shards_at_once(paths, monkeypatch):
+    both = Barrier(2)  # each has written its file before one of them is renamed
+    monkeypatch.setattr(os, "fsync", lambda file: both.wait(30))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(partial(cached, paths), (Encode(), Encode()))
+    assert brightness(first) == brightness(second) == SOME.tolist()
+    assert len(list(shards(paths)[0].parent.iterdir())) == 4
 
 
 def test_several_processes_compute_every_shard_once_as_process_0_deals_them(paths, monkeypatch):

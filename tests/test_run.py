@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from helpers import LATER, TILE, child, draw, draw_mvtec, refuse, rows_of, succeed
 
-from llb.config import Stage2
+from llb.config import Stage1, Stage2
 from llb.data import Dataset
 from llb.files import UserError, atomic, write_csv, write_text
 from llb.layouts import Record
 from llb.lock import hold, turn
-from llb.manifest import clear_run, clear_stage2
+from llb.manifest import clear_run, clear_stage2, image_digests
+from llb.run import place_run
 from llb.runfiles import VERSION, write_config
 from llb.tables import choose_images, read_purified
 from stage2_train import lists_to_train_on
@@ -195,6 +196,27 @@ def test_a_run_finds_its_images_and_no_others_of_that_name(moved, tmp_path, monk
     (tmp_path / "gone").rename(tmp_path / "new")
     assert "is finished" in succeed("stage1_partition", "--data", "new", "--out", "run", *TILE)
     assert "purified is evaluated" in succeed("evaluate", "--run", run)
+
+
+def test_a_file_that_is_not_as_the_run_lists_it_is_not_looked_up_in_the_cache(moved):
+    run, root = moved
+    rows = rows_of(run / "tile" / "images.csv")
+    paths = [row["path"] for row in rows]
+    for path, row in zip(paths, rows):
+        os.utime(root / path, ns=(0, int(row["modified_ns"])))
+    assert list(image_digests(run / "tile", root, paths)) == [row["sha256"] for row in rows]
+    os.utime(root / paths[2])
+    with pytest.raises(UserError, match=f"{paths[2]} is not the file that"):
+        image_digests(run / "tile", root, paths)
+
+
+def test_images_of_the_caches_demo_set_may_be_given_as_data(tmp_path):
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    for data in ("demo", "demo/set"):
+        (cache / data).mkdir(parents=True)
+        assert place_run(Stage1(data=str(cache / data), out=str(run), cache=str(cache))) == run
+    with pytest.raises(UserError, match="--cache .* is around --data"):
+        place_run(Stage1(data=str(cache / "features"), out=str(run), cache=str(cache)))
 
 
 def test_an_edited_list_may_come_from_windows_and_clean_needs_a_normal_image(tmp_path):
