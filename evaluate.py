@@ -8,7 +8,7 @@ Evaluates every detector that stage 2 has finished for all categories (--train-o
 table. A plain folder has no test set: all its images are scored, the dropped ones too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from llb import tables
 from llb.checkpoint import Params, check_finished, open_checkpoints, restore_params
 from llb.config import Evaluate
 from llb.console import run_script, say
-from llb.data import Dataset
+from llb.data import Dataset, Record
 from llb.detectors import DETECTORS
 from llb.device import start_jax
-from llb.features import Features
-from llb.files import UserError, atomic, discard_files, write_json
+from llb.files import UserError, discard_files, write_json
 from llb.flags import parse_flags
 from llb.images import load_image
 from llb.lock import hold
@@ -39,16 +38,16 @@ from llb.metrics import (
     sample_auroc,
 )
 from llb.new_images import check_flags, score_images
-from llb.pictures import contact_sheet
 from llb.protocols import PROTOCOLS, mask_rule
 from llb.purify import combine
 from llb.report import write_report
 from llb.run import final_checkpoints, find_run, finished_detectors, load_datasets, read_run, run_encoder, steps_in
 from llb.score import heat_maps, score
 from llb.stage import Stage, load_features, make_stage
-from llb.threshold import threshold_facts
+from llb.threshold import by_kind, threshold_facts
+from llb.tiles import shown_tests, small, tiles_file, united, write_tiles
+from llb.times import timed
 
-EXAMPLES = 24  # images on the sheet of test examples
 PIXEL_ERROR = 1e-5  # a larger error of the pixel metrics is reported
 
 
@@ -95,7 +94,8 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
                 continue
             rule = mask_rule(PROTOCOLS.get(config["protocol"]), config["resize"])
             normal = partial(purified_scores, stage, dataset, lists[name], config)
-            values = evaluate(stage, dataset, rule, normal)
+            with timed(run, name, f"evaluation, {final}", anew=True):
+                values = evaluate(stage, dataset, rule, normal)
             # written after each detector: an interrupted evaluation continues with the next one
             metrics = tables.read_metrics(run)
             metrics.setdefault(name, {})[final] = values
@@ -119,7 +119,7 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
 def evaluate(
     stage: Stage, dataset: Dataset, rule: MaskRule, normal: Callable[[Params], np.ndarray | None]
 ) -> dict[str, float | None]:
-    """Maps, scores and metrics of one final detector on one category. Writes predictions, threshold, examples, maps.
+    """Maps, scores and metrics of one final detector on one category. Writes its tables, tiles and maps.
 
     normal: `purified_scores`, which wants only the detector.
     """
@@ -160,8 +160,11 @@ def evaluate(
         say(f"{name}: so many scores are nearly equal that pixel metrics on {final} may be off by {error:.1g}")
 
     # ---- write ----
-    tables.write_threshold(folder, final, threshold_facts(normal(params), labels, scores))
-    write_examples(stage, dataset, part, scores, params, features)
+    facts = threshold_facts(normal(params), labels, scores)
+    tables.write_threshold(folder, final, facts)
+    tables.write_kinds(folder, final, by_kind([r.kind for r in records], labels, scores, facts["threshold"]))
+    shown = united(shown_tests(scores, labels, facts["threshold"]))
+    write_test_tiles(stage, dataset, records, heat_maps(params, stage.setup, features, shown, "examples"))
     if stage.settings.save_maps:
         replace_maps(unfinished, maps_folder, records)
     tables.write_predictions(folder, final, records, scores)
@@ -198,21 +201,17 @@ def say_once(line: str) -> None:
     say(line)
 
 
-def write_examples(
-    stage: Stage, dataset: Dataset, part: str, scores: np.ndarray, params: Params, features: Features
+def write_test_tiles(
+    stage: Stage, dataset: Dataset, records: Sequence[Record], maps: Iterable[tuple[int, np.ndarray]]
 ) -> None:
-    """examples-<final>.png: EXAMPLES images at equal distances in the ranking, from the highest score down."""
-    records = getattr(dataset, part)
-    order = np.argsort(-scores, kind="stable")
-    shown = order[np.unique(np.linspace(0, len(order) - 1, EXAMPLES).round().astype(int))]
-    tiles = []
-    for index, heat in heat_maps(params, stage.setup, features, shown, "examples"):
+    """tiles-<final>.json: images of the report. maps: of `heat_maps`, whose indices are places in `records`."""
+    size, shown = stage.setup.image_size, []
+    for index, heat in maps:
         record = records[index]
-        caption = (f"{scores[index]:.4f} {record.kind}", record.path)
-        image = load_image(dataset.root / record.path, stage.setup.image_size, dataset.white, dataset.resize)
-        tiles.append((image, heat, caption))
-    folder, final = stage.run / dataset.category, stage.final
-    atomic(folder / f"examples-{final}.png", contact_sheet(tiles).save)
+        image = load_image(dataset.root / record.path, size, dataset.white, dataset.resize)
+        masks, _ = load_masks(dataset.root, [record], size, MaskRule(resize=dataset.resize))
+        shown.append((record.path, small(image), small(heat), masks[0]))
+    write_tiles(stage.run / dataset.category / tiles_file(stage.final), shown)
 
 
 def evaluated(folder: Path, stage: Stage, dataset: Dataset) -> bool:

@@ -36,6 +36,8 @@ from llb.runfiles import stage1_command, write_config
 from llb.score import heat_maps, score_all
 from llb.stage import Stage, check_step, load_features, make_stage
 from llb.tables import Stage1Result, purification_line, stage1_finished, write_purified, write_scores
+from llb.tiles import shown_suspects, small, tiles_file, united, write_tiles
+from llb.times import timed
 from llb.train import Submodels, submodel_keys
 
 SUSPECTS = 24  # images on the contact sheet
@@ -83,7 +85,8 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
         if stage1_finished(folder):
             say(f"{dataset.category}: stage 1 is finished ({folder / 'purified.txt'}); --overwrite starts again")
         else:
-            stage1(stage, dataset)
+            with timed(run, dataset.category, "stage 1"):
+                stage1(stage, dataset)
     say(f"next: python stage2_train.py --run {typed(run)}")
 
 
@@ -141,16 +144,23 @@ def check(dataset: Dataset, settings: Stage1) -> None:
 
 
 def write_suspects(stage: Stage, dataset: Dataset, result: Stage1Result, params: Params, features: Features) -> None:
-    """suspects.png: the highest-scoring training images, each with its map (the mean over the sub-models)."""
-    highest = np.argsort(ranks(result.aggregated))[:SUSPECTS]
-    tiles = []
-    for index, heat in heat_maps(params, stage.setup, features, highest, "suspects"):
+    """suspects.png: the highest-scoring training images, each with its map (the mean over the sub-models).
+
+    Also the tiles of the report, of these and of the other images that it shows.
+    """
+    folder, rank = stage.run / dataset.category, ranks(result.aggregated)
+    shown = united(shown_suspects(rank, result.kept, [record.label for record in dataset.train]))
+    shown = shown[np.argsort(rank[shown])]
+    sheet, tiles = [], []
+    for index, heat in heat_maps(params, stage.setup, features, shown, "suspects"):
         path = dataset.train[index].path
-        verdict = "kept" if result.kept[index] else "dropped"
-        headline = f"{len(tiles) + 1}. {result.aggregated[index]:.4f} {verdict}"
         image = load_image(dataset.root / path, stage.setup.image_size, dataset.white, dataset.resize)
-        tiles.append((image, heat, (headline, path)))
-    atomic(stage.run / dataset.category / "suspects.png", contact_sheet(tiles).save)
+        tiles.append((path, small(image), small(heat), None))
+        if rank[index] <= SUSPECTS:
+            verdict = "kept" if result.kept[index] else "dropped"
+            sheet.append((image, heat, (f"{rank[index]}. {result.aggregated[index]:.4f} {verdict}", path)))
+    write_tiles(folder / tiles_file("suspects"), tiles)
+    atomic(folder / "suspects.png", contact_sheet(sheet).save)
 
 
 if __name__ == "__main__":

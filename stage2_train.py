@@ -30,6 +30,7 @@ from llb.run import begin_stage2, final_checkpoints, final_name, find_run, load_
 from llb.runfiles import own_config, stage1_command
 from llb.stage import Stage, check_step, load_features, make_stage
 from llb.tables import TRAIN_ON, Choice, choose_images, stage1_finished
+from llb.times import timed
 from llb.train import Submodels, submodel_keys
 
 
@@ -77,7 +78,8 @@ def run_stage2(run: Path, settings: Stage2) -> None:
 
     for dataset, choice in zip(datasets, choices):
         own = dataclasses.replace(stage.setup, steps=steps[dataset.category])
-        stage2(dataclasses.replace(stage, setup=own), dataset, choice, config["seed"])
+        with timed(run, dataset.category, f"stage 2, {final}"):
+            stage2(dataclasses.replace(stage, setup=own), dataset, choice, config["seed"])
 
 
 def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:

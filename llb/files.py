@@ -24,6 +24,8 @@ from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: NumPy's and Pillow's errors have no number
 NOT_IN_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # line ends and control characters, in names of files
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
+PATHS = ("path", "from", "to")  # columns of tables
 LONGEST_LINE = 4000  # characters of a message, which may quote a damaged file
 
 
@@ -99,9 +101,14 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_csv(path: Path | str, header: list[str], rows: list[list[Any]]) -> None:
-    """Write a CSV table, RFC 4180 quoting, \\n line ends. Floats are written by repr: they read back bit for bit."""
+    """Write a CSV table, RFC 4180 quoting, \\n line ends. Floats are written by repr: they read back bit for bit.
+
+    No cell is a formula to a spreadsheet: a path that begins like one gets "./" before it, which names the same file
+    other text an apostrophe (`read_cell` takes both away).
+    """
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    inert = [[_inert(name, cell) for name, cell in zip(header, row, strict=True)] for row in rows]
+    csv.writer(buffer, lineterminator="\n").writerows([header, *inert])
     write_text(path, buffer.getvalue())
 
 
@@ -132,6 +139,25 @@ def _copy(start: Path, temporary: Path) -> None:
     with suppress(PermissionError):  # of a disk that knows no rights
         shutil.copystat(start, temporary)
         temporary.chmod(temporary.stat().st_mode | stat.S_IWUSR)  # `atomic` opens it
+
+
+def _inert(column: str, cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.startswith(FORMULA):
+        return cell
+    if column in PATHS:
+        return f"./{cell}"
+    with suppress(ValueError):
+        float(cell)
+        return cell
+    return f"'{cell}"
+
+
+def read_cell(cell: str) -> str:
+    """A path or another text from a table that `write_csv` wrote."""
+    for mark in ("./", "'"):
+        if cell.startswith(mark) and cell[len(mark) :].startswith(FORMULA):
+            return cell[len(mark) :]
+    return cell
 
 
 def discard(*paths: Path) -> None:

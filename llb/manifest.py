@@ -20,7 +20,9 @@ from llb.images import load_image
 from llb.masks import load_masks
 from llb.processes import agreed
 from llb.runfiles import COLUMNS, IMAGES_FILE, State, read_manifest
-from llb.tables import METRICS_FILE, TRAIN_ON, read_metrics, read_table, threshold_file
+from llb.tables import METRICS_FILE, TRAIN_ON, kinds_file, read_metrics, read_table, threshold_file
+from llb.tiles import tiles_file
+from llb.times import TIMES_FILE
 
 READERS, AHEAD = 8, 256  # threads, and files that wait for their turn
 SHOWN = 3  # paths that a message names
@@ -166,12 +168,12 @@ def clear_run(run: Path, categories: Sequence[str]) -> None:
     folders = [run / name for name in categories]
     check_checkpoints([folder / part for folder in folders for part in ("stage1", *map(stage2_folder, finals()))])
     for folder in folders:
-        discard_files(folder, ("scores.csv", "suspects.png", "purified.txt"))
+        discard_files(folder, ("scores.csv", "suspects.png", tiles_file("suspects"), "purified.txt"))
         clear_checkpoints(folder / "stage1")
         for final in finals():
             clear_detector(folder, final)
         discard_files(folder, [IMAGES_FILE])
-    discard_files(run, (METRICS_FILE, "metrics.csv", "report.html", "config.json"))
+    discard_files(run, (METRICS_FILE, "metrics.csv", "report.html", TIMES_FILE, "config.json"))
 
 
 def clear_stage2(run: Path, categories: Sequence[str], final: str) -> None:
@@ -194,7 +196,10 @@ def clear_detector(folder: Path, final: str) -> None:
         paths |= {row["path"] for row in read_table(folder / f"predictions-{final}.csv", ["path"])}
     for maps in (f"maps-{final}", f".maps-{final}.tmp"):
         discard_files(folder / maps, (f"{path}.png" for path in paths))
-    discard_files(folder, (f"predictions-{final}.csv", f"examples-{final}.png", threshold_file(final)))
+    discard_files(
+        folder, (f"predictions-{final}.csv", f"examples-{final}.png", threshold_file(final), kinds_file(final))
+    )
+    discard_files(folder, [tiles_file(final)])
 
 
 def stage2_folder(final: str) -> str:

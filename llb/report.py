@@ -1,26 +1,28 @@
 """report.html: the results of a run for people.
 
 The report is a pure function of the run's files, so it can be written again at any time. It is one HTML file without
-scripts or links; the contact sheets are inside it.
+scripts or links, and forbids both (Content-Security-Policy); its pictures are inside it.
 """
 
-import base64
-import io
-import math
 import shlex
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image, features
+from markupsafe import Markup
 
-from llb import tables
+from llb import charts, figures, tables
 from llb.data import reading_line
-from llb.files import UserError, read_json, write_text
-from llb.metrics import why_undefined
+from llb.files import read_json, write_text
+from llb.metrics import ranks, why_undefined
+from llb.pictures import PALETTE
+from llb.tiles import LARGEST, OUTLINE, PAGE, outcome, read_tiles, shown_suspects, shown_tests, tiles_file
+from llb.times import read_times
 
-LISTED = 24  # paths that the report lists of each ranking
+LISTED = 24  # paths that the report lists of a ranking without tiles
+FEW, MANY = 3, 8  # categories: with more, fewer tiles of each are shown, so that the file stays small
+GAP = 0.005  # of image AUROC between all and clean, below which nothing can be said of a share of it
 
 
 def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
@@ -33,7 +35,8 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
     metrics = tables.read_metrics(run)
     names = config.get("categories") or tables.category_names(metrics)
     notes = dict.fromkeys(names, []) | (notes or {})
-    categories = [category_facts(run / name, name, metrics.get(name, {}), notes[name]) for name in names]
+    most = LARGEST if len(names) <= FEW else LARGEST // 2 if len(names) <= MANY else LARGEST // 4
+    categories = [category_facts(run / name, name, metrics.get(name, {}), notes[name], most) for name in names]
     shown = tables.shown_metrics(tables.detector_entries(metrics))
     rows, reasons = metric_rows(categories, metrics.get("mean", {}), shown)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -54,30 +57,37 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
         commands=commands(run, config),
         versions=config.get("versions") or {},
         origin=origin(config),
+        times=time_rows(run),
+        palette=", ".join(f"#{bytes(colour).hex()}" for colour in (*PALETTE[::32], PALETTE[-1])),
+        outline=f"#{bytes(OUTLINE).hex()}",
+        axes=(charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
     )
     write_text(run / "report.html", html)
 
 
-def category_facts(folder: Path, name: str, entry: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """What the report shows of one category; `entry` is what metrics.json says of it."""
+def category_facts(folder: Path, name: str, entry: dict[str, Any], notes: list[str], most: int) -> dict[str, Any]:
+    """What the report shows of one category. entry: what metrics.json says of it; most: tiles of a group."""
     scores = tables.read_table(folder / "scores.csv", ("path", "score", "kept", "label"))
-    detectors = [
-        detector_facts(folder, train_on, entry.get(train_on))
-        for train_on in tables.detector_names(entry | dict.fromkeys(predicted(folder)))
-    ]
+    finals = tables.detector_names(entry | dict.fromkeys(predicted(folder)))
+    detectors = [detector_facts(folder, train_on, entry.get(train_on), most) for train_on in finals]
     if entry.get("missing_masks") and detectors:
         notes = [*notes, tables.missing_masks_line(entry["missing_masks"], detectors[0]["labels"].count(1))]
+    labels = [row["label"] for row in scores]
     return {
         "name": name,
         "notes": notes,
         "facts": dict.fromkeys(tables.PURIFICATION)
         | (entry.get("purification") or {"n": len(scores), "kept": sum(row["kept"] for row in scores)}),
-        "why_no_auroc": why_undefined("train_auroc", [row["label"] for row in scores]),
-        "histogram": histogram(scores) if scores else None,
-        "ranked": highest(scores),
-        "suspects": inlined(folder / "suspects.png"),
+        "why_no_auroc": why_undefined("train_auroc", labels),
+        "comparison": comparison(entry),
+        "histogram": score_histogram(scores) if scores else None,
+        "agreement": agreement_facts(folder, scores),
+        "learning": Markup(getattr(figures, "learning_svg", lambda _: "")(folder) or ""),
+        "losses": Markup(getattr(figures, "loss_svg", lambda *_: "")(folder, finals) or ""),
+        "ranked": sorted(scores, key=lambda row: -row["score"])[:LISTED],
         "detectors": detectors,
-    }
+        "kinds": kind_rows(folder, finals),
+    } | suspect_facts(folder, scores, most)
 
 
 def predicted(folder: Path) -> list[str]:
@@ -85,19 +95,139 @@ def predicted(folder: Path) -> list[str]:
     return [file.stem.removeprefix("predictions-") for file in folder.glob("predictions-*.csv")]
 
 
-def detector_facts(folder: Path, train_on: str, metrics: dict[str, float | None] | None) -> dict[str, Any]:
+def comparison(entry: dict[str, Any]) -> str | None:
+    """The method beside what it is compared with, in a sentence; None unless both were evaluated."""
+    values = {name: (entry.get(name) or {}).get("image_auroc") for name in tables.TRAIN_ON}
+    purified, everything, clean = values["purified"], values["all"], values["clean"]
+    if purified is None or everything is None:
+        return None
+    line = f"Image AUROC is {everything:.3f} without purification (all) and {purified:.3f} with it"
+    if clean is None:
+        return f"{line}. Training on clean would show how much there is to gain."
+    line += f"; with the labels (clean) it would be {clean:.3f}"
+    if clean - everything < GAP:
+        return f"{line}: the hidden defects cost this detector next to nothing."
+    return f"{line}: purification makes good {(purified - everything) / (clean - everything):.0%} of the loss."
+
+
+def score_histogram(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The chart of the training scores; an outline counts the defective images if every label is known."""
+    score, kept = (np.array([row[name] for row in scores]) for name in ("score", "kept"))
+    labels = [row["label"] for row in scores]
+    outline = None if None in labels else np.array(labels, bool)
+    return charts.histogram(score, {"kept": kept, "dropped": ~kept}, outline, charts.between(score, kept))
+
+
+def agreement_facts(folder: Path, scores: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How far the sub-models agree: the chart of the two that are farthest apart, and all pairs; None for one."""
+    subset, models = tables.read_submodels(folder)
+    pairs = charts.agreement(subset, models)
+    if not pairs:
+        return None
+    i, j, lowest = min(pairs, key=lambda pair: pair[2])
+    labels, kept = [row["label"] for row in scores], np.array([row["kept"] for row in scores])
+    groups = {"kept": kept, "dropped": ~kept}
+    if None not in labels:
+        groups = {"normal": ~np.array(labels, bool), "defective": np.array(labels, bool)}
+    plot = charts.scatter(models[:, i], models[:, j], groups, (f"score by sub-model {i}", f"by sub-model {j}"))
+    return {"plot": plot, "pair": (i, j), "lowest": lowest, "pairs": pairs}
+
+
+def suspect_facts(folder: Path, scores: list[dict[str, Any]], most: int) -> dict[str, Any]:
+    """The tiles of training images: the suspects in pages, and the other groups of `shown_suspects`."""
+    tiles, labels = read_tiles(folder / tiles_file("suspects")), [row["label"] for row in scores]
+    score, kept = (np.array([row[name] for row in scores]) for name in ("score", "kept"))
+    if not scores or not tiles["tiles"]:
+        return {"pages": [], "groups": {}, "scale": None}
+    rank, drawn = ranks(score), tiles["tiles"]
+    frames = ["kept" if row["kept"] else "dropped" for row in scores]
+    groups = {
+        name: [tile_facts(tiles, scores[i], int(rank[i]), frames[i]) for i in indices if scores[i]["path"] in drawn]
+        for name, indices in shown_suspects(rank, kept, labels).items()
+    }
+    suspects = groups.pop("suspects")
+    pages = [suspects[start : start + PAGE] for start in range(0, len(suspects), PAGE)]
+    counts = {
+        "defects kept": sum(row["kept"] and row["label"] == 1 for row in scores),
+        "normal dropped": sum(not row["kept"] and row["label"] == 0 for row in scores),
+    }
+    groups = {name: {"tiles": shown[:most], "count": counts.get(name, len(shown))} for name, shown in groups.items()}
+    return {"pages": pages if most == LARGEST else pages[:1], "groups": groups, "scale": scale_of(tiles)}
+
+
+def tile_facts(tiles: dict[str, Any], row: dict[str, Any], rank: int, frame: str | None) -> dict[str, Any]:
+    """One tile. frame: its colour and its word."""
+    return row | tiles["tiles"][row["path"]] | {"rank": rank, "frame": frame}
+
+
+def scale_of(tiles: dict[str, Any]) -> tuple[str, str]:
+    """The ends of the colour bar."""
+    return f"{tiles['low']:.3g}", f"{tiles['high']:.3g}"
+
+
+def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, most: int) -> dict[str, Any]:
     """What the report shows of one final detector on one category."""
-    predictions = tables.read_table(folder / f"predictions-{train_on}.csv", ("path", "score", "label"))
-    labels = [row["label"] for row in predictions]
+    rows = tables.read_table(folder / f"predictions-{train_on}.csv", ("path", "score", "label"))
+    labels, score = [row["label"] for row in rows], np.array([row["score"] for row in rows])
     if metrics is None and None in labels:
         metrics = {}  # all are undefined, and the reason is known
-    examples = inlined(folder / f"examples-{train_on}.png")
-    ranked = highest(predictions)
-    return {"name": train_on, "metrics": metrics, "labels": labels, "ranked": ranked, "examples": examples}
+    facts = tables.read_threshold(folder, train_on)
+    threshold = facts["threshold"] if facts else None
+    tiles, rank = read_tiles(folder / tiles_file(train_on)), ranks(score)
+    groups = {
+        name: [
+            tile_facts(tiles, rows[i], int(rank[i]), outcome(labels[i], score[i], threshold))
+            for i in indices[:most]
+            if rows[i]["path"] in tiles["tiles"]
+        ]
+        for name, indices in shown_tests(score, labels, threshold).items()
+    }
+    outcomes = [outcome(label, value, threshold) for label, value in zip(labels, score)]
+    counts = {"missed": outcomes.count("missed"), "false alarms": outcomes.count("false alarm")}
+    colours = {"image": np.ones(len(rows), bool)}
+    if None not in labels:
+        colours = {"normal": ~np.array(labels, bool), "defective": np.array(labels, bool)}
+    return {
+        "name": train_on,
+        "metrics": metrics,
+        "labels": labels,
+        "ranked": sorted(rows, key=lambda row: -row["score"])[:LISTED],
+        "threshold": facts,
+        "histogram": charts.histogram(score, colours, threshold=threshold) if rows else None,
+        "groups": {n: {"tiles": shown, "count": counts.get(n, len(rows))} for n, shown in groups.items() if shown},
+        "scale": scale_of(tiles) if tiles["tiles"] else None,
+    }
 
 
-def highest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: -row["score"])[:LISTED]
+def kind_rows(folder: Path, finals: list[str]) -> dict[str, Any] | None:
+    """Results by kind of defect, each beside those of the other detectors; None if there are not two kinds."""
+    read = {final: tables.read_table(folder / tables.kinds_file(final), tables.KINDS) for final in finals}
+    judged = [final for final in finals if len(read[final]) > 1]
+    if not judged:
+        return None
+    by_name = {final: {row["kind"]: row for row in read[final]} for final in judged}
+    rows = [
+        {"kind": kind, "images": row["images"], "cells": [by_name[final].get(kind) for final in judged]}
+        for kind, row in by_name[judged[0]].items()
+    ]
+    return {"finals": judged, "rows": rows}
+
+
+def time_rows(run: Path) -> list[dict[str, Any]]:
+    """How long each stage has worked, and its largest memory."""
+    return [
+        {"category": category, "stage": stage, "seconds": duration(values["seconds"])}
+        | {name: f"{values[name] / 2**30:.1f} GiB" if values[name] else None for name in ("memory", "device_memory")}
+        for category, stages in read_times(run).items()
+        for stage, values in stages.items()
+    ]
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def metric_rows(
@@ -125,88 +255,6 @@ def metric_rows(
             row = {"category": name, "train_on": train_on, "cells": cells, "first": place == 0, "mean": labels is None}
             rows.append(row)
     return rows, reasons
-
-
-def inlined(file: Path) -> dict[str, Any] | None:
-    """A contact sheet, inlined at about a tenth of the PNG's size, and its width and height in pixels."""
-    if not file.exists():
-        return None
-    buffer, kind = io.BytesIO(), "webp" if features.check("webp") else "jpeg"
-    try:
-        with Image.open(file) as image:
-            image.convert("RGB").save(buffer, kind, quality=80)
-            width, height = image.size
-    except OSError as error:
-        raise UserError(f"{file} is damaged ({error}): delete it and run the stage that wrote it again") from None
-    uri = f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"uri": uri, "width": width, "height": height}
-
-
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """At most about `count` round numbers between two bounds, equal steps apart."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= count)
-    return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two bounds, apart on a logarithmic axis: the more decades, the fewer from each."""
-    decades = math.log10(high / low)
-    factors = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2.5 else (1,)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
-
-
-def histogram(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Geometry of the histogram of training scores, in units of its 480 × 210 drawing.
-
-    Kept and dropped images are stacked; an outline counts the defective ones if every label is known. The threshold is
-    between the highest kept and the lowest dropped score. The axis is logarithmic if the scores span a factor of three
-    or more, so that a few extreme scores do not press the others into one bar.
-    """
-    left, right, top, bottom = 34, 472, 10, 180
-    score = np.array([row["score"] for row in scores])
-    kept = np.array([row["kept"] for row in scores])
-    logarithmic = 0 < 3 * score.min() <= score.max()
-    scale = np.log if logarithmic else np.asarray
-    score = scale(score)
-    edges = np.histogram_bin_edges(score, bins=int(np.clip(3 * np.sqrt(len(score)), 8, 60)))
-    low, high = np.histogram(score[kept], edges)[0], np.histogram(score[~kept], edges)[0]
-    most = int((low + high).max())
-
-    def x(value: float) -> float:
-        return round(float(left + (right - left) * (value - edges[0]) / (edges[-1] - edges[0])), 2)
-
-    def y(count: float) -> float:
-        return round(float(bottom - (bottom - top) * count / (most * 1.05)), 2)
-
-    bars = []
-    for bin_, (count, above) in enumerate(zip(low, high)):
-        x0, width = x(edges[bin_]), round(x(edges[bin_ + 1]) - x(edges[bin_]), 2)
-        for kind, base, size in (("kept", 0, count), ("dropped", count, above)):
-            if size:
-                upper, height = y(base + size), round(y(base) - y(base + size), 2)
-                bars.append({"kind": kind, "x": x0, "width": width, "y": upper, "height": height})
-    labels = [row["label"] for row in scores]
-    outline = None
-    if None not in labels:
-        counts = np.histogram(score[np.array(labels, bool)], edges)[0]
-        steps = "".join(f"V{y(count)}H{x(edge)}" for count, edge in zip(counts, edges[1:]))
-        outline = f"M{x(edges[0])} {y(0)}{steps}V{y(0)}"
-    threshold = None
-    if kept.any() and not kept.all() and score[kept].max() <= score[~kept].min():
-        middle = (score[kept].max() + score[~kept].min()) / 2
-        threshold = {"x": x(middle), "label": f"{np.exp(middle) if logarithmic else middle:.4g}"}
-    x_ticks = log_ticks(*np.exp(edges[[0, -1]])) if logarithmic else ticks(edges[0], edges[-1], 6)
-    return {
-        "bars": bars,
-        "outline": outline,
-        "threshold": threshold,
-        "x_ticks": [(x(scale(value)), f"{value:.4g}") for value in x_ticks],
-        "y_ticks": [(y(value), f"{value:g}") for value in ticks(0, most, 5) if value == int(value)],
-        "logarithmic": logarithmic,
-        "box": (left, right, top, bottom),
-    }
 
 
 def origin(config: dict[str, Any]) -> list[tuple[str, str | None]]:

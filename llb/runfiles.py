@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from llb.files import UserError, read_json, typed, write_json
+from llb.files import UserError, read_cell, read_json, typed, write_json
 
 VERSION = 2  # of the files of a run: config.json's "llb"
 IMAGES_FILE = "images.csv"
@@ -85,7 +85,9 @@ def read_manifest(folder: Path) -> dict[str, State]:
     try:
         with open(file, newline="", encoding="utf-8") as text:
             rows = csv.DictReader(text)
-            states = {row["path"]: (int(row["bytes"]), int(row["modified_ns"]), row["sha256"]) for row in rows}
+            states = {
+                read_cell(row["path"]): (int(row["bytes"]), int(row["modified_ns"]), row["sha256"]) for row in rows
+            }
             if rows.fieldnames == COLUMNS and all(len(digest) == 64 for _, _, digest in states.values()):
                 return states
     except FileNotFoundError:

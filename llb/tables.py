@@ -4,6 +4,7 @@ RUN/<category>/scores.csv                      what stage 1 found out about each
 RUN/<category>/purified.txt                    the paths that stage 1 kept, one a line
 RUN/<category>/predictions-<train-on>.csv      the scores of the test images
 RUN/<category>/threshold-<train-on>.json       the score above which an image is called defective
+RUN/<category>/kinds-<train-on>.csv            how well each kind of defect is found
 RUN/metrics.json, metrics.csv                  how well each final detector finds defects
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llb.data import Dataset, Record
-from llb.files import UserError, read_json, write_csv, write_json, write_text
+from llb.files import UserError, read_cell, read_json, write_csv, write_json, write_text
 from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, SAMPLE_METRICS, ranks
 from llb.pictures import printable
 
@@ -25,16 +26,22 @@ TRAIN_ON = ("purified", "all", "clean")  # the images that a final detector may 
 METRICS = IMAGE_METRICS + PIXEL_METRICS  # the samples' are shown where they are defined (`shown_metrics`)
 TITLES = {"auroc": "AUROC", "ap": "AP", "f1_max": "F1-max", "aupro": "AUPRO"}
 PURIFICATION = ("n", "kept", "contamination_before", "contamination_after", "train_auroc")  # the last: ranking AUROC
+KINDS = ("kind", "images", "image_auroc", "found")
 METRICS_FILE = "metrics.json"
 UNDEFINED = "–"
 REPEAT = "delete it and run the stage that wrote it again"
+SHARE = lambda text: float(text) if text else None  # noqa: E731 (of a table)
 COLUMN_TYPES = {
-    "path": str,
+    "path": read_cell,
     "subset": int,
+    "kind": read_cell,
+    "images": int,
     "score": lambda text: float(text) if math.isfinite(float(text)) else COLUMN_TYPES[text],
     "kept": {"0": False, "1": True}.__getitem__,
     "label": {"0": 0, "1": 1, "": None}.__getitem__,
-} | {"category": str, "from": str, "to": str, "bytes": int, "sha256": str, "modified_ns": int}
+    "image_auroc": SHARE,
+    "found": SHARE,
+} | {"category": read_cell, "from": read_cell, "to": read_cell, "bytes": int, "sha256": str, "modified_ns": int}
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,16 @@ def read_threshold(folder: Path, final: str) -> dict[str, float | int | None] | 
 
 def threshold_file(final: str) -> str:
     return f"threshold-{final}.json"
+
+
+def write_kinds(folder: Path, final: str, rows: Sequence[Sequence[Any]]) -> None:
+    """kinds-<final>.csv. rows: of `llb.threshold.by_kind`."""
+    cells = [["" if value is None else value for value in row] for row in rows]
+    write_csv(folder / kinds_file(final), list(KINDS), cells)
+
+
+def kinds_file(final: str) -> str:
+    return f"kinds-{final}.csv"
 
 
 def threshold_line(facts: dict[str, float | int | None]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llb.metrics import image_metrics
+
 QUANTILE = 0.99  # of the purified images' scores
 
 
@@ -32,3 +34,22 @@ def threshold_facts(
         if defective.any():
             facts["missed_rate"] = float(1 - above[defective].mean())
     return facts
+
+
+def by_kind(
+    kinds: Sequence[str], labels: Sequence[int | None], scores: np.ndarray, threshold: float | None
+) -> list[tuple[str, int, float | None, float | None]]:
+    """For each kind of defect: its name, its images, their AUROC against all normal images, and the share of them above
+    the threshold. [] if a label is unknown; None for what is undefined.
+
+    kinds: (N,), of the test images; the others as in `threshold_facts`.
+    """
+    rows, scores = [], np.asarray(scores)
+    defective = np.array([label == 1 for label in labels], bool)
+    for kind in sorted({kind for kind, hit in zip(kinds, defective) if hit}) if None not in labels else ():
+        own = np.array([of == kind for of in kinds]) & defective
+        judged = own | ~defective
+        auroc = image_metrics(own[judged].astype(int).tolist(), scores[judged])["image_auroc"]
+        found = None if threshold is None else float((scores[own] > threshold).mean())
+        rows.append((kind, int(own.sum()), auroc, found))
+    return rows

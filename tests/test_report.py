@@ -1,15 +1,18 @@
-"""The HTML report is one file that needs nothing else, escapes every name, and draws every score once."""
+"""The HTML report is one file that needs nothing else and runs nothing, escapes every name, and shows what matters."""
 
 import html
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from llb import charts, tables
 from llb.files import UserError, write_csv, write_json
-from llb.report import histogram, write_report
+from llb.report import comparison, write_report
 from llb.tables import METRICS
+from llb.tiles import tiles_file, write_tiles
 
 NASTY = "<script>alert(1)</script>&\"'{{ 7 * 7 }}.png"
 CONFIG = {"data": "<b>images</b>", "weights": None, "seed": 0, "device": "CPU", "versions": {"jax": "0.10.2"}} | {
@@ -17,6 +20,7 @@ CONFIG = {"data": "<b>images</b>", "weights": None, "seed": 0, "device": "CPU", 
     "stage2": {"purified": {"steps": 200, "batch_size": 8}},
 }
 FACTS = {"n": 6, "kept": 4, "contamination_before": 1 / 3, "contamination_after": 0.25, "train_auroc": 0.875}
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def values(value=0.5):
@@ -27,12 +31,21 @@ def write_run(folder, labels=(1, 1, 0, 0, 0, 0), categories=("bolt",), metrics=N
     """A run of six training and six test images; labels "" are unknown."""
     write_json(folder / "config.json", CONFIG | {"categories": list(categories)})
     paths = [NASTY, *(f"train/{i}.png" for i in range(1, 6))]
+    picture, mask = np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=bool)
     for name in categories:
-        rows = [[path, 0.9 - 0.1 * i, int(i >= 2), labels[i]] for i, path in enumerate(paths)]
+        rows = [[path, i % 2, 0.9 - 0.1 * i, i, 0.9 - 0.1 * i, int(i >= 2), labels[i]] for i, path in enumerate(paths)]
         for table in ("scores", "predictions-purified"):
-            write_csv(folder / name / f"{table}.csv", ["path", "score", "kept", "label"], rows)
-        for sheet in ("suspects", "examples-purified"):
-            Image.new("RGB", (60, 40), (200, 30, 30)).save(folder / name / f"{sheet}.png")
+            columns = ["path", "subset", "model_0", "model_1", "score", "kept", "label"]
+            write_csv(folder / name / f"{table}.csv", columns, rows)
+        for tiles in ("suspects", "purified"):
+            shown = [(path, picture, np.eye(8, dtype=np.float32), mask) for path in paths]
+            write_tiles(folder / name / tiles_file(tiles), shown)
+        known = {"false_alarm_rate": 0.25, "missed_rate": 0.5} if "" not in labels else {}
+        threshold = {"threshold": 0.85, "quantile": 0.99, "images": 4, "false_alarm_rate": None, "missed_rate": None}
+        tables.write_threshold(folder / name, "purified", threshold | known)
+        tables.write_kinds(folder / name, "purified", [("<i>dent", 1, 0.125, 0.5), ("hole", 1, None, None)])
+    stages = {"stage 1": {"seconds": 75.0, "memory": 2**30, "device_memory": None}}
+    write_json(folder / "times.json", dict.fromkeys(categories, stages))
     write_json(folder / "metrics.json", metrics or {})
     return folder
 
@@ -48,20 +61,38 @@ def report(folder, notes=None):
 def test_the_report_needs_no_other_file_and_tells_how_it_was_made(tmp_path):
     run = write_run(tmp_path, metrics={"bolt": {"purified": values(), "purification": FACTS}})
     page, tags, text = report(run)
-    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(tags) and tags.count("img") == 2
-    assert not re.search(r"https?:|url\(|@import|<[^>]* on\w+=", page)
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(tags)
+    assert not re.search(r"https?:|url\(|@import|<[^>]* on\w+=", page) and "default-src 'none'" in page
     targets = re.findall(r'<[^>]*\b(?:src|href|srcset|action|data)="([^"]*)', page)
     assert targets and all(target.startswith(("#", "data:image/")) for target in targets)
     for part in ("stage1_partition.py", "purified --steps 200 --batch-size 8", "evaluate.py --run", "Device CPU"):
         assert part in text
+    assert "stage 1 75 s 1.0 GiB" in text
     assert report(run)[0] == page, "it depends on the run's files only"
 
 
 def test_paths_categories_and_settings_are_escaped(tmp_path):
     name = "a&amp;b'c {{ 7 + 7 }}"
     _, tags, text = report(write_run(tmp_path, categories=(name,)), {name: ["<i>note</i>"]})
-    assert not {"script", "b", "i"} & set(tags)
-    assert all(part in text for part in (NASTY, name, "<b>images</b>", "<i>note</i>"))
+    assert not {"script", "b>images", "i"} & set(tags)
+    assert all(part in text for part in (NASTY, name, "<b>images</b>", "<i>note</i>", "<i>dent"))
+
+
+def test_every_tile_says_what_became_of_its_image_and_is_found_by_path_and_rank(tmp_path):
+    page, _, text = report(write_run(tmp_path, metrics={"bolt": {"purified": values()}}))
+    tiles = re.findall(r'<figure class="tile ([\w-]+)" data-path="([^"]*)" data-rank="(\d+)">', page)
+    shown = {(frame, html.unescape(path), int(rank)) for frame, path, rank in tiles}
+    assert {
+        ("dropped", NASTY, 1),
+        ("kept", "train/2.png", 3),
+        ("found", NASTY, 1),
+        ("missed", "train/1.png", 2),
+    } <= shown
+    first = page[page.index('class="suspects"') : page.index("</section>", page.index('class="suspects"'))]
+    assert re.findall(r'data-rank="(\d+)"', first) == list("123456") and 'data-page="1"' in first
+    assert "Just above the threshold" in text and "Missed, the lowest score first: 1" in text
+    assert "0.85 . It is taken from the 4 purified" in text and "25.0%" in text
+    assert "<i>dent 1 0.125 50.0%" in text and "hole 1 – –" in text
 
 
 @pytest.mark.parametrize(
@@ -73,9 +104,9 @@ def test_paths_categories_and_settings_are_escaped(tmp_path):
     ],
 )
 def test_undefined_metrics_are_explained_and_the_ranking_is_shown(tmp_path, labels, undefined, reason):
-    _, tags, text = report(write_run(tmp_path, labels, metrics={"bolt": {"purified": values() | undefined}}))
-    assert reason in text and ("AUPRO" in text) == (undefined != values(None)) == ("labelled" in text)
-    assert "4 of 6" in text and "train/5.png" in text and tags.count("img") == 2
+    _, _, text = report(write_run(tmp_path, labels, metrics={"bolt": {"purified": values() | undefined}}))
+    assert reason in text and ("AUPRO" in text) == (undefined != values(None)) == ("labelled defective" in text)
+    assert "4 of 6" in text and "train/5.png" in text and "0.85" in text
 
 
 def test_the_metric_of_samples_is_shown_only_where_it_is_defined(tmp_path):
@@ -93,10 +124,13 @@ def test_defective_images_without_a_mask_are_counted_and_named(tmp_path):
 
 def test_missing_files_are_left_out_and_a_damaged_one_is_named(tmp_path):
     write_run(tmp_path)
-    for file in ("predictions-purified.csv", "examples-purified.png", "suspects.png", "scores.csv"):
+    files = ("predictions-purified.csv", "tiles-purified.json", "tiles-suspects.json", "threshold-purified.json")
+    for file in (*files, "kinds-purified.csv", "scores.csv"):
         (tmp_path / "bolt" / file).unlink()
         assert "no detector has been evaluated" in report(tmp_path)[2]
-    for file, content in (("suspects.png", "no image"), ("scores.csv", "path,score,kept,label\na.png,high,1,\n")):
+    outside = '{"low": 0, "high": 1, "tiles": {"a.png": {"image": "http://a", "heat": "data:image/webp;base64,"}}}'
+    damaged = (("scores.csv", "path,score,kept,label\na.png,high,1,\n"), ("tiles-suspects.json", outside))
+    for file, content in (*damaged, ("tiles-suspects.json", "{")):
         (tmp_path / "bolt" / file).write_text(content)
         with pytest.raises(UserError, match=file):
             write_report(tmp_path)
@@ -108,31 +142,71 @@ def test_several_categories_get_links_a_mean_and_their_notes_at_the_top(tmp_path
     run = write_run(tmp_path, categories=("bolt", "nut"), metrics=metrics)
     page, _, text = report(run, {"nut": ["edited by hand"]})
     links = re.findall('href="#([^"]*)', page)
-    assert links == re.findall('id="([^"]*)', page) and len(links) == 2
+    assert links == re.findall(' id="([^"]*)', page) and len(links) == 2
     assert "mean purified 0.500" in text and text.count("edited by hand") == 2
 
 
-def histogram_of(scores, kept, label=None):
-    return histogram([{"score": s, "kept": k, "label": label} for s, k in zip(scores, kept)])
+def test_purification_is_compared_with_what_it_could_gain():
+    def line(**aurocs):
+        return comparison({name: {"image_auroc": value} for name, value in aurocs.items()})
+
+    assert "makes good 75% of the loss" in line(purified=0.975, all=0.96, clean=0.98)
+    assert "next to nothing" in line(purified=0.95, all=0.96, clean=0.962)
+    assert "0.960 without" in line(purified=0.95, all=0.96) and "clean would show" in line(purified=0.95, all=0.96)
+    assert line(purified=0.9, clean=0.9) is None and line(purified=0.9, all=None) is None
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_a_browser_reports_no_error_and_asks_for_nothing(tmp_path):
+    run = write_run(tmp_path / "run", metrics={"bolt": {"purified": values()}})
+    write_report(run)
+    # the page forbids all requests: one that is tried is an error on the console
+    line = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    line += ["--enable-logging=stderr", "--dump-dom", f"file://{run / 'report.html'}"]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert "How well defects are found" in ended.stdout and "CONSOLE" not in ended.stderr
+
+
+def histogram_of(scores, groups=1, threshold=None):
+    scores = np.array(scores, float)
+    stacked = {str(group): np.arange(len(scores)) % groups == group for group in range(groups)}
+    return charts.histogram(scores, stacked, np.ones(len(scores), bool), threshold)
 
 
 def test_the_histogram_draws_every_image_once_and_the_threshold_between_kept_and_dropped():
     scores = np.sort(np.random.default_rng(0).normal(1, 0.1, 200))
-    plot = histogram_of(scores, np.arange(200) < 150)
+    keep = np.arange(200) < 150
+    plot = charts.histogram(scores, {"kept": keep, "dropped": ~keep}, None, charts.between(scores, keep))
     kept, dropped = ([bar for bar in plot["bars"] if bar["kind"] == kind] for kind in ("kept", "dropped"))
     assert sum(bar["height"] for bar in kept) / sum(bar["height"] for bar in dropped) == pytest.approx(3, rel=0.02)
     assert scores[149] <= float(plot["threshold"]["label"]) <= scores[150] + 1e-3 and plot["outline"] is None
     assert dropped[0]["x"] <= plot["threshold"]["x"] <= kept[-1]["x"] + kept[-1]["width"] + 1e-2
+    assert charts.between(scores, ~keep) is charts.between(scores, keep | ~keep) is None
 
 
 @pytest.mark.parametrize("scores", [[1.0], [0.0, 0.0], [2, 2, 2], [-1, 5], [1e-9, 1, 1e3], [0, 1e-300], [3, 3.0000001]])
 def test_any_scores_can_be_drawn(scores):
-    for kept in (True, False):
-        plot = histogram_of(scores, [kept] * len(scores), 0)
-        left, right, top, bottom = plot["box"]
+    for threshold in (None, 4.0):
+        plot = histogram_of(scores, 2, threshold)
         for bar in plot["bars"]:
-            assert left <= bar["x"] and bar["x"] + bar["width"] <= right + 0.1
-            assert top <= bar["y"] and bar["y"] + bar["height"] <= bottom + 0.1
-        assert all(left - 0.1 <= x <= right + 0.1 for x, _ in plot["x_ticks"])
-        assert plot["logarithmic"] == (0 < 3 * min(scores) <= max(scores)) and plot["outline"]
-        assert plot["threshold"] is None and len(plot["x_ticks"]) <= 12 and len(plot["y_ticks"]) >= 2
+            assert charts.LEFT <= bar["x"] and bar["x"] + bar["width"] <= charts.RIGHT + 0.1
+            assert charts.TOP <= bar["y"] and bar["y"] + bar["height"] <= charts.BOTTOM + 0.1
+        assert all(charts.LEFT - 0.1 <= x <= charts.RIGHT + 0.1 for x, _ in plot["x_ticks"])
+        least, most = min([*scores, threshold or scores[0]]), max([*scores, threshold or scores[0]])
+        assert plot["x_title"].endswith("(logarithmic)") == (0 < 3 * least <= most) and plot["outline"]
+        assert len(plot["x_ticks"]) <= 12 and len(plot["y_ticks"]) >= 2
+    both = np.array(scores, float)
+    plot = charts.scatter(both, both, {"all": both > -9}, ("a", "b"))
+    places = re.findall(r"M([\d.]+) ([\d.]+)h0", plot["dots"]["all"])
+    assert len(places) == len(scores)
+    assert all(charts.LEFT <= float(x) <= charts.RIGHT and charts.TOP <= float(y) <= charts.BOTTOM for x, y in places)
+
+
+def test_submodels_agree_although_each_scores_what_it_has_seen_lower():
+    random = np.random.default_rng(0)
+    strange, subset = random.random(300), np.arange(300) % 3
+    scores = strange[:, None] - 5.0 * (subset[:, None] == np.arange(3))
+    scores[:, 2] += random.random(300)
+    pairs = {(i, j): rho for i, j, rho in charts.agreement(subset, scores)}
+    assert pairs[0, 1] == pytest.approx(1) and 0.5 < pairs[0, 2] < 0.9 and len(pairs) == 3
+    assert charts.agreement(subset, np.ones((300, 2))) == charts.agreement(subset[:2], scores[:2]) == []

@@ -91,3 +91,17 @@ def test_metrics_csv_has_a_row_for_each_category_and_detector_and_reads_back_exa
     assert names == ["a,b purified", "a,b all", "mean purified"]
     assert float(first["image_auroc"]) == 1 / 3 and first["pixel_ap"] == third["purification_kept"] == ""
     assert first["purification_kept"] == "57840"
+
+
+def test_no_cell_is_a_formula_and_paths_read_back(tmp_path):
+    paths = ["=1+1.png", "-a/b.png", "@c.png", "+d.png", "\te.png", "plain.png", "./x.png"]
+    records = [Record(path, None, (), "") for path in paths]
+    tables.write_predictions(tmp_path, "all", records, np.full(len(paths), -0.5, np.float32))
+    tables.write_metrics_csv(tmp_path / "metrics.csv", {"=cmd()": {"all": values(0.5)}, "-1": {"all": values(0.5)}})
+    for file in ("predictions-all.csv", "metrics.csv"):
+        with open(tmp_path / file, newline="") as opened:
+            cells = [cell for row in csv.reader(opened) for cell in row]
+        assert not [cell for cell in cells if cell.startswith(tuple("=@+-\t")) and cell not in ("-0.5", "-1")]
+    assert "'=cmd()" in cells
+    read = tables.read_table(tmp_path / "predictions-all.csv", ("path", "score"))
+    assert [row["path"] for row in read] == paths and read[0]["score"] == -0.5

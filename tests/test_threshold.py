@@ -5,7 +5,7 @@ import pytest
 
 from llb import tables
 from llb.files import UserError
-from llb.threshold import threshold_facts
+from llb.threshold import by_kind, threshold_facts
 
 
 def test_labels_judge_the_threshold_and_do_not_move_it():
@@ -45,3 +45,14 @@ def test_the_scores_of_the_submodels_read_back_exactly(tmp_path):
     for actual, expected in zip(tables.read_submodels(tmp_path), (subset, scores)):
         np.testing.assert_array_equal(actual, expected)
         assert actual.dtype == expected.dtype
+
+
+def test_kinds_are_judged_one_by_one_against_all_normal_images(tmp_path):
+    kinds, labels = ["good", "good", "dent", "dent", "hole", ""], [0, 0, 1, 1, 1, 1]
+    rows = by_kind(kinds, labels, np.array([1, 3, 2, 4, 5, 0]), 2.5)
+    assert rows == [("", 1, 0.0, 0.0), ("dent", 2, 0.75, 0.5), ("hole", 1, 1.0, 1.0)]
+    assert by_kind(kinds, labels, np.arange(6), None)[0][3] is None and by_kind(["a"], [1], np.ones(1), 0)[0][2] is None
+    assert by_kind(kinds, [None, *labels[1:]], np.arange(6), 2.5) == []
+    tables.write_kinds(tmp_path, "all", [*rows, ("none", 1, None, None)])
+    read = tables.read_table(tmp_path / tables.kinds_file("all"), tables.KINDS)
+    assert [tuple(row.values()) for row in read] == [*rows, ("none", 1, None, None)]
