@@ -103,7 +103,7 @@ def write_json(path: Path | str, value: Any) -> None:
 def write_csv(path: Path | str, header: list[str], rows: list[list[Any]]) -> None:
     """Write a CSV table, RFC 4180 quoting, \\n line ends. Floats are written by repr: they read back bit for bit.
 
-    No cell is a formula to a spreadsheet: a path that begins like one gets "./" before it, which names the same file
+    No cell is a formula to a spreadsheet: a path that begins like one gets "./" before it, which names the same file,
     other text an apostrophe (`read_cell` takes both away).
     """
     buffer = io.StringIO()

@@ -118,10 +118,10 @@ def test_several_categories_share_a_run_whose_interrupted_evaluation_continues(t
     succeed("stage1_partition", *flags, "--category", "all", "--out", run)
     succeed("stage2_train", "--run", run, "--steps", 3)
 
-    def interrupted(stage, dataset, rule, whole=evaluate.evaluate):
+    def interrupted(stage, dataset, *others, whole=evaluate.evaluate):
         if dataset.category == "two":
             raise UserError("no power")
-        return whole(stage, dataset, rule)
+        return whole(stage, dataset, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "evaluate", interrupted)
