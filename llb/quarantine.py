@@ -26,6 +26,7 @@ from llb.files import UserError, check_writable, digest_of_file, discard_files, 
 from llb.flags import flag, parse_flags, typed_flags, whole
 from llb.lock import hold
 from llb.metrics import ranks
+from llb.pictures import printable
 from llb.runfiles import data_of, read_config, read_manifest, stage1_command
 from llb.tables import read_purified, read_table, stage1_finished
 
@@ -50,8 +51,6 @@ class Quarantine:
 def main() -> None:
     settings = parse_flags(Quarantine)
     run = Path(settings.run)
-    if not (run / "config.json").is_file():
-        raise UserError(f"--run {run}: there is no run; give the --out of stage1_partition.py")
     config = read_config(run, f"--run {run}", "make the run again")
     if settings.category not in (None, *config["categories"]):
         raise UserError(f"--category {settings.category}: {run} has {', '.join(config['categories'])}")
@@ -68,6 +67,8 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
     to = os.path.abspath(settings.to or f"{run.absolute()}-quarantine")
     if config["data"] is None or (root.parent.name in ("cache", "demo") and (root / "part" / MARKER).is_file()):
         raise UserError(f"--run {run}: its images are the demo set, which llb draws; give a run on your own images")
+    if not root.is_dir():
+        raise UserError(f"--run {run}: its images, {root}, are not there: put them back")
     if Path(os.path.realpath(to)).is_relative_to(os.path.realpath(root)):
         raise UserError(f"--to {to} lies in the folder of images, {root}: give one outside")
     old, rows = {row["from"]: row for row in read_table(run / MANIFEST, COLUMNS, advice=LOST)}, []
@@ -85,16 +86,18 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
     work = [row for row in rows if is_at(row["from"], row["to"], row)]
     if len({os.path.realpath(row["from"]) for row in work}) < len(work):
         raise UserError(f"{root}: two of these images are one file, by a link; put a copy in the place of the link")
+    shut = [] if settings.copy else [row["from"] for row in work if not os.access(Path(row["from"]).parent, os.W_OK)]
+    if shut:
+        raise UserError(f"{Path(shut[0]).parent} cannot be written: grant access to it, or give --copy")
 
-    verb = f"{'are' if settings.go else 'would be'} {'copied' if settings.copy else 'moved'}"
-    first = ", ".join(row["path"] for row in work[:3]) + ", …" * (len(work) > 3)
-    say(f"{len(work)} of {len(rows)} images {verb} from {root} to {to}: {first or 'nothing to do'}")
+    verb, first = "copy" if settings.copy else "move", ", ".join(printable(row["path"]) for row in work[:3])
+    say(f"{len(work)} of {len(rows)} images to {verb} from {root} to {to}: {first or 'none'}{', …' * (len(work) > 3)}")
     if settings.go:
         check_writable(Path(to), "--to")
         write_rows(run, (old | {row["from"]: row for row in rows}).values())
         for row in progress(work, desc="quarantine", unit="image"):
             move_file(Path(row["from"]), Path(row["to"]), row["sha256"], row["modified_ns"], settings.copy)
-        say(f"back: python -m llb.quarantine --run {typed(run)} --undo")
+        say(f"done; back: python -m llb.quarantine --run {typed(run)} --undo")
     else:
         say(f"nothing is changed yet; do it: python -m llb.quarantine {shlex.join(typed_flags(settings))} --go")
     if not settings.copy:

@@ -41,7 +41,7 @@ def dropped(run: Path) -> list[str]:
 def test_the_dropped_images_go_aside_and_come_back_and_masks_stay(own):
     run, images = own
     start, before, paths = state(run, images), state(images), dropped(run)
-    assert paths and f"{len(paths)} of {len(paths)} images would be moved" in succeed(NAME, "--run", run)
+    assert paths and f"{len(paths)} of {len(paths)} images to move" in succeed(NAME, "--run", run)
     assert state(run, images) == start, "a dry run changes nothing"
     out = succeed(NAME, "--run", run, "--go")
     assert f"--data '{images}' --out NEW" in out.splitlines()[-1]
@@ -130,10 +130,10 @@ def test_what_cannot_be_moved_safely_is_refused_before_anything_moves(own, tmp_p
     refused("lies in the folder of images", *go, "--to", images / "aside")
     refused("exclude each other", *go, "--dropped", "--top", "1")
     refused("run has tile", *go, "--category", "bottle")
-    refused("there is no run", NAME, "--run", images)
+    refused("config.json cannot be read", NAME, "--run", images)
 
     (run / "tile" / "purified.txt").write_text(f"{dropped(run)[0]}\n")  # edited by hand: all others go
-    assert "11 of 11 images are moved" in succeed(*go)
+    assert "11 of 11 images to move" in succeed(*go)
     (to / dropped(run)[-1]).write_bytes(b"")
     refused("not the image that stage 1 saw", NAME, "--run", run, "--undo")
     (run / "quarantine.csv").write_text("category,path\n1,2\n")
