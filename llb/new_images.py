@@ -36,7 +36,7 @@ from llb.stage import make_stage
 from llb.tree import count, summary, walk
 
 SMALLEST = 192  # side of an image in an overlay, pixels
-FLAGS = ("category", "detector", "overlays", "out")
+FLAGS, ABOUT = ("category", "detector", "overlays", "out"), "folder.txt"
 
 
 def check_flags(settings: Evaluate) -> None:
@@ -53,7 +53,7 @@ def score_images(run: Path, settings: Evaluate) -> None:
     with hold(run, f"evaluate-images-{os.getpid()}", against=("stage1",)):
         name, final = choose(run, config, settings)
         dataset = read_folder(settings.images, name, config)
-        out = place(run, name, settings)
+        out, about = place(run, name, settings)
         encoder = run_encoder(run, config)
         stage = make_stage(run, settings, encoder, config | config["stage2"][final], final)
         check_readable(dataset)  # before anything is written
@@ -67,6 +67,7 @@ def score_images(run: Path, settings: Evaluate) -> None:
             discard_files(maps_folder, old)
             discard_files(overlays, old)
         discard_files(out, [table.name])
+        write_text(out / ABOUT, about)
 
         # ---- scores; only one batch of maps is in memory ----
         records = dataset.test
@@ -131,19 +132,20 @@ def read_folder(given: str, name: str, config: dict[str, Any]) -> Dataset:
     records = tuple(Record(path, None, (), "") for path in tree.images)
     (dataset,) = as_shown([Dataset(Path(given), "folder", name, (), records)], config)
     listed(dataset)  # names that no table can hold
-    say(f"images: {os.path.abspath(given)}, {len(records)} images; left out: {rest or 'nothing'}")
+    say(f"images: {os.path.abspath(given)}, {len(records)} to score; left out: {rest or 'nothing'}")
     return dataset
 
 
-def place(run: Path, name: str, settings: Evaluate) -> Path:
-    """The folder for the results. One with those of other images, or among the images, raises a UserError."""
+def place(run: Path, name: str, settings: Evaluate) -> tuple[Path, str]:
+    """The folder for the results, and the text of its folder.txt. One that is a run's, lies among the images or has the
+    results of others raises a UserError."""
     images = os.path.abspath(settings.images)
     out = Path(settings.out or run / name / f"images-{os.path.basename(images).lstrip('.') or 'all'}")
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(images)):
         raise UserError(f"--out {out} lies in --images {settings.images}: give a folder that is apart from the images")
-    check_writable(out)
-    about, text = out / "folder.txt", images.encode(errors="replace").decode() + "\n"
-    if about.is_file() and about.read_bytes() != text.encode():
-        raise UserError(f"--out {out} holds the scores of other images ({about}): give another folder")
-    write_text(about, text)
-    return out
+    if set(check_writable(out)) & {"config.json", "scores.csv"}:
+        raise UserError(f"--out {out} holds results of a run: give another folder, or leave the flag out")
+    about = images.encode(errors="replace").decode() + "\n"
+    if (out / ABOUT).is_file() and (out / ABOUT).read_bytes() != about.encode():
+        raise UserError(f"--out {out} holds the scores of other images (see {ABOUT}): give another folder")
+    return out, about

@@ -65,6 +65,7 @@ def test_what_cannot_be_scored_is_one_line_and_nothing_is_written(finished, tmp_
         "empty holds no images": ("--images", tmp_path / "empty", *out),
         "--images": ("--images", finished, *out),
         "lies in --images": ("--images", images, "--out", images / "out"),
+        "holds results of a run": ("--images", images, "--out", finished / "tile"),
         "run has tile": ("--images", images, *out, "--category", "bottle"),
         "padim": ("--images", images, *out, "--detector", "padim"),
         "--overlays is of other images": ("--overlays",),
@@ -72,7 +73,7 @@ def test_what_cannot_be_scored_is_one_line_and_nothing_is_written(finished, tmp_
     before = state(finished)
     for mention, flags in cases.items():
         assert mention in refuse("evaluate", "--run", finished, *flags)
-        assert not list((tmp_path / "out").glob("scores*")) and not (images / "out").exists()
+        assert not list((tmp_path / "out").glob("*")) and not (images / "out").exists()
     assert state(finished) == before
 
 
