@@ -192,13 +192,13 @@ def _photograph(seed: int | list[int], kind: str, recurring: bool = True) -> np.
     if kind == "chip":
         steel = steel + 0.35 * _band(bite - 0.3, 0.6)[..., None]  # fresh fracture is bright
     if kind == "dent":
-        wide, depth = fault.uniform(2.2, 3.2), fault.uniform(0.5, 0.9)
+        wide, depth = fault.uniform(2.2, 3.2), fault.uniform(0.7, 1.0)
         from_x, from_y = x - place[0] * np.cos(place[1] + turn), y - place[0] * np.sin(place[1] + turn)
         bowl = np.exp(-(from_x**2 + from_y**2) / (2 * wide**2))
         steel = steel - (bowl * (depth * (from_x * LAMP[0] + from_y * LAMP[1]) / wide + 0.1))[..., None]
     if kind == "scratch":
         far = _line(fault, u, v, place, fault.uniform(14, 28), bend=0.02)
-        strength = fault.uniform(0.26, 0.46)
+        strength = fault.uniform(0.36, 0.56)
         steel = steel + strength * (_band(far, 0.8) - 0.5 * _band(far - 1.6, 0.6))[..., None]
     if kind == "stain":
         edge = _distance(u, v, *place) - fault.uniform(6, 9) + 2.2 * _blotches(fault, 3.0)
