@@ -160,7 +160,7 @@ def evaluate(
         say(f"{name}: so many scores are nearly equal that pixel metrics on {final} may be off by {error:.1g}")
 
     # ---- write ----
-    facts = threshold_facts(normal(params), labels, scores)
+    facts = threshold_facts(normal(params), labels, scores) | {"out_of_fold": int(scores_out_of_fold(stage))}
     tables.write_threshold(folder, final, facts)
     tables.write_kinds(folder, final, by_kind([r.kind for r in records], labels, scores, facts["threshold"]))
     shown = united(shown_tests(scores, labels, facts["threshold"]))
@@ -176,12 +176,12 @@ def purified_scores(
 ) -> np.ndarray | None:
     """What the purified images score: float32 (n,). None if the detector cannot say.
 
-    A detector that scores what it has learned from far too low, such as a memory bank, gets stage 1's scores by the
-    sub-models that have not seen the image, if stage 1 had the same detector.
+    A detector that scores what it has learned from far too low gets stage 1's scores by the sub-models that have not
+    seen the image, if stage 1 had the same detector (`scores_out_of_fold`).
 
     purified: int (n,), indices of dataset.train; params: the final detector.
     """
-    if DETECTORS[stage.setup.detector].AGGREGATE == "out-of-fold":
+    if scores_out_of_fold(stage):
         final = config["stage2"][stage.final]
         same = all(final[name] == config[name] for name in ("detector", "set", "image_score"))
         if not same or config["submodels"] == 1:
@@ -193,6 +193,14 @@ def purified_scores(
     for positions, score_k, _ in score(params, stage.setup, features, purified, title):
         scores[positions] = score_k[:, 0]
     return scores
+
+
+def scores_out_of_fold(stage: Stage) -> bool:
+    """Whether a detector scores what it has learned from far too low: a memory bank holds it, and a Gaussian of many
+    dimensions fits it (PaDiM on the demo set: with its own scores 88 % of new normal images were above the threshold).
+    """
+    detector = DETECTORS[stage.setup.detector]
+    return detector.AGGREGATE == "out-of-fold" or getattr(detector, "ADDITIVE", False)
 
 
 @cache

@@ -41,7 +41,8 @@ def write_run(folder, labels=(1, 1, 0, 0, 0, 0), categories=("bolt",), metrics=N
             shown = [(path, picture, np.eye(8, dtype=np.float32), mask) for path in paths]
             write_tiles(folder / name / tiles_file(tiles), shown)
         known = {"false_alarm_rate": 0.25, "missed_rate": 0.5} if "" not in labels else {}
-        threshold = {"threshold": 0.85, "quantile": 0.99, "images": 4, "false_alarm_rate": None, "missed_rate": None}
+        threshold = {"threshold": 0.85, "quantile": 0.99, "images": 4, "out_of_fold": 0}
+        threshold |= {"false_alarm_rate": None, "missed_rate": None}
         tables.write_threshold(folder / name, "purified", threshold | known)
         tables.write_kinds(folder / name, "purified", [("<i>dent", 1, 0.125, 0.5), ("hole", 1, None, None)])
     stages = {"stage 1": {"seconds": 75.0, "memory": 2**30, "device_memory": None}}
