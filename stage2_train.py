@@ -78,7 +78,7 @@ def run_stage2(run: Path, settings: Stage2) -> None:
 
     for dataset, choice in zip(datasets, choices):
         own = dataclasses.replace(stage.setup, steps=steps[dataset.category])
-        with timed(run, dataset.category, f"stage 2, {final}"):
+        with timed(run, dataset.category, f"stage 2, {final}", anew=settings.overwrite):
             stage2(dataclasses.replace(stage, setup=own), dataset, choice, config["seed"])
 
 

@@ -69,7 +69,8 @@ def category_facts(folder: Path, name: str, entry: dict[str, Any], notes: list[s
     """What the report shows of one category. entry: what metrics.json says of it; most: tiles of a group."""
     scores = tables.read_table(folder / "scores.csv", ("path", "score", "kept", "label"))
     finals = tables.detector_names(entry | dict.fromkeys(predicted(folder)))
-    detectors = [detector_facts(folder, train_on, entry.get(train_on), most) for train_on in finals]
+    first = [most] + [most if most == LARGEST else 0] * len(finals)  # of many categories only the first's tiles
+    detectors = [detector_facts(folder, final, entry.get(final), n) for final, n in zip(finals, first)]
     if entry.get("missing_masks") and detectors:
         notes = [*notes, tables.missing_masks_line(entry["missing_masks"], detectors[0]["labels"].count(1))]
     labels = [row["label"] for row in scores]
@@ -182,6 +183,7 @@ def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, 
         ]
         for name, indices in shown_tests(score, labels, threshold).items()
     }
+    groups = {name: shown for name, shown in groups.items() if shown}
     outcomes = [outcome(label, value, threshold) for label, value in zip(labels, score)]
     counts = {"missed": outcomes.count("missed"), "false alarms": outcomes.count("false alarm")}
     colours = {"image": np.ones(len(rows), bool)}
@@ -194,8 +196,8 @@ def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, 
         "ranked": sorted(rows, key=lambda row: -row["score"])[:LISTED],
         "threshold": facts,
         "histogram": charts.histogram(score, colours, threshold=threshold) if rows else None,
-        "groups": {n: {"tiles": shown, "count": counts.get(n, len(rows))} for n, shown in groups.items() if shown},
-        "scale": scale_of(tiles) if tiles["tiles"] else None,
+        "groups": {n: {"tiles": shown, "count": counts.get(n, len(rows))} for n, shown in groups.items()},
+        "scale": scale_of(tiles) if groups else None,
     }
 
 

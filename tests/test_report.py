@@ -10,7 +10,7 @@ import pytest
 
 from llb import charts, tables
 from llb.files import UserError, write_csv, write_json
-from llb.report import comparison, write_report
+from llb.report import comparison, detector_facts, write_report
 from llb.tables import METRICS
 from llb.tiles import tiles_file, write_tiles
 
@@ -94,6 +94,10 @@ def test_every_tile_says_what_became_of_its_image_and_is_found_by_path_and_rank(
     assert "Just above the threshold" in text and "Missed, the lowest score first: 1" in text
     assert "0.85 . It is taken from the 4 purified" in text and "25.0%" in text
     assert "<i>dent 1 0.125 50.0%" in text and "hole 1 – –" in text
+    few = detector_facts(tmp_path / "bolt", "purified", None, 2)
+    assert len(few["groups"]["all"]["tiles"]) == 2 and few["groups"]["all"]["count"] == 6 and few["scale"] == ("0", "1")
+    none = detector_facts(tmp_path / "bolt", "purified", None, 0)
+    assert not none["groups"] and none["scale"] is None
 
 
 @pytest.mark.parametrize(

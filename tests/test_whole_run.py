@@ -155,8 +155,14 @@ def test_another_final_detector_stands_beside_stage_1s(tmp_path, data):
         with Image.open(run / "tile" / "maps-all-simplenet" / f"{row['path']}.png") as image:
             heat = np.asarray(image) * float(image.info["scale"]) + float(image.info.get("offset", 0))
         assert np.isfinite(heat).all() and heat.max() > heat.min()
+    # PaDiM fits what it has seen: each image's score is of the sub-model that has not seen it (it learned the others)
+    rows = [row for row in rows_of(run / "tile" / "scores.csv") if row["kept"] == "1"]
+    unseen = [float(row[f"model_{row['subset']}"]) for row in rows]
+    threshold = read_threshold(run / "tile", "purified")
+    assert threshold["threshold"] == pytest.approx(np.quantile(unseen, 0.99)) and threshold["out_of_fold"] == 1
+    assert read_threshold(run / "tile", "purified-patchcore") is None, "stage 1 has none of a bank"
     succeed("stage1_partition", "--data", data, "--out", run, *flags, "--overwrite")
-    assert not list((run / "tile").glob("stage2-*/*"))
+    assert not list((run / "tile").glob("stage2-*/*")) and not list((run / "tile").glob("*-purified*"))
 
 
 def test_dinomalys_protocol_cuts_out_the_centre_judges_at_256_and_takes_released_weights(tmp_path, data):
