@@ -40,7 +40,9 @@ def write_shard(folder: Path, digests: Sequence[str], features: np.ndarray, size
         with open(file, "ab") as shard:
             shard.write(end + checksum.to_bytes(4, "big"))
 
-    atomic(folder / f"{_name(names)}.npy", write, by_any_process=True, size=size)
+    shard = folder / f"{_name(names)}.npy"
+    if not shard.exists():  # else another command has computed the same meanwhile
+        atomic(shard, write, by_any_process=True, size=size)
 
 
 def find_rows(folder: Path, wanted: Set[str]) -> dict[str, tuple[Path, int]]:
@@ -119,5 +121,5 @@ def _is_whole(shard: Path) -> bool:
     """Whether a shard is there, with the content that was written."""
     with suppress(OSError):
         content = memoryview(shard.read_bytes())
-        return zlib.crc32(content[:-4]).to_bytes(4, "big") == content[-4:]
+        return len(content) > 4 and zlib.crc32(content[:-4]).to_bytes(4, "big") == content[-4:]
     return False

@@ -248,10 +248,11 @@ def cached_features(
 
     def fetch(indices: np.ndarray) -> np.ndarray:
         features = np.empty((*indices.shape, *source.shape), source.dtype)
-        for number in np.unique(shard_of[indices]):
-            here = shard_of[indices] == number
+        numbers, rows = shard_of[indices], row_of[indices]
+        for number in np.unique(numbers):
+            here = numbers == number
             try:
-                features[here] = opened(shards[number])[row_of[indices[here]]]
+                features[here] = opened(shards[number])[rows[here]]
             except OSError:
                 features[here] = streamed.fetch(indices[here])
         return features
