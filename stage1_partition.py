@@ -26,19 +26,22 @@ from llb.fit import learn
 from llb.flags import parse_flags
 from llb.images import load_image, white_line
 from llb.layouts import read_root
+from llb.learning import learning_line, write_learning
 from llb.lock import hold
 from llb.manifest import record_images
 from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
+from llb.processes import agreed
 from llb.purify import combine, keep_auto, keep_lowest, partition
 from llb.run import as_shown, command_line, demo_or_given_root, environment, open_run, place_run
 from llb.runfiles import stage1_command, write_config
 from llb.score import heat_maps, score_all
+from llb.selection import change_selection, outdated_detectors, read_submodel_scores
 from llb.stage import Stage, check_step, load_features, make_stage
 from llb.tables import Stage1Result, purification_line, stage1_finished, write_purified, write_scores
 from llb.tiles import shown_suspects, small, tiles_file, united, write_tiles
 from llb.times import timed
-from llb.train import Submodels, submodel_keys
+from llb.train import Submodels, seen_images, submodel_keys
 
 SUSPECTS = 24  # images on the contact sheet
 
@@ -77,6 +80,7 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     for line in filter(None, map(white_line, datasets)):
         say(line)
     record_images(run, datasets, settings.verify, stage1_command(run, config))
+    change_selection(run, config, settings, datasets, command)
     write_config(run, config)  # not before: images of another place may be others
 
     # ---- all categories share the encoder and the compiled steps ----
@@ -87,6 +91,8 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
         else:
             with timed(run, dataset.category, "stage 1"):
                 stage1(stage, dataset)
+        for again in outdated_detectors(run, config, dataset):
+            say(f"{dataset.category}: stage 2's detector was trained on another list; train it again: {again}")
     say(f"next: python stage2_train.py --run {typed(run)}")
 
 
@@ -107,23 +113,37 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
     others = settings.folds == "others"  # each learns from all subsets but its own
     submodels = Submodels(subsets, submodel_keys(models_key, settings.submodels), others)
     at = CheckpointFolder(folder / "stage1", paths_digest([record.path for record in dataset.train]))
-    params = learn(stage.setup, features, submodels, at, f"{name}, {settings.submodels} sub-models")
+    params, losses = learn(stage.setup, features, submodels, at, f"{name}, {settings.submodels} sub-models")
+    seen = [] if losses is None else seen_images(submodels, stage.setup, losses)
+    if seen:  # learning bias, while it happened
+        write_learning(folder, dataset.train, seen)
 
-    # ---- score every image with every sub-model, and aggregate ----
-    scores = score_all(params, stage.setup, features, images, f"{name}, scoring")  # (N, K)
-    aggregated = combine(scores, subset, others, settings.standardise == "yes", settings.aggregate)  # (N,)
+    # ---- score every image with every sub-model: (N, K); another selection has them already ----
+    if agreed((folder / "scores.csv").is_file()):
+        scores = read_submodel_scores(folder, dataset, settings.submodels)
+    else:
+        scores = score_all(params, stage.setup, features, images, f"{name}, scoring")
 
-    # ---- select ----
-    kept = keep_auto(aggregated) if settings.keep == "auto" else keep_lowest(aggregated, settings.keep)  # (N,) bool
+    # ---- aggregate and select ----
+    result = select(settings, subset, scores)
 
     # ---- write; each score stands beside the path of its image ----
-    result = Stage1Result(subset, scores, aggregated, kept)
     write_scores(folder, dataset.train, result)
     write_suspects(stage, dataset, result, params, features)
     if not (folder / "purified.txt").exists():  # it may be edited, and another of the three files lost
-        write_purified(folder, dataset.train, kept)
-    facts = purification([record.label for record in dataset.train], aggregated, kept)
+        write_purified(folder, dataset.train, result.kept)
+    facts = purification([record.label for record in dataset.train], result.aggregated, result.kept)
     say(f"{name}: {purification_line(facts)}")
+    if seen:
+        say(f"{name}: {learning_line(seen, result.kept)}")
+
+
+def select(settings: Stage1, subset: np.ndarray, scores: np.ndarray) -> Stage1Result:
+    """From N × K scores to a decision on each image: from here on nothing is trained. subset: int32 (N,)."""
+    others, standardise = settings.folds == "others", settings.standardise == "yes"
+    aggregated = combine(scores, subset, others, standardise, settings.aggregate)  # (N,)
+    kept = keep_auto(aggregated) if settings.keep == "auto" else keep_lowest(aggregated, settings.keep)  # (N,) bool
+    return Stage1Result(subset, scores, aggregated, kept)
 
 
 def check(dataset: Dataset, settings: Stage1) -> None:

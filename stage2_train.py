@@ -14,24 +14,27 @@ from pathlib import Path
 
 import jax
 
-from llb.checkpoint import check_finished, save_finished
+from llb.checkpoint import CheckpointFolder, check_finished, open_checkpoints, restore_finished, save_finished
 from llb.config import Stage2
 from llb.console import run_script, say
 from llb.data import Dataset
 from llb.defaults import resolve_final
+from llb.detectors import is_trained
 from llb.detectors.released import read_released
 from llb.device import start_jax
 from llb.files import UserError, typed
 from llb.fit import learn
 from llb.flags import parse_flags
+from llb.learning import loss_file, write_losses
 from llb.lock import hold
+from llb.processes import agreed
 from llb.protocols import steps_of
 from llb.run import begin_stage2, final_checkpoints, final_name, find_run, load_datasets, read_run, run_encoder
 from llb.runfiles import own_config, stage1_command
 from llb.stage import Stage, check_step, load_features, make_stage
 from llb.tables import TRAIN_ON, Choice, choose_images, stage1_finished
 from llb.times import timed
-from llb.train import Submodels, submodel_keys
+from llb.train import Submodels, seen_steps, submodel_keys
 
 
 def main() -> None:
@@ -88,6 +91,7 @@ def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:
     at = final_checkpoints(stage.run, dataset, final, choice.indices)
     if check_finished(at, stage.setup.steps):
         say(f"{name}: stage 2 on {final} is finished ({at.folder}); --overwrite trains again")
+        keep_losses(stage, name, at)
         return
     if stage.settings.released:
         params = read_released(stage.settings.released, stage.setup)
@@ -103,6 +107,17 @@ def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:
     key = jax.random.fold_in(jax.random.key(seed), 2)
     submodel = Submodels([choice.indices], submodel_keys(key, 1))
     learn(stage.setup, features, submodel, at, f"{name}, {final}")
+    keep_losses(stage, name, at)
+
+
+def keep_losses(stage: Stage, name: str, at: CheckpointFolder) -> None:
+    """loss-<final>.csv, of what the finished checkpoint holds: so a command that was killed before it loses nothing."""
+    folder, final = stage.run / name, stage.final
+    if is_trained(stage.setup.detector) and not agreed((folder / loss_file(final)).exists()):
+        with open_checkpoints(at.folder) as checkpoints:
+            _, seen = restore_finished(checkpoints)
+        if seen is not None:
+            write_losses(folder, final, seen_steps(stage.setup, 1), seen[0, :, 0])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Orbax checkpoints of a training. They hold host trees, so any number of devices can continue from them.
 
-A checkpoint holds "state" (while training {"params", "opt"}; at the end {"params"} only) and "meta" ({"digest",
-"checksum"}). Orbax does not notice every damaged array, so the checksum of the state is compared after reading.
-A killed save leaves a temporary folder. Orbax ignores it, and the next training deletes it.
+A checkpoint holds "state" (while training {"params", "opt", "seen"}; at the end {"params", "seen"}) and "meta"
+({"digest", "checksum"}); "seen" is llb.train's. Orbax does not notice every damaged array, so the checksum of the state
+is compared after reading. A killed save leaves a temporary folder. Orbax ignores it, and the next training deletes it.
 """
 
 import errno
@@ -155,7 +155,8 @@ def check_digest(checkpoints: Checkpoints, at: CheckpointFolder) -> None:
     """Raise a UserError if the newest checkpoint is damaged, or belongs to other training images."""
     if _restore(checkpoints)["meta"]["digest"] != at.digest:
         change = "the list of training images has changed since this was trained"
-        raise UserError(f"{at.folder}: {change}; train again with --overwrite")
+        script = "stage1_partition.py" if at.folder.name == "stage1" else "stage2_train.py"
+        raise UserError(f"{at.folder}: {change}; train again with {script} --overwrite")
 
 
 def check_params(params: Params, step: int) -> None:
@@ -182,5 +183,12 @@ def restore_state(checkpoints: Checkpoints, shapes: Params) -> Params:
 
 
 def restore_params(checkpoints: Checkpoints) -> Params:
-    """The parameters of a finished training as a host tree (dicts of arrays, so no template is needed)."""
-    return _restore(checkpoints, state=ocp.args.StandardRestore())["state"]["params"]
+    """The parameters of a finished training as a host tree."""
+    return restore_finished(checkpoints)[0]
+
+
+def restore_finished(checkpoints: Checkpoints) -> tuple[Params, np.ndarray | None]:
+    """The parameters of a finished training, and what it has seen (llb.train) or None: dicts of arrays, so no template
+    is needed."""
+    state = _restore(checkpoints, state=ocp.args.StandardRestore())["state"]
+    return state["params"], state.get("seen")

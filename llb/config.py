@@ -21,6 +21,8 @@ ENCODER = "dinov2_vitb14_reg"
 LARGEST_SEED = 2**32 - 1  # JAX keys do not distinguish larger ones
 STEPS, FINAL_STEPS, BATCH = 1000, 5000, 16
 DEMO_STEPS, DEMO_FINAL_STEPS, DEMO_BATCH = 100, 200, 8  # a few minutes on two CPU cores
+# they select from the N × K scores; another value trains and scores nothing again
+SELECTING = ("aggregate", "standardise", "keep")
 FLAGGED = ("recipe", "dropout")  # settings of a detector that have flags of their own
 PRECISIONS, FOLDS, YES_NO = ("float32", "bfloat16"), ("own", "others"), ("yes", "no")
 # bounds far above any use, below what JAX, NumPy or the machine fails at without a word of help

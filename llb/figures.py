@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from llb.files import atomic
+from llb.learning import read_learning, read_losses
 
 INK = "#23262b"  # of letters and lines; `svg_of` puts the page's colour in its place
 KEPT, DROPPED = "#4a7fb5", "#e08a3c"  # as in the report; readable on light and on dark ground
@@ -126,6 +127,7 @@ def svg_of(figure, label: str = "") -> str:
     text = re.sub(r"\s*<(metadata|defs)>\s*(<style.*?</style>|<rdf.*?</rdf:RDF>)\s*</\1>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = text.replace(INK, "currentColor").replace("'DejaVu Sans'", "inherit")
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)  # hundredths of a point
     used = set(re.findall(r"#([\w-]+)", text))
     text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)  # a page has others
     pixels = round(72 * LARGEST_SCALE * figure.get_figwidth())
@@ -141,3 +143,105 @@ def save(figure, *files: Path) -> None:
         for file in files:
             metadata = {"Date": None} if file.suffix == ".svg" else {"Software": None}
             atomic(file, lambda temporary, metadata=metadata: figure.savefig(temporary, metadata=metadata))
+
+
+# ---- what the sub-models saw while they trained ----
+
+PANELS, POINTS = 8, 60  # sub-models that are shown; points of a smoothed curve
+WINDOW, WIDEST, FEWEST = 12, 0.15, 3  # values in a window of the smoothing, about; its largest share of the steps
+GROUPS = {  # (label, kept) → name, colour, line; label −1: unknown
+    (-1, True): ("kept later", KEPT, "-"),
+    (-1, False): ("dropped later", DROPPED, "-"),
+    (0, True): ("normal, kept later", KEPT, "-"),
+    (1, False): ("defective, dropped later", DROPPED, "-"),
+    (0, False): ("normal, dropped later", KEPT, "--"),
+    (1, True): ("defective, kept later", DROPPED, "--"),
+}
+
+
+def smoothed(step: np.ndarray, value: np.ndarray, ends: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Values at steps, (n,) → POINTS steps, and the values' quartiles around each of them, (3, POINTS): in a window of
+    about WINDOW values, at most a share WIDEST of the steps; not a number where it holds fewer than FEWEST."""
+    length = ends[1] - ends[0] + 1
+    width = length * min(WIDEST, max(1 / POINTS, WINDOW / max(1, len(value))))
+    centres = np.linspace(*ends, POINTS)
+    windows = [value[np.abs(step - centre) <= width / 2] for centre in centres]
+    quartiles = [np.quantile(one, (0.25, 0.5, 0.75)) if len(one) >= FEWEST else [np.nan] * 3 for one in windows]
+    return centres, np.array(quartiles).T
+
+
+def learning_figure(table: dict[str, np.ndarray], columns: int = 2):
+    """Learning bias: in a panel for each sub-model the losses of its images over the steps, those of images that are
+    kept and dropped later apart; median and quartiles, coloured by the labels if all are known.
+
+    table: of `llb.learning.read_learning`.
+    """
+    models = np.unique(table["submodel"])[:PANELS]
+    label = table["label"] if (table["label"] >= 0).all() else np.full(len(table["label"]), -1)
+    columns = min(columns, len(models))
+    rows = -(-len(models) // columns)
+    ends = int(table["step"].min()), int(table["step"].max())
+    with house():
+        size = {"width": 2.5 * columns if columns > 1 else 5.0, "height": 0.75 + 1.55 * rows}
+        figure, panels = new_figure(rows, columns, **size, sharex=True, sharey=True)
+        for panel in panels.ravel()[len(models) :]:
+            panel.set_axis_off()
+        shown = {}
+        for panel, model in zip(panels.ravel(), models):
+            for (of_label, kept), (name, colour, line) in GROUPS.items():
+                those = (table["submodel"] == model) & (label == of_label) & (table["kept"] == kept)
+                centres, quartiles = smoothed(table["step"][those], table["distance"][those], ends)
+                if np.isfinite(quartiles).any():
+                    panel.fill_between(centres, quartiles[0], quartiles[2], color=colour, alpha=0.2, linewidth=0)
+                    (shown[name],) = panel.plot(centres, quartiles[1], line, color=colour)
+            panel.set_title(f"sub-model {model}")
+            ruled(panel, table["distance"])
+        for panel in panels.ravel()[: len(models)][-columns:]:  # the lowest of each column
+            panel.set_xlabel("step")
+            panel.tick_params(labelbottom=True)
+        for panel in panels[:, 0]:
+            panel.set_ylabel("loss of an image")
+        figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=min(2, columns))
+    return figure
+
+
+def ruled(panel, values: np.ndarray) -> None:
+    """A logarithmic axis with plain numbers for values that span much; else one as it is."""
+    low, high = np.quantile(values, (0.01, 0.99))
+    if 0 < 4 * low < high:
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def learning_svg(folder: Path) -> str | None:
+    """The picture of learning bias of a category; None if there is none. folder: RUN/<category>."""
+    table = read_learning(folder)
+    if table is None or not len(table["step"]):
+        return None
+    return svg_of(learning_figure(table), "Losses of kept and dropped training images over the steps of stage 1")
+
+
+def loss_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]]):
+    """Loss curves of final detectors, smoothed by medians. curves: by name, the steps and losses, (n,)."""
+    with house():
+        figure, panels = new_figure(height=1.9)
+        panel = panels[0, 0]
+        for (name, (step, loss)), colour in zip(curves.items(), COLOURS):
+            centres, quartiles = smoothed(step, loss, (int(step.min()), int(step.max())))
+            panel.plot(step, loss, color=colour, alpha=0.25, linewidth=0.6)
+            panel.plot(centres, quartiles[1], color=colour, label=name)
+        ruled(panel, np.concatenate([loss for _, loss in curves.values()]))
+        panel.set(xlabel="step", ylabel="loss")
+        panel.legend()
+    return figure
+
+
+def loss_svg(folder: Path, finals: Sequence[str]) -> str | None:
+    """The loss curves of some final detectors of a category; None if there are none."""
+    found = {final: read_losses(folder, final) for final in finals}
+    curves = {final: curve for final, curve in found.items() if curve is not None and len(curve[0])}
+    return svg_of(loss_figure(curves), "Losses of the final detectors over their steps") if curves else None

@@ -31,8 +31,9 @@ def learn(
     at: CheckpointFolder,
     title: str,
     devices: Sequence[jax.Device] | None = None,
-) -> Params:
-    """The K sub-models, trained or fitted, as the detector does it: a host tree with leading axis K."""
+) -> tuple[Params, np.ndarray | None]:
+    """The K sub-models, trained or fitted, as the detector does it: a host tree with leading axis K; and what a
+    training has seen (llb.train), None of a fit."""
     return (train if is_trained(setup.detector) else fit)(setup, features, submodels, at, title, devices)
 
 
@@ -72,7 +73,7 @@ def fit(
     at: CheckpointFolder,
     title: str,
     devices: Sequence[jax.Device] | None = None,
-) -> Params:
+) -> tuple[Params, None]:
     """Fit every sub-model to its images. Arguments and errors are those of `llb.train.train`."""
     detector, size = DETECTORS[setup.detector], setup.batch_size
     by_sums = submodels.others and getattr(detector, "ADDITIVE", False)
@@ -82,7 +83,7 @@ def fit(
     with open_checkpoints(at.folder, tidy=True) as checkpoints:
         if checkpoints.latest_step():
             check_digest(checkpoints, at)
-            return restore_params(checkpoints)
+            return restore_params(checkpoints), None
         shapes = jax.eval_shape(partial(start_states, setup=setup, images=batches * size), submodels.keys)
         check_memory(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)))
         if line := getattr(detector, "describe", lambda setup, images: None)(setup, longest):
@@ -108,7 +109,7 @@ def fit(
         if any(np.isnan(leaf).any() for leaf in jax.tree.leaves(params)):
             raise UserError(f"--detector {setup.detector}: its parameters are not finite; are all images alike?")
         save(checkpoints, 1, {"params": params}, at.digest)
-    return params
+    return params, None
 
 
 def others(leaf: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from llb.detectors import DETECTORS
 from llb.features import prefetch
 from llb.files import UserError, digest_of_file, discard, discard_files, is_writer, write_csv, write_json
 from llb.images import load_image
+from llb.learning import LEARNING_FILE, loss_file
 from llb.masks import load_masks
 from llb.processes import agreed
 from llb.runfiles import COLUMNS, IMAGES_FILE, State, read_manifest
@@ -168,7 +169,8 @@ def clear_run(run: Path, categories: Sequence[str]) -> None:
     folders = [run / name for name in categories]
     check_checkpoints([folder / part for folder in folders for part in ("stage1", *map(stage2_folder, finals()))])
     for folder in folders:
-        discard_files(folder, ("scores.csv", "suspects.png", tiles_file("suspects"), "purified.txt"))
+        lists = ("scores.csv", "suspects.png", tiles_file("suspects"), "purified.txt")
+        discard_files(folder, (*lists, LEARNING_FILE))
         clear_checkpoints(folder / "stage1")
         for final in finals():
             clear_detector(folder, final)
@@ -196,10 +198,8 @@ def clear_detector(folder: Path, final: str) -> None:
         paths |= {row["path"] for row in read_table(folder / f"predictions-{final}.csv", ["path"])}
     for maps in (f"maps-{final}", f".maps-{final}.tmp"):
         discard_files(folder / maps, (f"{path}.png" for path in paths))
-    discard_files(
-        folder, (f"predictions-{final}.csv", f"examples-{final}.png", threshold_file(final), kinds_file(final))
-    )
-    discard_files(folder, [tiles_file(final)])
+    tables = (f"predictions-{final}.csv", threshold_file(final), kinds_file(final), loss_file(final))
+    discard_files(folder, (*tables, f"examples-{final}.png", tiles_file(final)))
 
 
 def stage2_folder(final: str) -> str:

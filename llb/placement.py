@@ -57,11 +57,11 @@ class Placement:
         """The reverse of `spread`: a host tree with leading axis K, in all processes."""
         return jax.tree.map(lambda leaf: leaf[:submodels], gathered(tree))
 
-    def local_values(self, values: jax.Array) -> dict[int, float]:
-        """Numbers (R,), one for each row → those that this process's devices hold, by sub-model."""
+    def local_values(self, values: jax.Array) -> dict[int, np.ndarray]:
+        """Values (R, …) → the rows that this process's devices hold, by sub-model."""
         local = {}
         for shard in values.addressable_shards:
-            local.update(zip(self.model_of_row[shard.index[0]].tolist(), np.asarray(shard.data).tolist()))
+            local.update(zip(self.model_of_row[shard.index[0]].tolist(), np.asarray(shard.data)))
         return local
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llb.checkpoint import CheckpointFolder, paths_digest
-from llb.config import Evaluate, Stage1, Stage2
+from llb.config import SELECTING, Evaluate, Stage1, Stage2
 from llb.console import say
 from llb.data import Dataset, load_category
 from llb.demo import demo_in
@@ -108,7 +108,8 @@ def open_run(
             old = config[name]
             if old and new and (os.path.realpath(old) == os.path.realpath(new) or not os.path.exists(old)):
                 config |= {name: new} | ({"data_given": settings.data} if name == "data" else {})
-        refuse_differences(config, now, where, advice)
+        trained = {name: value for name, value in now.items() if name not in SELECTING}
+        refuse_differences(config, trained, where, advice)
         check_weights(config, encoder, where, advice)
         note_sources(config, run)
     elif is_writer():
@@ -132,9 +133,13 @@ def as_shown(datasets: list[Dataset], config: dict[str, Any]) -> list[Dataset]:
 
 def refuse_differences(old: dict[str, Any], new: dict[str, Any], where: str, advice: str) -> None:
     """Raise a UserError that names every setting in `new` that differs from `old`."""
-    differences = [f"{name}: {old.get(name)}, now {value}" for name, value in new.items() if old.get(name) != value]
-    if differences:
-        raise UserError(f"{where} was made with other settings ({'; '.join(differences)}): {advice}")
+    if changes := differences(old, new):
+        raise UserError(f"{where} was made with other settings ({'; '.join(changes)}): {advice}")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Every setting in `new` that differs from `old`, in words."""
+    return [f"{name}: {old.get(name)}, now {value}" for name, value in new.items() if old.get(name) != value]
 
 
 def check_weights(config: dict[str, Any], encoder: Encoder, where: str, advice: str) -> None:
@@ -249,6 +254,12 @@ def final_checkpoints(run: Path, dataset: Dataset, final: str, indices: np.ndarr
     return CheckpointFolder(run / dataset.category / f"stage2-{final}", digest)
 
 
+def stage2_command(run: Path, final: str, settings: dict[str, Any]) -> str:
+    """The command that trains a final detector. settings: in config.json."""
+    detector = "" if final == settings["train_on"] else f" --detector {settings['detector']}"
+    return f"python stage2_train.py --run {typed(run)} --train-on {settings['train_on']}{detector}"
+
+
 def finished_detectors(run: Path, config: dict[str, Any], wanted: str | None) -> list[str]:
     """Each final detector that is finished for every category. A UserError is raised if there is none.
 
@@ -262,9 +273,7 @@ def finished_detectors(run: Path, config: dict[str, Any], wanted: str | None) ->
         if all(folder.is_dir() for folder in folders):
             finished.append(final)
         elif wanted is None:
-            detector = "" if final == settings["train_on"] else f" --detector {settings['detector']}"
-            command = f"python stage2_train.py --run {typed(run)} --train-on {settings['train_on']}{detector}"
-            say(f"{final} is not finished and left out: {command}")
+            say(f"{final} is not finished and left out: {stage2_command(run, final, settings)}")
     if not finished:
         choice = f" --train-on {wanted}" if wanted else ""
         raise UserError(f"--run {run}: no finished detector; first: python stage2_train.py --run {typed(run)}{choice}")

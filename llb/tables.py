@@ -10,6 +10,7 @@ RUN/metrics.json, metrics.csv                  how well each final detector find
 
 import csv
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,24 @@ def write_scores(folder: Path, records: Sequence[Record], result: Stage1Result) 
     write_csv(folder / "scores.csv", ["path", "subset", *models, "score", "rank", "kept", "label"], rows)
 
 
+def purified_text(records: Sequence[Record], kept: np.ndarray) -> str:
+    return "".join(f"{record.path}\n" for record, keep in zip(records, kept) if keep)
+
+
 def write_purified(folder: Path, records: Sequence[Record], kept: np.ndarray) -> None:
     """purified.txt. Stage 1 writes it last: if it is there, stage 1 is finished. kept: bool (N,)."""
-    write_text(folder / "purified.txt", "".join(f"{r.path}\n" for r, keep in zip(records, kept) if keep))
+    write_text(folder / "purified.txt", purified_text(records, kept))
+
+
+def purified_is_own(folder: Path, dataset: Dataset) -> bool:
+    """Whether purified.txt is what stage 1 wrote, letter by letter, or is not there: so nothing is lost with it."""
+    file = folder / "purified.txt"
+    if not os.path.lexists(file):
+        return True
+    try:
+        return file.read_bytes() == purified_text(dataset.train, read_scores(folder, dataset)["kept"]).encode()
+    except UserError:  # nobody knows
+        return False
 
 
 def stage1_finished(folder: Path) -> bool:

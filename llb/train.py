@@ -2,7 +2,8 @@
 
     params, optimiser state   (K, …)
     features                  (K, B, …)   row k holds images of sub-model k only
-    loss                      (K,)
+    losses                    (K, 1 + B)  the loss, then each image's own
+    seen                      (K, T, 1 + B)   the losses of T steps: what the sub-models have seen while they trained
 
 One step is written for ONE sub-model and vmapped. So the clipped gradient norm, the optimiser's moments, the dropout
 mask and the hard-mining quantile belong to each sub-model, and a sub-model that is trained beside others equals the
@@ -28,7 +29,7 @@ from llb.checkpoint import (
     check_digest,
     check_params,
     open_checkpoints,
-    restore_params,
+    restore_finished,
     restore_state,
     save,
 )
@@ -44,6 +45,7 @@ SAVE_SECONDS = 10.0  # minimum time between two checkpoints
 SAVE_FRACTION = 0.05  # maximum fraction of the time that is spent on saving
 PREPARING = 2  # batches that threads prepare meanwhile; for ViT-B/14 a thread needs 57 ms, an H200's step 55 ms
 UNREAD_LOSSES = 2  # reading a loss waits for the device, so the newest steps' stay unread while the device works
+MOST_SEEN = 20_000  # losses of single images that a training keeps, of all sub-models together
 State = dict[str, Params]  # {"params": …, "opt": …}
 
 
@@ -105,6 +107,38 @@ def batch_stream(key: jax.Array, subset: np.ndarray, batch_size: int) -> Callabl
     return batch
 
 
+def batch_streams(submodels: Submodels, batch_size: int) -> list[Callable[[int], np.ndarray]]:
+    """The stream of each sub-model."""
+    keys = (key_for("batches", key) for key in submodels.keys)
+    return [batch_stream(key, images, batch_size) for key, images in zip(keys, submodels.images)]
+
+
+def seen_steps(setup: Setup, submodels: int) -> range:
+    """The steps whose losses are kept: all of a short training, else one in so many that at most MOST_SEEN losses are
+    kept. A step is kept whole: every sub-model, every image."""
+    most = max(1, MOST_SEEN // (submodels * setup.batch_size))
+    return range(0, setup.steps, -(-setup.steps // most))
+
+
+@partial(jax.jit, donate_argnames="seen")
+def see(seen: jax.Array, losses: jax.Array, place: jax.Array) -> jax.Array:
+    """Keep the losses of a step, (R, 1 + B), at a place in what was seen, (R, T, 1 + B)."""
+    return seen.at[:, place].set(losses)
+
+
+def seen_images(submodels: Submodels, setup: Setup, seen: np.ndarray) -> list[tuple[int, int, int, float]]:
+    """What was seen, an entry for every image of every kept step: step, sub-model, image index, its own loss.
+
+    seen: of `train`. An image of which the step has taken nothing has no entry.
+    """
+    entries = []
+    for place, step in enumerate(seen_steps(setup, len(seen))):
+        for model, stream in enumerate(batch_streams(submodels, setup.batch_size)):
+            for image, loss in zip(stream(step), seen[model, place, 1:]):
+                entries += [(step, model, int(image), float(loss))] if not np.isnan(loss) else []
+    return entries
+
+
 @partial(jax.jit, static_argnames=("setup", "sharding"))
 def init_state(keys: jax.Array, setup: Setup, sharding: jax.NamedSharding | None = None) -> State:
     """New sub-models. keys: (R,); sharding: of every leaf."""
@@ -133,7 +167,7 @@ def train_step(
         step: int scalar, 0-based.
 
     Returns:
-        the state after the step, and the loss before it, float32 (R,).
+        the state after the step, and the loss before it with each image's own, float32 (R, 1 + B).
     """
     detector = DETECTORS[setup.detector]
 
@@ -142,14 +176,14 @@ def train_step(
         inputs = features if frozen is None else (features, frozen)
         params = state["params"]
 
-        def loss_of(trained: Params) -> tuple[jax.Array, Params]:
+        def loss_of(trained: Params) -> tuple[jax.Array, tuple[jax.Array, Params]]:
             return detector.loss(setup, params | {"params": trained}, inputs, key, step)
 
-        (loss, changed), gradients = jax.value_and_grad(loss_of, has_aux=True)(params["params"])
+        (loss, (each, changed)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params["params"])
         optimizer = detector.optimizer(setup, own["steps_per_pass"])
         updates, opt = optimizer.update(gradients, state["opt"], params["params"])
         params = params | changed | {"params": optax.apply_updates(params["params"], updates)}
-        return {"params": params, "opt": opt}, loss
+        return {"params": params, "opt": opt}, jnp.append(loss, each)
 
     return jax.vmap(one)(state, features, each)
 
@@ -161,7 +195,7 @@ def train(
     at: CheckpointFolder,
     title: str,
     devices: Sequence[jax.Device] | None = None,
-) -> Params:
+) -> tuple[Params, np.ndarray | None]:
     """Train every sub-model on its images; continue from the last checkpoint, if there is one.
 
     Args:
@@ -170,7 +204,8 @@ def train(
         devices: where the sub-models are placed; all devices by default.
 
     Returns:
-        the parameters, a host tree with leading axis K.
+        the parameters, a host tree with leading axis K, and what was seen, float32 (K, T, 1 + B): the losses of
+        `seen_steps`; None if the parameters come from elsewhere.
 
     Raises:
         UserError: a loss or a parameter is not finite, or the checkpoint is damaged, belongs to other images or cannot
@@ -185,10 +220,7 @@ def train(
     each = {"key": placement.spread_keys(submodels.keys), "steps_per_pass": placement.spread(passes)}
     frozen = placement.copied(features.frozen)
 
-    streams = [
-        batch_stream(key_for("batches", submodels.keys[k]), images, batch_size)
-        for k, images in enumerate(submodels.images)
-    ]
+    streams, kept_steps = batch_streams(submodels, batch_size), seen_steps(setup, count)
 
     def batch_of(step: int) -> jax.Array:
         indices = np.stack([stream(step) for stream in streams])  # (K, B)
@@ -199,16 +231,19 @@ def train(
         if start:
             check_digest(checkpoints, at)
         if start == setup.steps:
-            return restore_params(checkpoints)
+            return restore_finished(checkpoints)
+        seen = np.full((count, len(kept_steps), 1 + batch_size), np.nan, np.float32)
         if start:
             say(f"{title}: continues from step {start} of {setup.steps}")
             shapes = jax.eval_shape(partial(init_state, setup=setup), submodels.keys)
-            state = placement.spread(restore_state(checkpoints, shapes))
+            state = placement.spread(restore_state(checkpoints, shapes | {"seen": seen}))
+            seen = state.pop("seen")
         else:
             state = init_state(each["key"], setup=setup, sharding=placement.sharding)
+            seen = placement.spread(seen)
 
         def keep(step: int) -> None:
-            host_state = placement.gather(state, count)
+            host_state = placement.gather(state | {"seen": seen}, count)
             check_params(host_state["params"], step)
             save(checkpoints, step, host_state, at.digest)
 
@@ -219,6 +254,8 @@ def train(
                 for step, batch in prefetch(batch_of, range(start, setup.steps), PREPARING, PREPARING):
                     with stop_later():  # no signal comes between a step, which takes the old state, and the new state
                         state, losses = train_step(state, batch, frozen, each, np.int32(step), setup=setup)
+                        if step in kept_steps:
+                            seen = see(seen, losses, np.int32(kept_steps.index(step)))
                         done = step + 1
                         unread.append((step, losses))
 
@@ -227,9 +264,9 @@ def train(
                         while len(unread) > (0 if save_now or last else UNREAD_LOSSES):
                             read_losses(*unread.popleft(), placement, bar)
                         if last:  # the optimiser's state is not needed again
-                            params = placement.gather(state["params"], count)
-                            check_params(params, done)
-                            save(checkpoints, done, {"params": params}, at.digest)
+                            finished = placement.gather({"params": state["params"], "seen": seen}, count)
+                            check_params(finished["params"], done)
+                            save(checkpoints, done, finished, at.digest)
                         elif save_now:
                             began = time.monotonic()
                             keep(done)
@@ -239,12 +276,12 @@ def train(
                 if kept < done < setup.steps and jax.process_count() == 1:  # several would have to agree
                     keep(done)
                 raise
-    return params
+    return finished["params"], finished["seen"]
 
 
 def read_losses(step: int, losses: jax.Array, placement: Placement, bar) -> None:
-    """Advance the bar by one step. A training that has diverged ends here, before it is saved. losses: (R,)."""
-    local = placement.local_values(losses)
+    """Advance the bar by one step. A training that has diverged ends here, before it is saved. losses: (R, 1 + B)."""
+    local = {model: row[0] for model, row in placement.local_values(losses).items()}
     for model, loss in local.items():
         if not np.isfinite(loss):
             where = f"the loss of sub-model {model} is not finite at step {step}"

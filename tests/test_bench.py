@@ -45,7 +45,7 @@ def test_sub_models_trained_one_after_the_other_score_as_those_trained_together(
     submodels = Submodels([np.array([0, 2, 4]), np.array([1, 3, 5])], submodel_keys(jax.random.key(0), 2))
     source = make_source(encoder)
     features = source.features(source.encode(images).__getitem__)
-    together = train(setup, features, submodels, CheckpointFolder(tmp_path, "digest"), "test")
+    together, _ = train(setup, features, submodels, CheckpointFolder(tmp_path, "digest"), "test")
     expected = score_all(together, setup, features, 6, "test")
 
     first, positions = init_state(submodels.keys, setup=setup), 3 * network(setup).patches

@@ -24,7 +24,7 @@ tree = partial(tree_of, STORED)
 
 @partial(jax.jit, static_argnames="setup")
 def step(variables, opt, features, key, number, setup=SETUP):
-    (loss, changed), gradients = jax.value_and_grad(
+    (loss, (_, changed)), gradients = jax.value_and_grad(
         lambda params: cflow.loss(setup, variables | {"params": params}, features, key, number), has_aux=True
     )(variables["params"])
     updates, opt = cflow.optimizer(setup, 1).update(gradients, opt, variables["params"])
@@ -111,7 +111,7 @@ def test_the_highest_likelihood_is_taken_over_the_last_tenth_of_the_steps():
     @jax.jit
     def highest(before, number):
         given = variables | {"highest": jnp.full(2, before)}
-        return cflow.loss(SETUP, given, jnp.asarray(STORED["features"]), jax.random.key(0), number)[1]["highest"]
+        return cflow.loss(SETUP, given, jnp.asarray(STORED["features"]), jax.random.key(0), number)[1][1]["highest"]
 
     now = highest(1e3, 0)
     assert (now < 1e3).all()

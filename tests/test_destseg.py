@@ -53,7 +53,7 @@ def trained(variables) -> tuple[list[dict], np.ndarray, str]:
         def loss_of(params: dict):
             return destseg.loss(SETUP, variables | {"params": params}, (images, teacher), jax.random.key(0), step)
 
-        (loss, changed), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+        (loss, (_, changed)), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
         updates, opt = destseg.optimizer(SETUP, 1).update(gradients, opt, variables["params"])
         return variables | changed | {"params": optax.apply_updates(variables["params"], updates)}, opt, loss
 

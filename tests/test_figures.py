@@ -3,9 +3,11 @@
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from llb.figures import INK, house, new_figure, save, svg_of
+from llb.figures import INK, house, learning_figure, learning_svg, loss_svg, new_figure, save, smoothed, svg_of
+from llb.files import UserError
 
 
 def drawn():
@@ -34,3 +36,43 @@ def test_a_figure_as_a_file_stands_on_white(tmp_path):
     before = [file.read_bytes() for file in files]
     save(drawn(), *files)
     assert before == [file.read_bytes() for file in files] and INK.encode() in before[1]
+
+
+def seen(steps=40, labels=True):
+    """Two sub-models; their images 0 to 4 are kept, 5 and 6 dropped, which lose more."""
+    random = np.random.default_rng(0)
+    step, image = np.repeat(np.arange(steps), 8), random.integers(0, 7, 8 * steps)
+    loss = np.exp(-step / 10) + 0.05 + 0.3 * (image > 4) + 0.01 * random.random(len(step))
+    label = (image == 6) * 1 if labels else np.full(len(step), -1)
+    return {"step": step, "submodel": step % 2, "distance": loss, "kept": image < 5, "label": label}
+
+
+def test_the_picture_of_learning_bias_has_a_panel_for_each_sub_model_and_a_curve_for_each_kind():
+    known = {"normal, kept later", "defective, dropped later", "normal, dropped later"}
+    for labels, names in ((False, {"kept later", "dropped later"}), (True, known)):
+        figure = learning_figure(seen(labels=labels))
+        assert [panel.get_title(loc="left") for panel in figure.axes] == ["sub-model 0", "sub-model 1"]
+        assert {text.get_text() for text in figure.legends[0].get_texts()} == names
+        for panel in figure.axes:
+            kept, dropped = (line.get_ydata() for line in panel.lines[:2])
+            assert np.nanmin((dropped - kept)[30:]) > 0.2 and kept[0] > 0.8 and kept[-1] < 0.1  # the medians
+
+
+def test_a_smoothed_curve_is_a_median_and_has_gaps_where_nothing_is_known():
+    step = np.array([0, 0, 0, 0, 99, 99])
+    centres, quartiles = smoothed(step, np.array([1.0, 2, 3, 9, 5, 5]), (0, 99))
+    assert centres[0] == 0 and quartiles[:, 0].tolist() == [1.75, 2.5, 4.5]
+    assert np.isnan(quartiles[:, 30]).all() and np.isnan(quartiles[:, -1]).all()
+
+
+def test_figures_of_a_run_are_drawn_from_its_files(finished, tmp_path):
+    folder = finished / "tile"
+    text = learning_svg(folder)
+    assert text.startswith("<svg") and "sub-model 2" in text and text == learning_svg(folder)
+    assert "purified" in loss_svg(folder, ["purified", "all"]) and loss_svg(folder, ["clean"]) is None
+    assert learning_svg(tmp_path) is None
+    for name in ("scores.csv", "learning.csv"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "learning.csv").write_text("step,submodel,path,distance\n0,0,gone.png,1\n")
+    with pytest.raises(UserError, match="learning.csv is damaged"):
+        learning_svg(tmp_path)

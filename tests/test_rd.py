@@ -47,7 +47,7 @@ def step(state, features):
         keeping = SimpleNamespace(apply=lambda *args, **how: results.append(model.apply(*args, **how)) or results[0])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rd, "network", lambda setup: keeping)
-            value, changed = rd.loss(SETUP, {**variables, "params": params}, features, KEY, 0)
+            value, (_, changed) = rd.loss(SETUP, {**variables, "params": params}, features, KEY, 0)
         return value, (changed, results[0][0])
 
     (value, (changed, decoded)), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])

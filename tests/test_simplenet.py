@@ -28,8 +28,8 @@ def start(key):
 
 
 def step(variables, opt, compute):
-    """One step of the optimiser; compute: variables → (loss, changed collections)."""
-    (loss, changed), gradients = jax.value_and_grad(
+    """One step of the optimiser; compute: variables → loss, (each, changed collections)."""
+    (loss, (_, changed)), gradients = jax.value_and_grad(
         lambda params: compute(variables | {"params": params}), has_aux=True
     )(variables["params"])
     updates, opt = simplenet.optimizer(SETUP, 1).update(gradients, opt, variables["params"])

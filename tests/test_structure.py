@@ -12,18 +12,19 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = """
     files flags console processes lock times runfiles device
     cache metrics threshold pictures tiles charts tree pairing layouts lists images masks data demo maps
-    tables figures compare quarantine
+    tables learning figures compare quarantine
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
     detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released
     detectors.padim detectors.subspace detectors.banks detectors.patchcore detectors.softpatch detectors.mutual
     detectors.rd detectors.uniad detectors.simplenet detectors.cflow detectors.damage detectors.destseg detectors
-    protocols purify config defaults features placement checkpoint train fit score manifest run stage report new_images
+    protocols purify config defaults features placement checkpoint train fit score manifest run
+    selection stage report new_images
 """.split()
 ORDER = ["llb", *(f"llb.{name}" for name in CORE), "stage1_partition", "stage2_train", "evaluate"]
 LARGEST_FILE, MOST_ARGUMENTS = 350, 6
 LARGEST_DETECTOR = dict.fromkeys(DETECTORS, 150) | {"dinomaly": 250, "uniad": 250, "destseg": 250}
 FORBIDDEN = {"llb.detectors": ("llb.run", "llb.report", "llb.data")}
-FORBIDDEN |= dict.fromkeys(("llb.tables", "llb.pictures", "llb.figures"), ("jax",))
+FORBIDDEN |= dict.fromkeys(("llb.tables", "llb.pictures", "llb.learning", "llb.figures"), ("jax",))
 
 
 def module_name(file: Path) -> str:

@@ -29,10 +29,15 @@ def setup_of(recipe: str):
 SETUP = setup_of("dinomaly")
 
 
-def trained(folder, setup=SETUP, submodels=THREE, devices=3, fetch=FEATURES.__getitem__, digest="images"):
+def trained_and_seen(folder, setup=SETUP, submodels=THREE, devices=3, fetch=FEATURES.__getitem__, digest="images"):
     features = Features(fetch, FEATURES.shape[1:])
-    params = train(setup, features, submodels, CheckpointFolder(folder, digest), "test", jax.devices()[:devices])
-    return params["params"]
+    at = CheckpointFolder(folder, digest)
+    params, seen = train(setup, features, submodels, at, "test", jax.devices()[:devices])
+    return {"params": params["params"], "seen": seen}
+
+
+def trained(*arguments, **named):
+    return trained_and_seen(*arguments, **named)["params"]
 
 
 def member(tree, k):
@@ -99,10 +104,13 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(tmp_path, devices, m
     with pytest.raises(UserError, match="has changed"):
         trained(tmp_path / "broken", digest="other images")
     asked = []
-    resumed = trained(tmp_path / "broken", fetch=lambda indices: asked.append(indices) or FEATURES[indices])
+    resumed = trained_and_seen(tmp_path / "broken", fetch=lambda indices: asked.append(indices) or FEATURES[indices])
     assert "continues from step 7 of 20" in capsys.readouterr().out
     assert not any(asks_for(step, indices) for step in range(7) for indices in asked)
-    assert_trees_close(trained(tmp_path / "whole", devices=devices), resumed, 0 if devices == 3 else 1e-5)
+    whole = trained_and_seen(tmp_path / "whole", devices=devices)
+    assert_trees_close(whole, resumed, 0 if devices == 3 else 1e-5)
+    assert np.isfinite(whole["seen"]).all() and whole["seen"].shape == (3, 20, 4)
+    assert_trees_close(whole, trained_and_seen(tmp_path / "whole"), 0)  # read from the finished checkpoint
 
 
 def test_a_finished_training_is_read_and_not_repeated_unless_the_images_changed(tmp_path):

@@ -241,7 +241,7 @@ def whole(stage: Stage, params: dict, folder: Path) -> dict[str, float]:
     clock = [time.perf_counter()]
     features = cached_features(stage.source, stage.files, folder / "cache", 64.0, 64.0, "  features")
     clock.append(time.perf_counter())
-    params = train(stage.setup, features, submodels, CheckpointFolder(folder / "training", "bench"), "  training")
+    params, _ = train(stage.setup, features, submodels, CheckpointFolder(folder / "training", "bench"), "  training")
     clock.append(time.perf_counter())
     score_all(params, stage.setup, features, len(stage.paths), "  scoring")
     clock.append(time.perf_counter())

@@ -35,7 +35,7 @@ def stage1_ways(stage: Stage, folder: Path) -> dict[str, Way]:
 
     def training_steps() -> None:
         at = CheckpointFolder(folder / f"training{next(numbers)}", "bench")
-        latest["params"] = train(setup, latest["features"], submodels, at, "  training")
+        latest["params"], _ = train(setup, latest["features"], submodels, at, "  training")
 
     def scoring(images: int = images) -> None:
         score_all(latest["params"], setup, latest["features"], images, "  scoring")

@@ -115,7 +115,7 @@ def measure_one(settings: Stage1, dataset: Dataset, known: dict, scratch: Path) 
     subsets = [np.flatnonzero(subset == k) for k in range(settings.submodels)]
     submodels = Submodels(subsets, submodel_keys(models_key, settings.submodels), others)
     with TemporaryDirectory(dir=scratch) as folder:
-        params = learn(stage.setup, train, submodels, CheckpointFolder(Path(folder), ""), "stage 1")
+        params, _ = learn(stage.setup, train, submodels, CheckpointFolder(Path(folder), ""), "stage 1")
     scores = score_all(params, stage.setup, train, len(labels), "scoring")
     aggregated = combine(scores, subset, others, settings.standardise == "yes", settings.aggregate)
     kept = keep_auto(aggregated)
@@ -141,7 +141,7 @@ def final_metrics(
     stage = make_stage(Path(), settings, encoder, vars(stage1) | vars(settings))
     key = submodel_keys(jax.random.fold_in(jax.random.key(stage1.seed), 2), 1)
     with TemporaryDirectory() as folder:
-        params = learn(
+        params, _ = learn(
             stage.setup, train, Submodels([chosen], key), CheckpointFolder(Path(folder), ""), "final detector"
         )
     scores, counts = np.empty(len(dataset.test), np.float32), PixelCounts()

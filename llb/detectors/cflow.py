@@ -35,9 +35,7 @@ PUBLISHED = {"wide_resnet50_2": {"image_size": 256, "batch_size": 32}}
 DEMO_STEPS = (500, 1000)
 LEARNING_RATE = 2e-4
 BATCH_SIZE = 32
-AGGREGATE = "out-of-fold"
-SCORE = "max"
-MAP = MapRule(align_corners=True, sigma=0.0)
+MAP, SCORE, AGGREGATE = MapRule(align_corners=True, sigma=0.0), "max", "out-of-fold"
 
 STAGES = 25  # of the schedule, of which 2 are a warm start
 SETTLED = 0.9  # of the steps: from here on "highest" is a maximum over steps
@@ -116,16 +114,18 @@ def likelihood(setup: Setup, variables: dict, level: int, maps: jax.Array, chose
     return -0.5 * np.log(2 * np.pi) - 0.5 * (z * z).mean(axis=-1) + log_det / channels
 
 
-def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
-    """−log σ(log p / C), mean over each level's fibre, summed over levels; and the changed "highest"."""
-    total, highest = 0.0, []
+def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
+    """−log σ(log p / C), mean over each level's fibre, summed over levels; of each image, NaN if it has none."""
+    total, each, highest = 0.0, 0.0, []
     for level, maps in enumerate(maps_of(setup, features)):
         chosen = jax.random.permutation(jax.random.fold_in(key, level), maps[..., 0].size)[: setup.settings.fibre]
         values = likelihood(setup, variables, level, maps, chosen)
-        total -= nn.log_sigmoid(values).mean()
+        surprise, image = -nn.log_sigmoid(values), chosen // maps[0, ..., 0].size
+        drawn = image == jnp.arange(len(maps))[:, None]  # (B, n)
+        total, each = total + surprise.mean(), each + jnp.where(drawn, surprise, 0.0).sum(axis=1) / drawn.sum(axis=1)
         highest.append(values.max())
     now, before = jnp.stack(highest), variables["highest"]
-    return total, {"highest": jnp.where(step > int(SETTLED * setup.steps), jnp.maximum(before, now), now)}
+    return total, (each, {"highest": jnp.where(step > int(SETTLED * setup.steps), jnp.maximum(before, now), now)})
 
 
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:

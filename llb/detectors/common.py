@@ -115,6 +115,11 @@ def to_patches(maps: jax.Array) -> jax.Array:
     return maps.reshape(len(maps), -1, maps.shape[-1])
 
 
+def image_means(values: jax.Array) -> jax.Array:
+    """(B, …) → (B,): the mean over all but the images."""
+    return values.reshape(len(values), -1).mean(axis=1)
+
+
 def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
     """1 − cosine similarity over the last axis: (…, D), (…, D) → (…), in 0..2."""
     dot = (a * b).sum(axis=-1)

@@ -34,23 +34,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llb.detectors.common import MapRule, Setup, between, resize, resize_matrix
+from llb.detectors.common import MapRule, Setup, between, image_means, resize, resize_matrix
 from llb.detectors.damage import damage
 from llb.detectors.layers import ConvNorm
 from llb.encoders.specs import CnnSpec
 from llb.images import IMAGENET_MEAN, IMAGENET_STD
 
-IMAGES = True
-STRIDES = (4, 8, 16)
+IMAGES, STRIDES = True, (4, 8, 16)
 PUBLISHED = {"resnet18": {"image_size": 256, "batch_size": 32}}
 DEMO_STEPS, LEARNING_RATE, BATCH_SIZE = (60, 200), 0.4, 8
 MAP, SCORE, AGGREGATE = MapRule(align_corners=False, sigma=0.0), "top-100", "mean"
 
 RES_RATE, HEAD_RATE = 0.25, 0.025  # of the segmentation's two parts; times the student's 0.4
-MOMENTUM, DECAY = 0.9, 1e-4
+MOMENTUM, DECAY, UNIT_EPS = 0.9, 1e-4, 1e-12
 RELEASED_BATCH = 32  # over which the release sums the student's loss
 DILATIONS, FOCAL = (6, 12, 18), 4  # γ of the focal loss: pixels that are classified well count little
-UNIT_EPS = 1e-12
 
 
 @dataclass(frozen=True)
@@ -176,16 +174,17 @@ def products(teacher: tuple[jax.Array, ...], student: tuple[jax.Array, ...]) -> 
     return jnp.concatenate([resize(-t * s, *grid) for t, s in zip(teacher, student)], axis=-1)
 
 
-def student_loss(teacher: tuple[jax.Array, ...], student: tuple[jax.Array, ...]) -> jax.Array:
-    """Σ over the maps of 1 − cosine similarity, mean over positions and images, times the release's batch size."""
-    return RELEASED_BATCH * sum((1 - (t * s).sum(axis=-1)).mean() for t, s in zip(teacher, student))
+def student_loss(teacher: tuple[jax.Array, ...], student: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Σ over the maps of 1 − cosine similarity, mean over positions, times the release's batch; of each image, (B,)."""
+    levels = [1 - (t * s).sum(axis=-1) for t, s in zip(teacher, student)]
+    return RELEASED_BATCH * sum(one.mean() for one in levels), RELEASED_BATCH * sum(map(image_means, levels))
 
 
-def segmentation_loss(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """Focal loss + L1: logits (B, h, w), mask 0 or 1, of the same shape → scalar."""
+def segmentation_loss(logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Focal loss + L1: logits (B, h, w), mask 0 or 1, of the same shape → of all images, of each (B,)."""
     error = jnp.abs(nn.sigmoid(logits) - mask)  # 1 − the probability of the true class
-    surprise = -nn.log_sigmoid(jnp.where(mask > 0, logits, -logits))
-    return (surprise * error**FOCAL).mean() + error.mean()
+    focal = -nn.log_sigmoid(jnp.where(mask > 0, logits, -logits)) * error**FOCAL
+    return focal.mean() + error.mean(), image_means(focal) + image_means(error)
 
 
 def small_mask(mask: jax.Array, height: int, width: int) -> jax.Array:
@@ -199,7 +198,7 @@ def student_steps(setup: Setup) -> int:
     return round(setup.settings.student_share * setup.steps)
 
 
-def loss(setup: Setup, variables: dict, features: tuple, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
+def loss(setup: Setup, variables: dict, features: tuple, key: jax.Array, step: jax.Array) -> tuple:
     images, encoder_params = features
     clean = images.astype(jnp.float32) / 255
     damaged, mask = damage(key, clean, setup.settings.noise_share)
@@ -207,15 +206,17 @@ def loss(setup: Setup, variables: dict, features: tuple, key: jax.Array, step: j
     teacher = unit(setup.encode(encoder_params, normalise(jnp.where(first, clean, damaged))))
     seen = normalise(damaged)
 
-    def of_student(variables: dict) -> tuple[jax.Array, dict]:
+    def of_student(variables: dict) -> tuple:
         maps, changed = apply(setup, variables, "student", seen, train=True)
-        return student_loss(teacher, unit(maps)), changed
+        mean, each = student_loss(teacher, unit(maps))
+        return mean, (each, changed)
 
-    def of_segmentation(variables: dict) -> tuple[jax.Array, dict]:
+    def of_segmentation(variables: dict) -> tuple:
         maps, _ = apply(setup, jax.lax.stop_gradient(variables), "student", seen)
         x, changed = apply(setup, variables, "res", products(teacher, unit(maps)), train=True)
         logits, changed = apply(setup, variables | changed, "head", x, train=True)
-        return segmentation_loss(logits, small_mask(mask, *logits.shape[1:])), changed
+        mean, each = segmentation_loss(logits, small_mask(mask, *logits.shape[1:]))
+        return mean, (each, changed)
 
     # `step` is one number for all sub-models, so under vmap this stays a branch
     return jax.lax.cond(first, of_student, of_segmentation, variables)

@@ -87,7 +87,7 @@ def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, 
         factor: multiplies the gradient at the other positions.
 
     Returns:
-        scalar: the mean over groups and images of 1 − cosine similarity.
+        1 − cosine similarity of each image and group, (B, 2): the loss is their mean.
     """
     batch, groups, patches, width = decoded.shape
     distance = cosine_distance(jax.lax.stop_gradient(decoded), target)  # (B, 2, P)
@@ -96,7 +96,7 @@ def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, 
     weight = jnp.where(distance < threshold[:, None], factor, 1.0)
     decoded = scale_gradient(decoded, weight[..., None])
     flat = (batch, groups, patches * width)
-    return cosine_distance(decoded.reshape(flat), target.reshape(flat)).mean()
+    return cosine_distance(decoded.reshape(flat), target.reshape(flat))
 
 
 # ---- the detector, as llb.detectors describes it ----
@@ -152,7 +152,7 @@ def init(setup: Setup, key: jax.Array) -> dict:
     return model.init(key, prepared(setup, jnp.zeros((1, groups, tokens, setup.spec.width), jnp.float16)))
 
 
-def loss(setup: Setup, params: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
+def loss(setup: Setup, params: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
     recipe, model, features = recipe_of(setup), network(setup), prepared(setup, features)
     noisy = features
     if setup.settings.noise == "jitter":
@@ -162,7 +162,8 @@ def loss(setup: Setup, params: dict, features: jax.Array, key: jax.Array, step: 
     # on the host, in double precision; after the ramp the number stays
     hard = [hard_positions(recipe, s, len(features) * model.patches) for s in range(recipe.ramp_steps + 1)]
     hard = jnp.array(hard, jnp.int32)[jnp.minimum(step, recipe.ramp_steps)]
-    return reconstruction_loss(decoded, patch_targets(features, model.patches), hard, recipe.easy_factor), {}
+    losses = reconstruction_loss(decoded, patch_targets(features, model.patches), hard, recipe.easy_factor)  # (B, G)
+    return losses.mean(), (losses.mean(axis=1), {})
 
 
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llb.detectors.common import MapRule, Setup, choice, cosine_distance, maps_of, resize
+from llb.detectors.common import MapRule, Setup, choice, cosine_distance, image_means, maps_of, resize
 from llb.detectors.layers import normalised
 from llb.encoders.specs import CnnSpec
 
@@ -127,12 +127,13 @@ def init(setup: Setup, key: jax.Array) -> dict:
     return network(setup).init(key, tuple(jnp.zeros((1, *grid)) for grid in setup.grids))
 
 
-def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
+def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
     maps = maps_of(setup, features)
     decoded, changed = network(setup).apply(variables, maps, True, mutable=["batch_stats"])
     if setup.settings.loss == "flattened":
         decoded, maps = ([one.reshape(len(one), -1) for one in side] for side in (decoded, maps))
-    return sum(cosine_distance(a, b).mean() for a, b in zip(decoded, maps)), changed
+    levels = [cosine_distance(a, b) for a, b in zip(decoded, maps)]  # (B, h, w), or flattened (B,)
+    return sum(level.mean() for level in levels), (sum(image_means(level) for level in levels), changed)
 
 
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:

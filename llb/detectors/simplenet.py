@@ -28,16 +28,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llb.detectors.common import MapRule, Setup, between, maps_of, mean3x3, resize
+from llb.detectors.common import MapRule, Setup, between, image_means, maps_of, mean3x3, resize
 
 STRIDES = (8, 16)
 PUBLISHED = {"wide_resnet50_2": {"resize": 329, "image_size": 288, "batch_size": 8}}
 STEPS = (600, 1200)
 LEARNING_RATE = 2e-4  # the discriminator's; the adaptor's is half of it
 BATCH_SIZE = 8
-AGGREGATE = "out-of-fold"
-SCORE = "patch-max"
-MAP = MapRule(align_corners=False, sigma=4.0)
+MAP, SCORE, AGGREGATE = MapRule(align_corners=False, sigma=4.0), "patch-max", "out-of-fold"
 
 WINDOW = 6  # numbers of the finest map's neighbourhood that are averaged; twice as many on the next map
 XAVIER = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
@@ -101,8 +99,8 @@ def init(setup: Setup, key: jax.Array) -> dict:
     return {"params": params, "batch_stats": discriminator["batch_stats"]}
 
 
-def margin_loss(setup: Setup, variables: dict, x: jax.Array, noise: jax.Array) -> tuple[jax.Array, dict]:
-    """x: embedding (n, W); noise: (n, W) → mean(max(0, m − D(q))) + mean(max(0, m + D(q + noise))), new batch_stats."""
+def margin_loss(setup: Setup, variables: dict, x: jax.Array, noise: jax.Array) -> tuple:
+    """x: embedding (n, W); noise: (n, W) → mean of max(0, m − D(q)) + max(0, m + D(q + noise)); those (n,), changed."""
     adaptor, discriminator = networks(setup, x.shape[-1])
     params, old = variables["params"], variables["batch_stats"]
     q = adaptor.apply({"params": params["adaptor"]}, x).astype(jnp.float32)
@@ -116,8 +114,9 @@ def margin_loss(setup: Setup, variables: dict, x: jax.Array, noise: jax.Array) -
     kept = 0.9 * old["norm"]["var"]
     var = kept + (new["var"] - kept) * len(both) / (len(both) - 1)
     (normal, noisy), margin = jnp.split(scores, 2), setup.settings.margin
-    loss = nn.relu(margin - normal).mean() + nn.relu(margin + noisy).mean()
-    return loss, {"batch_stats": {"norm": {"mean": new["mean"], "var": var}}}
+    too_low, too_high = nn.relu(margin - normal), nn.relu(margin + noisy)
+    changed = {"batch_stats": {"norm": {"mean": new["mean"], "var": var}}}
+    return too_low.mean() + too_high.mean(), (too_low + too_high, changed)
 
 
 def noise_deviation(setup: Setup, x: jax.Array) -> jax.Array | float:
@@ -126,11 +125,12 @@ def noise_deviation(setup: Setup, x: jax.Array) -> jax.Array | float:
     return default if setup.settings.noise is None else setup.settings.noise
 
 
-def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
-    """The loss of a batch of cached features, with noise drawn from `key`; and the changed batch_stats."""
+def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
     x = embedding(maps_of(setup, features))
     x = x.reshape(-1, x.shape[-1])
-    return margin_loss(setup, variables, x, noise_deviation(setup, x) * jax.random.normal(key, x.shape))
+    noise = noise_deviation(setup, x) * jax.random.normal(key, x.shape)
+    mean, (each, changed) = margin_loss(setup, variables, x, noise)
+    return mean, (image_means(each.reshape(len(features), -1)), changed)
 
 
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:

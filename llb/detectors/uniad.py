@@ -33,7 +33,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llb.detectors.common import MapRule, Setup, between, joined, maps_of, resize, to_patches
+from llb.detectors.common import MapRule, Setup, between, image_means, joined, maps_of, resize, to_patches
 from llb.encoders.specs import CnnSpec
 from llb.files import UserError
 
@@ -223,11 +223,12 @@ def init(setup: Setup, key: jax.Array) -> dict:
     return {"params": unflatten_dict(flat)}
 
 
-def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
+def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
     tokens, (noise_key, dropout_key) = tokens_of(setup, features), jax.random.split(key)
     noisy = jittered(tokens, jax.random.normal(noise_key, tokens.shape), setup.settings.jitter)
     rebuilt = network(setup).apply(variables, noisy, True, rngs={"dropout": dropout_key})
-    return jnp.square(rebuilt - tokens).mean(), {}
+    squares = jnp.square(rebuilt - tokens)
+    return squares.mean(), (image_means(squares), {})
 
 
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:

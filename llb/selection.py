@@ -1,0 +1,61 @@
+"""Another selection from the scores of a finished stage 1, by settings that select (`llb.config.SELECTING`)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llb.checkpoint import check_finished
+from llb.config import SELECTING, Stage1
+from llb.console import say
+from llb.data import Dataset
+from llb.files import UserError, discard_files
+from llb.processes import process_0_first
+from llb.run import differences, final_checkpoints, stage2_command
+from llb.tables import purified_is_own, read_purified, read_scores, read_submodels
+
+
+def read_submodel_scores(folder: Path, dataset: Dataset, submodels: int) -> np.ndarray:
+    """The N × K scores in scores.csv, float32, bit for bit as they were written."""
+    read_scores(folder, dataset)  # are its rows the training images?
+    _, scores = read_submodels(folder)
+    if scores.shape != (len(dataset.train), submodels):
+        file = folder / "scores.csv"
+        raise UserError(f"{file} is damaged (not of {submodels} sub-models): delete it and run stage 1 again")
+    return scores
+
+
+@process_0_first("selection")
+def change_selection(
+    run: Path, config: dict[str, Any], settings: Stage1, datasets: list[Dataset], command: str
+) -> None:
+    """Put other settings that select into `config`, and delete the lists that the old ones made: so stage 1 selects
+    again from its N × K scores, and writes the lists last. A list that was edited by hand raises a UserError.
+
+    command: the one that continues the run from now on.
+    """
+    now = {name: getattr(settings, name) for name in SELECTING}
+    changes = "; ".join(differences(config, now))
+    if not changes:
+        return
+    for folder, dataset in ((run / dataset.category, dataset) for dataset in datasets):
+        if not purified_is_own(folder, dataset):
+            edited = f"{folder / 'purified.txt'} was edited by hand, and other settings make another list ({changes})"
+            raise UserError(f"{edited}: delete it for that, or give --overwrite to start again")
+    for dataset in datasets:
+        discard_files(run / dataset.category, ["purified.txt"])
+    config |= now | {"command": command}
+    say(f"another selection ({changes}): what is trained and scored stays")
+
+
+def outdated_detectors(run: Path, config: dict[str, Any], dataset: Dataset) -> list[str]:
+    """The commands that train the final detectors again whose list has changed since they were trained."""
+    commands = []
+    for final, settings in config.get("stage2", {}).items():
+        if settings["train_on"] == "purified":
+            try:
+                chosen = read_purified(run / dataset.category, dataset).indices
+                check_finished(final_checkpoints(run, dataset, final, chosen), 0)
+            except UserError:
+                commands.append(stage2_command(run, final, settings) + " --overwrite")
+    return commands

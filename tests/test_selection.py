@@ -1,0 +1,80 @@
+"""Another selection from a finished stage 1: quick, exact, and never at the cost of a list that was edited by hand."""
+
+import shutil
+
+import pytest
+from helpers import TILE, contents, refuse, rows_of, succeed
+
+import stage1_partition
+from llb.runfiles import read_config
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def stage1(copy, data, monkeypatch):
+    """Stage 1 of the copy, which may score no image anew but those of the picture."""
+
+    def never(*arguments):
+        raise AssertionError("the images are scored again")
+
+    monkeypatch.setattr(stage1_partition, "score_all", never)
+    return ("stage1_partition", "--data", data, "--out", copy, *TILE)
+
+
+def test_another_keep_rule_and_back_again_are_exact(copy, finished, stage1):
+    out = succeed(*stage1, "--keep", 0.5, "--aggregate", "max")
+    assert "another selection (aggregate: mean, now max; keep: auto, now 0.5): what is trained and scored stays" in out
+    assert f"trained on another list; train it again: python stage2_train.py --run {copy}" in out
+    old, new = (rows_of(run / "tile" / "scores.csv") for run in (finished, copy))
+    models = [name for name in old[0] if name.startswith("model_")]
+    for before, now in zip(old, new):
+        assert [before[name] for name in models] == [now[name] for name in models]
+        assert now["score"] == max((now[name] for name in models), key=float)
+    kept = [row["path"] for row in new if row["kept"] == "1"]
+    assert (copy / "tile" / "purified.txt").read_text().split("\n") == [*kept, ""] and len(kept) == 6
+    assert (copy / "tile" / "suspects.png").read_bytes() != (finished / "tile" / "suspects.png").read_bytes()
+    config = read_config(copy, "", "")
+    assert (config["keep"], config["aggregate"]) == (0.5, "max") and "--keep 0.5" in config["command"]
+    assert "is finished" in succeed(*stage1, "--keep", 0.5, "--aggregate", "max")
+    for script, advice in (("stage2_train", "with stage2_train.py --overwrite"), ("evaluate", "stage2_train.py")):
+        flags = ("--steps", 3) if script == "stage2_train" else ()
+        assert advice in refuse(script, "--run", copy, *flags)
+    out = succeed(*stage1)
+    assert "max, now mean" in out and "another list" not in out
+    assert contents(copy) == contents(finished)
+
+
+def test_an_interrupted_selection_ends_as_if_it_had_not_been(copy, finished, stage1, monkeypatch):
+    succeed(*stage1, "--keep", 0.5)
+    expected = contents(copy)
+    shutil.rmtree(copy)
+    shutil.copytree(finished, copy)
+    for name in ("write_scores", "write_suspects", "write_purified"):  # one more file is written each time
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(stage1_partition, name, lambda *arguments: 1 / 0)
+            succeed(*stage1, "--keep", 0.5)
+        assert read_config(copy, "", "")["keep"] == 0.5
+    assert "--keep 0.5" in refuse("stage2_train", "--run", copy, "--steps", 3)
+    succeed(*stage1, "--keep", 0.5)
+    assert contents(copy) == expected and sum(row["kept"] == "1" for row in rows_of(copy / "tile/scores.csv")) == 6
+
+
+def test_a_list_that_was_edited_by_hand_is_not_lost(copy, stage1):
+    purified = copy / "tile" / "purified.txt"
+    before, edited = contents(copy), purified.read_text() + "# checked by hand\n"
+    purified.write_text(edited)
+    assert "is finished" in succeed(*stage1)  # the same settings
+    line = refuse(*stage1, "--keep", 0.5)
+    assert "purified.txt was edited by hand" in line and "delete it for that, or give --overwrite" in line
+    assert purified.read_text() == edited and read_config(copy, "", "")["keep"] == "auto"
+    purified.write_text(edited)
+    (copy / "tile" / "scores.csv").unlink()  # so nobody knows
+    assert "edited by hand" in refuse(*stage1, "--keep", 0.5)
+    (copy / "tile" / "scores.csv").write_bytes(before["tile/scores.csv"])
+    purified.unlink()
+    assert "another selection" in succeed(*stage1, "--keep", 0.5)
+    assert len(purified.read_text().splitlines()) == 6
