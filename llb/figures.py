@@ -171,7 +171,7 @@ def smoothed(step: np.ndarray, value: np.ndarray, ends: tuple[int, int]) -> tupl
 
 
 def learning_figure(table: dict[str, np.ndarray], columns: int = 2):
-    """Learning bias: in a panel for each sub-model the losses of its images over the steps, those of images that are
+    """Learning bias: in a panel for each sub-model the distances of its images over the steps, those of images that are
     kept and dropped later apart; median and quartiles, coloured by the labels if all are known.
 
     table: of `llb.learning.read_learning`.
@@ -200,7 +200,7 @@ def learning_figure(table: dict[str, np.ndarray], columns: int = 2):
             panel.set_xlabel("step")
             panel.tick_params(labelbottom=True)
         for panel in panels[:, 0]:
-            panel.set_ylabel("loss of an image")
+            panel.set_ylabel("distance")
         figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=min(2, columns))
     return figure
 
@@ -222,7 +222,7 @@ def learning_svg(folder: Path) -> str | None:
     table = read_learning(folder)
     if table is None or not len(table["step"]):
         return None
-    return svg_of(learning_figure(table), "Losses of kept and dropped training images over the steps of stage 1")
+    return svg_of(learning_figure(table), "Distances of kept and dropped training images over the steps of stage 1")
 
 
 def loss_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]]):

@@ -1,6 +1,6 @@
 """What the sub-models saw while they trained: learning bias, in numbers. No JAX.
 
-RUN/<category>/learning.csv          step, sub-model, path, distance: an image's own loss in a step of stage 1
+RUN/<category>/learning.csv          step, submodel, path, distance: an image's highest distances in a step
 RUN/<category>/loss-<final>.csv      step, loss of a final detector
 
 A long training is thinned (`llb.train.seen_steps`). A detector in closed form takes no steps and has no such files.
@@ -19,7 +19,7 @@ from llb.tables import UNDEFINED, read_table
 LEARNING_FILE = "learning.csv"
 PART = 0.1  # of the steps, at both ends, that `learning_line` compares
 
-Seen = tuple[int, int, int, float]  # step, sub-model, image index, its own loss
+Seen = tuple[int, int, int, float]  # step, sub-model, image index, its distance
 
 
 def loss_file(final: str) -> str:
@@ -28,7 +28,7 @@ def loss_file(final: str) -> str:
 
 def write_learning(folder: Path, records: Sequence[Record], seen: Iterable[Seen]) -> None:
     """learning.csv, by step and sub-model. seen: of `llb.train.seen_images`; records: the training images."""
-    rows = [[step, model, records[image].path, f"{loss:.6g}"] for step, model, image, loss in seen]
+    rows = [[step, model, records[image].path, f"{distance:.6g}"] for step, model, image, distance in seen]
     write_csv(folder / LEARNING_FILE, ["step", "submodel", "path", "distance"], rows)
 
 
@@ -55,17 +55,19 @@ def read_learning(folder: Path) -> dict[str, np.ndarray] | None:
 
 
 def learning_line(seen: Sequence[Seen], kept: np.ndarray) -> str:
-    """Learning bias in words: the median loss of the images that are kept and dropped later, at both ends of the
+    """Learning bias in words: the median distance of the images that are kept and dropped later, at both ends of the
     training. kept: bool (N,)."""
-    step, image, loss = (np.array([entry[place] for entry in seen]) for place in (0, 2, 3))
+    step, image, distance = (np.array([entry[place] for entry in seen]) for place in (0, 2, 3))
     steps = np.unique(step)
     ends = step <= np.quantile(steps, PART), step >= np.quantile(steps, 1 - PART)
 
     def change(those: np.ndarray) -> str:
-        return " → ".join(f"{np.median(loss[those & end]):.3g}" if (those & end).any() else UNDEFINED for end in ends)
+        return " → ".join(
+            f"{np.median(distance[those & end]):.3g}" if (those & end).any() else UNDEFINED for end in ends
+        )
 
     ours = kept[image]
-    when = f"median loss in the first and last {PART:.0%} of the steps"
+    when = f"median distance in the first and last {PART:.0%} of the steps"
     return f"while training: kept images {change(ours)}, dropped images {change(~ours)} ({when})"
 
 

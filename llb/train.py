@@ -2,8 +2,8 @@
 
     params, optimiser state   (K, …)
     features                  (K, B, …)   row k holds images of sub-model k only
-    losses                    (K, 1 + B)  the loss, then each image's own
-    seen                      (K, T, 1 + B)   the losses of T steps: what the sub-models have seen while they trained
+    losses                    (K, 1 + B)  the loss, then each image's own highest distances
+    seen                      (K, T, 1 + B)   these of T steps: what the sub-models have seen while they trained
 
 One step is written for ONE sub-model and vmapped. So the clipped gradient norm, the optimiser's moments, the dropout
 mask and the hard-mining quantile belong to each sub-model, and a sub-model that is trained beside others equals the
@@ -45,7 +45,7 @@ SAVE_SECONDS = 10.0  # minimum time between two checkpoints
 SAVE_FRACTION = 0.05  # maximum fraction of the time that is spent on saving
 PREPARING = 2  # batches that threads prepare meanwhile; for ViT-B/14 a thread needs 57 ms, an H200's step 55 ms
 UNREAD_LOSSES = 2  # reading a loss waits for the device, so the newest steps' stay unread while the device works
-MOST_SEEN = 20_000  # losses of single images that a training keeps, of all sub-models together
+MOST_SEEN = 20_000  # distances of single images that a training keeps, of all sub-models together
 State = dict[str, Params]  # {"params": …, "opt": …}
 
 
@@ -114,8 +114,8 @@ def batch_streams(submodels: Submodels, batch_size: int) -> list[Callable[[int],
 
 
 def seen_steps(setup: Setup, submodels: int) -> range:
-    """The steps whose losses are kept: all of a short training, else one in so many that at most MOST_SEEN losses are
-    kept. A step is kept whole: every sub-model, every image."""
+    """The steps that are kept: all of a short training, else one in so many that at most MOST_SEEN distances are kept.
+    A step is kept whole: every sub-model, every image."""
     most = max(1, MOST_SEEN // (submodels * setup.batch_size))
     return range(0, setup.steps, -(-setup.steps // most))
 
@@ -127,15 +127,15 @@ def see(seen: jax.Array, losses: jax.Array, place: jax.Array) -> jax.Array:
 
 
 def seen_images(submodels: Submodels, setup: Setup, seen: np.ndarray) -> list[tuple[int, int, int, float]]:
-    """What was seen, an entry for every image of every kept step: step, sub-model, image index, its own loss.
+    """What was seen, an entry for every image of every kept step: step, sub-model, image index, its distance.
 
     seen: of `train`. An image of which the step has taken nothing has no entry.
     """
     entries = []
     for place, step in enumerate(seen_steps(setup, len(seen))):
         for model, stream in enumerate(batch_streams(submodels, setup.batch_size)):
-            for image, loss in zip(stream(step), seen[model, place, 1:]):
-                entries += [(step, model, int(image), float(loss))] if not np.isnan(loss) else []
+            for image, distance in zip(stream(step), seen[model, place, 1:]):
+                entries += [(step, model, int(image), float(distance))] if not np.isnan(distance) else []
     return entries
 
 
@@ -167,7 +167,7 @@ def train_step(
         step: int scalar, 0-based.
 
     Returns:
-        the state after the step, and the loss before it with each image's own, float32 (R, 1 + B).
+        the state after the step, and of before it the loss and what it sees of each image, float32 (R, 1 + B).
     """
     detector = DETECTORS[setup.detector]
 

@@ -49,10 +49,9 @@ def learned(folder, detector, submodels, devices=3):
     setup, features = given(detector)
     at = CheckpointFolder(folder, "images")
     params, seen = learn(setup, features, submodels, at, "test", jax.devices()[:devices])
-    if seen is not None and detector != "cflow":  # whose fibre takes more of some images: the loss is no mean of means
-        assert seen[..., 1:].std(axis=-1).max() > 1e-5
-        np.testing.assert_allclose(seen[..., 1:].mean(axis=-1), seen[..., 0], rtol=1e-4)
     assert (seen is None) != is_trained(detector)
+    if seen is not None:
+        assert np.isfinite(seen).all() and seen[..., 1:].std(axis=-1).min() > 0  # each image has its own
     return params, score_all(params, setup, features, IMAGES, "test")
 
 

@@ -29,7 +29,7 @@ tree = partial(tree_of, STORED)
 @jax.value_and_grad
 def loss_and_gradients(params, hard, factor):
     decoded = MODEL.apply({"params": params}, STORED["features"])
-    return reconstruction_loss(decoded, patch_targets(STORED["features"], MODEL.patches), hard, factor).mean()
+    return reconstruction_loss(decoded, patch_targets(STORED["features"], MODEL.patches), hard, factor)[0]
 
 
 def loss_and_gradients_of(case: str):
@@ -67,7 +67,7 @@ def test_mining_changes_the_gradient_but_not_the_loss():
 
 def test_the_gradient_of_an_easy_position_is_zero_with_factor_zero():
     decoded, target = jax.random.normal(jax.random.key(0), (2, 2, 2, 8, 4))
-    gradient = jax.jit(jax.grad(lambda d: reconstruction_loss(d, target, jnp.int32(3), 0.0).mean()))(decoded)
+    gradient = jax.jit(jax.grad(lambda d: reconstruction_loss(d, target, jnp.int32(3), 0.0)[0]))(decoded)
     touched = (np.abs(gradient) > 0).any(axis=-1)  # (B, 2, P)
     assert touched.sum(axis=(0, 2)).tolist() == [3, 3]
     distance = np.asarray(cosine_distance(decoded, target))

@@ -1,4 +1,4 @@
-"""What is kept of a training: every step's own loss of every image, thinned, the same after an interruption."""
+"""What is kept of a training: every step's own distances of every image, thinned, the same after an interruption."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def test_a_long_training_is_thinned_evenly_to_whole_steps():
         assert len(kept) == 1 or len(kept) * batch * submodels <= MOST_SEEN
 
 
-def test_each_loss_stands_beside_its_image(tmp_path):
+def test_each_distance_stands_beside_its_image(tmp_path):
     streams = batch_streams(THREE, SETUP.batch_size)
     seen = np.zeros((3, SETUP.steps, 1 + SETUP.batch_size), np.float32)
     for model, stream in enumerate(streams):
@@ -37,7 +37,7 @@ def test_each_loss_stands_beside_its_image(tmp_path):
 def test_the_line_compares_both_ends_of_the_training():
     entries = [(step, 0, image, (image + 1) / (step + 1)) for step in range(100) for image in (0, 1, 2)]
     line = learning_line(entries, np.array([True, True, False]))
-    assert line.startswith("while training: kept images 0.268 → 0.0155, dropped images 0.55 → 0.0314 (median loss in")
+    assert line.startswith("while training: kept images 0.268 → 0.0155, dropped images 0.55 → 0.0314 (median dist")
     assert "dropped images – → –" in learning_line(entries, np.array([True] * 3))
 
 

@@ -16,8 +16,8 @@ and learns in one of two ways. In closed form, from batches that come once (llb.
 or by an optimiser, step by step (llb.train); `params` are then Flax's collections {"params": …, "batch_stats": …}:
 
     init(setup, key) → params
-    loss(setup, params, features, key, step) → loss, (each, changed)    each (B,): every image's own loss, of which the
-                                                                  loss is the mean, about; changed: collections
+    loss(setup, params, features, key, step) → loss, (each, changed)    each (B,): what the step sees of every image,
+                                           its highest distances (`highest_part`); changed: the collections it changes
     optimizer(setup, steps_per_pass) → optax.GradientTransformation
     LEARNING_RATE, STEPS, DEMO_STEPS                              defaults; the steps of stage 1 and of stage 2
 

@@ -115,14 +115,14 @@ def likelihood(setup: Setup, variables: dict, level: int, maps: jax.Array, chose
 
 
 def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
-    """−log σ(log p / C), mean over each level's fibre, summed over levels; of each image, NaN if it has none."""
+    """−log σ(log p / C), mean over each level's fibre, summed over levels; of each image the highest, or NaN."""
     total, each, highest = 0.0, 0.0, []
     for level, maps in enumerate(maps_of(setup, features)):
         chosen = jax.random.permutation(jax.random.fold_in(key, level), maps[..., 0].size)[: setup.settings.fibre]
         values = likelihood(setup, variables, level, maps, chosen)
         surprise, image = -nn.log_sigmoid(values), chosen // maps[0, ..., 0].size
         drawn = image == jnp.arange(len(maps))[:, None]  # (B, n)
-        total, each = total + surprise.mean(), each + jnp.where(drawn, surprise, 0.0).sum(axis=1) / drawn.sum(axis=1)
+        total, each = total + surprise.mean(), each + jnp.nanmax(jnp.where(drawn, surprise, jnp.nan), axis=1)
         highest.append(values.max())
     now, before = jnp.stack(highest), variables["highest"]
     return total, (each, {"highest": jnp.where(step > int(SETTLED * setup.steps), jnp.maximum(before, now), now)})

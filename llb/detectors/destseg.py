@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llb.detectors.common import MapRule, Setup, between, image_means, resize, resize_matrix
+from llb.detectors.common import MapRule, Setup, between, highest_part, resize, resize_matrix
 from llb.detectors.damage import damage
 from llb.detectors.layers import ConvNorm
 from llb.encoders.specs import CnnSpec
@@ -175,16 +175,16 @@ def products(teacher: tuple[jax.Array, ...], student: tuple[jax.Array, ...]) -> 
 
 
 def student_loss(teacher: tuple[jax.Array, ...], student: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """Σ over the maps of 1 − cosine similarity, mean over positions, times the release's batch; of each image, (B,)."""
+    """Σ over the maps of 1 − cosine similarity, mean over positions, times the release's batch; and (B,)."""
     levels = [1 - (t * s).sum(axis=-1) for t, s in zip(teacher, student)]
-    return RELEASED_BATCH * sum(one.mean() for one in levels), RELEASED_BATCH * sum(map(image_means, levels))
+    return RELEASED_BATCH * sum(one.mean() for one in levels), sum(map(highest_part, levels))
 
 
 def segmentation_loss(logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Focal loss + L1: logits (B, h, w), mask 0 or 1, of the same shape → of all images, of each (B,)."""
+    """Focal loss + L1: logits (B, h, w), mask 0 or 1, of the same shape → scalar; the highest errors, (B,)."""
     error = jnp.abs(nn.sigmoid(logits) - mask)  # 1 − the probability of the true class
-    focal = -nn.log_sigmoid(jnp.where(mask > 0, logits, -logits)) * error**FOCAL
-    return focal.mean() + error.mean(), image_means(focal) + image_means(error)
+    surprise = -nn.log_sigmoid(jnp.where(mask > 0, logits, -logits))
+    return (surprise * error**FOCAL).mean() + error.mean(), highest_part(error)
 
 
 def small_mask(mask: jax.Array, height: int, width: int) -> jax.Array:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llb.detectors.common import MapRule, Setup, between, choice, cosine_distance
+from llb.detectors.common import MapRule, Setup, between, choice, cosine_distance, highest_part
 from llb.detectors.decoder import Dinomaly
 from llb.detectors.recipes import RECIPES, Recipe, hard_positions, make_optimizer
 from llb.encoders.specs import Spec
@@ -72,7 +72,7 @@ scale_gradient.defvjp(
 )
 
 
-def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, factor: float) -> jax.Array:
+def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, factor: float) -> tuple:
     """Global cosine loss with hard mining (Dinomaly, eq. 3–4).
 
     In each group, all P · D feature values of an image form one vector, and the loss is 1 − cosine between the decoded
@@ -87,7 +87,7 @@ def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, 
         factor: multiplies the gradient at the other positions.
 
     Returns:
-        1 − cosine similarity of each image and group, (B, 2): the loss is their mean.
+        scalar: the mean over groups and images of 1 − cosine similarity; and the distance at each position, (B, 2, P).
     """
     batch, groups, patches, width = decoded.shape
     distance = cosine_distance(jax.lax.stop_gradient(decoded), target)  # (B, 2, P)
@@ -96,7 +96,7 @@ def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, 
     weight = jnp.where(distance < threshold[:, None], factor, 1.0)
     decoded = scale_gradient(decoded, weight[..., None])
     flat = (batch, groups, patches * width)
-    return cosine_distance(decoded.reshape(flat), target.reshape(flat))
+    return cosine_distance(decoded.reshape(flat), target.reshape(flat)).mean(), distance
 
 
 # ---- the detector, as llb.detectors describes it ----
@@ -162,8 +162,8 @@ def loss(setup: Setup, params: dict, features: jax.Array, key: jax.Array, step: 
     # on the host, in double precision; after the ramp the number stays
     hard = [hard_positions(recipe, s, len(features) * model.patches) for s in range(recipe.ramp_steps + 1)]
     hard = jnp.array(hard, jnp.int32)[jnp.minimum(step, recipe.ramp_steps)]
-    losses = reconstruction_loss(decoded, patch_targets(features, model.patches), hard, recipe.easy_factor)  # (B, G)
-    return losses.mean(), (losses.mean(axis=1), {})
+    mean, distance = reconstruction_loss(decoded, patch_targets(features, model.patches), hard, recipe.easy_factor)
+    return mean, (highest_part(distance.mean(axis=1)), {})
 
 
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llb.detectors.common import MapRule, Setup, choice, cosine_distance, image_means, maps_of, resize
+from llb.detectors.common import MapRule, Setup, choice, cosine_distance, highest_part, maps_of, resize
 from llb.detectors.layers import normalised
 from llb.encoders.specs import CnnSpec
 
@@ -130,10 +130,10 @@ def init(setup: Setup, key: jax.Array) -> dict:
 def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
     maps = maps_of(setup, features)
     decoded, changed = network(setup).apply(variables, maps, True, mutable=["batch_stats"])
+    each = sum(highest_part(cosine_distance(a, b)) for a, b in zip(decoded, maps))
     if setup.settings.loss == "flattened":
         decoded, maps = ([one.reshape(len(one), -1) for one in side] for side in (decoded, maps))
-    levels = [cosine_distance(a, b) for a, b in zip(decoded, maps)]  # (B, h, w), or flattened (B,)
-    return sum(level.mean() for level in levels), (sum(image_means(level) for level in levels), changed)
+    return sum(cosine_distance(a, b).mean() for a, b in zip(decoded, maps)), (each, changed)
 
 
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:

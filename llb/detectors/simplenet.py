@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llb.detectors.common import MapRule, Setup, between, image_means, maps_of, mean3x3, resize
+from llb.detectors.common import MapRule, Setup, between, highest_part, maps_of, mean3x3, resize
 
 STRIDES = (8, 16)
 PUBLISHED = {"wide_resnet50_2": {"resize": 329, "image_size": 288, "batch_size": 8}}
@@ -100,7 +100,7 @@ def init(setup: Setup, key: jax.Array) -> dict:
 
 
 def margin_loss(setup: Setup, variables: dict, x: jax.Array, noise: jax.Array) -> tuple:
-    """x: embedding (n, W); noise: (n, W) → mean of max(0, m − D(q)) + max(0, m + D(q + noise)); those (n,), changed."""
+    """x: embedding (n, W); noise: (n, W) → mean of max(0, m − D(q)) + max(0, m + D(q + noise)); −D(q) (n,), changed."""
     adaptor, discriminator = networks(setup, x.shape[-1])
     params, old = variables["params"], variables["batch_stats"]
     q = adaptor.apply({"params": params["adaptor"]}, x).astype(jnp.float32)
@@ -114,9 +114,8 @@ def margin_loss(setup: Setup, variables: dict, x: jax.Array, noise: jax.Array) -
     kept = 0.9 * old["norm"]["var"]
     var = kept + (new["var"] - kept) * len(both) / (len(both) - 1)
     (normal, noisy), margin = jnp.split(scores, 2), setup.settings.margin
-    too_low, too_high = nn.relu(margin - normal), nn.relu(margin + noisy)
-    changed = {"batch_stats": {"norm": {"mean": new["mean"], "var": var}}}
-    return too_low.mean() + too_high.mean(), (too_low + too_high, changed)
+    loss = nn.relu(margin - normal).mean() + nn.relu(margin + noisy).mean()
+    return loss, (-normal, {"batch_stats": {"norm": {"mean": new["mean"], "var": var}}})
 
 
 def noise_deviation(setup: Setup, x: jax.Array) -> jax.Array | float:
@@ -129,8 +128,8 @@ def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, ste
     x = embedding(maps_of(setup, features))
     x = x.reshape(-1, x.shape[-1])
     noise = noise_deviation(setup, x) * jax.random.normal(key, x.shape)
-    mean, (each, changed) = margin_loss(setup, variables, x, noise)
-    return mean, (image_means(each.reshape(len(features), -1)), changed)
+    mean, (distance, changed) = margin_loss(setup, variables, x, noise)
+    return mean, (highest_part(distance.reshape(len(features), -1)), changed)
 
 
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:

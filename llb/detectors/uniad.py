@@ -33,7 +33,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llb.detectors.common import MapRule, Setup, between, image_means, joined, maps_of, resize, to_patches
+from llb.detectors.common import MapRule, Setup, between, highest_part, joined, maps_of, resize, to_patches
 from llb.encoders.specs import CnnSpec
 from llb.files import UserError
 
@@ -228,7 +228,7 @@ def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, ste
     noisy = jittered(tokens, jax.random.normal(noise_key, tokens.shape), setup.settings.jitter)
     rebuilt = network(setup).apply(variables, noisy, True, rngs={"dropout": dropout_key})
     squares = jnp.square(rebuilt - tokens)
-    return squares.mean(), (image_means(squares), {})
+    return squares.mean(), (highest_part(squares.mean(axis=-1)), {})
 
 
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:
