@@ -1,5 +1,6 @@
 """Another selection from the scores of a finished stage 1, by settings that select (`llb.config.SELECTING`)."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from llb.data import Dataset
 from llb.files import UserError, discard_files
 from llb.processes import process_0_first
 from llb.run import differences, final_checkpoints, stage2_command
-from llb.tables import purified_is_own, read_purified, read_scores, read_submodels
+from llb.tables import purified_text, read_purified, read_scores, read_submodels
 
 
 def read_submodel_scores(folder: Path, dataset: Dataset, submodels: int) -> np.ndarray:
@@ -23,6 +24,17 @@ def read_submodel_scores(folder: Path, dataset: Dataset, submodels: int) -> np.n
         file = folder / "scores.csv"
         raise UserError(f"{file} is damaged (not of {submodels} sub-models): delete it and run stage 1 again")
     return scores
+
+
+def purified_is_own(folder: Path, dataset: Dataset) -> bool:
+    """Whether purified.txt is what stage 1 wrote, letter by letter, or is not there: so nothing is lost with it."""
+    file = folder / "purified.txt"
+    if not os.path.lexists(file):
+        return True
+    try:
+        return file.read_bytes() == purified_text(dataset.train, read_scores(folder, dataset)["kept"]).encode()
+    except UserError:  # nobody knows
+        return False
 
 
 @process_0_first("selection")

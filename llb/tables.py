@@ -10,7 +10,6 @@ RUN/metrics.json, metrics.csv                  how well each final detector find
 
 import csv
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,17 +81,6 @@ def purified_text(records: Sequence[Record], kept: np.ndarray) -> str:
 def write_purified(folder: Path, records: Sequence[Record], kept: np.ndarray) -> None:
     """purified.txt. Stage 1 writes it last: if it is there, stage 1 is finished. kept: bool (N,)."""
     write_text(folder / "purified.txt", purified_text(records, kept))
-
-
-def purified_is_own(folder: Path, dataset: Dataset) -> bool:
-    """Whether purified.txt is what stage 1 wrote, letter by letter, or is not there: so nothing is lost with it."""
-    file = folder / "purified.txt"
-    if not os.path.lexists(file):
-        return True
-    try:
-        return file.read_bytes() == purified_text(dataset.train, read_scores(folder, dataset)["kept"]).encode()
-    except UserError:  # nobody knows
-        return False
 
 
 def stage1_finished(folder: Path) -> bool:
