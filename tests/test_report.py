@@ -112,6 +112,7 @@ def test_undefined_metrics_are_explained_and_the_ranking_is_shown(tmp_path, labe
     _, _, text = report(write_run(tmp_path, labels, metrics={"bolt": {"purified": values() | undefined}}))
     assert reason in text and ("AUPRO" in text) == (undefined != values(None)) == ("labelled defective" in text)
     assert "4 of 6" in text and "train/5.png" in text and "0.85" in text
+    assert ("1 of 6 images score above it" in text) == ("" in labels)
 
 
 def test_the_metric_of_samples_is_shown_only_where_it_is_defined(tmp_path):
