@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from llb.data import Record
-from llb.files import UserError, write_csv
+from llb.files import UserError, read_cell, write_csv
 from llb.tables import UNDEFINED, read_table
 
 LEARNING_FILE = "learning.csv"
@@ -45,7 +45,7 @@ def read_learning(folder: Path) -> dict[str, np.ndarray] | None:
     try:
         with open(file, newline="", encoding="utf-8") as opened:
             rows = [
-                (int(row["step"]), int(row["submodel"]), float(row["distance"]), *about[row["path"]])
+                (int(row["step"]), int(row["submodel"]), float(row["distance"]), *about[read_cell(row["path"])])
                 for row in csv.DictReader(opened)
             ]
     except (KeyError, ValueError, TypeError, csv.Error):

@@ -8,6 +8,7 @@ import pytest
 from llb import tables
 from llb.data import Dataset, Record
 from llb.files import UserError
+from llb.learning import read_learning, write_learning
 
 FACTS = {"n": 57840, "kept": 57840, "contamination_before": 1 / 3, "contamination_after": 0.25, "train_auroc": 0.875}
 
@@ -105,3 +106,9 @@ def test_no_cell_is_a_formula_and_paths_read_back(tmp_path):
     assert "'=cmd()" in cells
     read = tables.read_table(tmp_path / "predictions-all.csv", ("path", "score"))
     assert [row["path"] for row in read] == paths and read[0]["score"] == -0.5
+    scores = np.zeros((len(paths), 2), np.float32)
+    tables.write_scores(
+        tmp_path, records, tables.Stage1Result(np.zeros(7, int), scores, scores[:, 0], scores[:, 0] < 1)
+    )
+    write_learning(tmp_path, records, [(0, 1, 0, 0.5)])
+    assert read_learning(tmp_path)["distance"].tolist() == [0.5]
