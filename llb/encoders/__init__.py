@@ -9,7 +9,7 @@ Example:
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -163,8 +163,10 @@ def load_encoder(
     return Encoder(spec, jax.tree.map(jnp.asarray, params), size, weights_digest(params), precision, strides)
 
 
+@cache
 def parameter_shapes(spec: Spec | CnnSpec) -> dict:
-    """The tree of an encoder's parameters, a jax.ShapeDtypeStruct for each."""
+    """The tree of an encoder's parameters, a jax.ShapeDtypeStruct for each. Tracing them takes a second; do not change
+    the tree."""
     if isinstance(spec, CnnSpec):
         return cnn.parameter_shapes(spec)
     array, side = partial(jax.ShapeDtypeStruct, dtype=jnp.float32), spec.native_grid
