@@ -7,7 +7,7 @@ import pytest
 from helpers import rows_of
 from PIL import Image
 
-from llb.compare import differing, grouped, main, read_results, report
+from llb.compare import differing, main, read_groups, report
 from llb.data import Record
 from llb.files import UserError, write_json
 from llb.metrics import lowest_contamination
@@ -34,7 +34,7 @@ def made(run, seed=0, auroc=0.9, sources="old", finals=("purified", "all"), **se
 
 
 def results(*runs):
-    return grouped([result for run in runs for result in read_results(run)])
+    return read_groups(runs)
 
 
 def test_seeds_make_one_row_and_other_settings_or_sources_another(tmp_path):
@@ -43,7 +43,7 @@ def test_seeds_make_one_row_and_other_settings_or_sources_another(tmp_path):
     ):
         made(tmp_path / str(number), seed, **settings)
     groups = results(*(tmp_path / str(number) for number in range(5)))
-    assert [list(group) for group in groups] == [[0, 1], [0], [0], [0]]
+    assert [list(group.runs) for group in groups] == [[1, 0], [0], [0], [0]]
     assert differing(groups) == (["submodels", "set.power", "sources"], [])
     with pytest.raises(UserError, match="0 and .*0 have the same settings and the same seed"):
         results(tmp_path / "0", tmp_path / "0")
@@ -79,7 +79,7 @@ def test_runs_of_stage_1_alone_are_compared_and_others_are_refused(tmp_path):
     (tmp_path / "a" / "part" / "scores.csv").unlink()
     for run, problem in (("a", "finish stage 1"), ("b", "config.json cannot be read")):
         with pytest.raises(UserError, match=problem):
-            read_results(tmp_path / run)
+            read_groups([tmp_path / run])
 
 
 def test_the_papers_statistic_counts_defects_among_the_lowest_scores():
