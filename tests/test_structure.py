@@ -18,9 +18,9 @@ CORE = """
     detectors.padim detectors.subspace detectors.banks detectors.patchcore detectors.softpatch detectors.mutual
     detectors.rd detectors.uniad detectors.simplenet detectors.cflow detectors.damage detectors.destseg detectors
     protocols purify config defaults features placement checkpoint train fit score manifest run
-    selection stage report new_images
+    borrow selection stage report new_images
 """.split()
-ORDER = ["llb", *(f"llb.{name}" for name in CORE), "stage1_partition", "stage2_train", "evaluate"]
+ORDER = ["llb", *(f"llb.{name}" for name in CORE), "stage1_partition", "stage2_train", "evaluate", "llb.ablate"]
 LARGEST_FILE, MOST_ARGUMENTS = 350, 6
 LARGEST_DETECTOR = dict.fromkeys(DETECTORS, 150) | {"dinomaly": 250, "uniad": 250, "destseg": 250}
 FORBIDDEN = {"llb.detectors": ("llb.run", "llb.report", "llb.data")}

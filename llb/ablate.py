@@ -1,0 +1,172 @@
+"""A grid of runs, in one process: what does a setting do?
+
+    python -m llb.ablate --vary submodels=1,2,3,5,8 --vary aggregate=mean,out-of-fold --seeds 3
+    python -m llb.ablate --preset noise --detector padim
+    python -m llb.ablate --preset submodels --print              the commands of each run, for a scheduler
+
+Each cell of the grid is a run in its own folder, as the three scripts make it. Flags of stage 1 hold for all of them;
+--vary takes their names, final.NAME for stage 2's, set.NAME for the detector's own settings. What runs have in common
+is done once: features (--cache), sub-models if the selection alone differs, final detectors on the same images.
+"""
+
+import dataclasses
+import itertools
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluate import run_evaluation
+from llb.borrow import Cell, borrow_detector, borrow_submodels, finished
+from llb.compare import publish, read_groups, written
+from llb.config import Evaluate, Stage1, Stage2
+from llb.console import progress, run_script, say
+from llb.device import start_jax
+from llb.files import UserError, check_writable, is_writer
+from llb.flags import SEVERAL, flag, parse_flags, real, typed_flags, whole
+from llb.lock import hold
+from llb.manifest import clear_run
+from llb.run import place_run
+from llb.runfiles import own_config
+from stage1_partition import run_stage1
+from stage2_train import run_stage2
+
+PRESETS = {
+    "paper-table": "--vary noise_ratio=0,0.1,0.2,0.4 --vary detector=dinomaly,padim,rd --train-on purified,all,clean",
+    "noise": "--vary noise_ratio=0,0.1,0.2,0.3,0.4 --train-on purified,all,clean",
+    "submodels": "--vary submodels=1,2,3,5,8 --train-on none --lowest 0.4",
+    "aggregates": "--vary aggregate=mean,median,max,out-of-fold,max-var --train-on none",
+    "keep": "--vary keep=auto,0.6,0.7,0.8,0.9,1.0",
+    "steps": "--vary steps=25,50,100,200,400 --train-on none",
+    "recipe": "--vary recipe=dinomaly,llbnad --train-on none",
+    "dinomaly": "--single --vary set.attention=softmax --vary set.groups=one --vary set.noise=jitter --train-on none "
+    "--vary set.class_token=subtract --vary set.easy_factor=1 --vary dropout=0",
+}
+CARRIED = ("cache", "cache_limit", "cache_gib", "no_cache", "verify")  # from the grid to the later stages
+ALONE = "none"
+
+
+@dataclass
+class Ablate(Stage1):
+    """Make a grid of runs and compare them. Flags of stage 1 hold for all of them."""
+
+    vary: Any = flag(SEVERAL, "NAME=A,B,… of a flag, final.NAME of stage 2's, set.NAME of the detector's; repeatable")
+    single: bool = flag(False, "vary one setting at a time, beside a run with none varied; else all combinations")
+    preset: str | None = flag(None, "a grid by name; given flags come after its own", choices=PRESETS, shown="–")
+    seeds: int = flag(3, "number of seeds, from --seed on", whole(1))
+    train_on: str = flag("purified", f"final detectors, with commas; {ALONE}: stage 1 alone")
+    lowest: float | None = flag(None, "as of llb.compare", real(0, 1), shown="–")
+    out: str | None = flag(None, "folder of the grid", shown="runs/PRESET or runs/ablate")
+    print: bool = flag(False, "print the commands of each run, and do nothing")
+
+
+def main() -> None:
+    settings = parse_flags(Ablate)
+    if settings.preset:
+        settings = parse_flags(Ablate, PRESETS[settings.preset].split() + sys.argv[1:])
+    out = Path(settings.out or f"runs/{settings.preset or 'ablate'}")
+    names, cells = grid(settings, out)
+    if settings.print:
+        say("\n".join(map(commands, cells)))
+        return
+    device = start_jax(settings)
+    say(device)
+    check_writable(out)
+    with hold(out, "ablate"):
+        done = run_cells(cells, out, device, settings.overwrite)
+        if done:
+            groups = read_groups([cell.run for cell in done], settings.lowest)
+            publish(groups, str(out / "compare.csv"), str(out / "compare"), names)
+    if len(done) < len(cells):
+        raise UserError(f"{len(cells) - len(done)} of {len(cells)} runs are left out, see above")
+
+
+# ---- the grid ----
+
+
+def grid(settings: Ablate, out: Path) -> tuple[list[str], list[Cell]]:
+    """The names that are varied, and the cells. What a script would not accept ends the program."""
+    varied = {}
+    for text in settings.vary:
+        name, _, values = text.partition("=")
+        if not all(values.split(",")) or name.rpartition(".")[0] not in ("", "final", "set"):
+            raise UserError(f"--vary {text}: give NAME=A,B,… of a flag, final.NAME=… or set.NAME=…")
+        varied[name.replace("-", "_")] = values.split(",")
+    grids = [{}, *({name: values} for name, values in varied.items())] if settings.single else [varied]
+    owns = [dict(zip(each, values)) for each in grids for values in itertools.product(*each.values())]
+    seeds = range(settings.seed, settings.seed + settings.seeds)  # outermost: soon there is something to compare
+    return list(varied), [cell_of(settings, out, {"seed": str(seed)} | own) for seed in seeds for own in owns]
+
+
+def cell_of(settings: Ablate, out: Path, own: dict[str, str]) -> Cell:
+    """own: a value for each name that is varied."""
+    run = str(out / re.sub(r"[^\w.,=@+~-]", "_", ",".join(f"{name}={own[name]}" for name in sorted(own))))
+    first, last, sets = [], [], [settings.set] * bool(settings.set)
+    for name, value in own.items():
+        place, _, rest = name.rpartition(".")
+        words = {"": first, "final": last, "set": sets}[place]
+        words += [f"{rest}={value}"] if place == "set" else ["--" + rest.replace("_", "-"), value]
+    common = {each.name: getattr(settings, each.name) for each in dataclasses.fields(Stage1)}
+    common |= {"out": run, "set": ",".join(sets) or None, "overwrite": False}
+    carried = {"run": run} | {name: common[name] for name in CARRIED}
+    finals = [] if settings.train_on == ALONE else settings.train_on.split(",")
+    return Cell(
+        parse_flags(Stage1, typed_flags(Stage1(**common)) + first),
+        [parse_flags(Stage2, [*typed_flags(Stage2(**carried)), *last, "--train-on", final]) for final in finals],
+        Evaluate(**carried),
+    )
+
+
+def commands(cell: Cell) -> str:
+    """The three scripts' commands, in a line."""
+    lines = [("stage1_partition.py", cell.stage1), *(("stage2_train.py", final) for final in cell.finals)]
+    lines += [("evaluate.py", cell.evaluate)] * bool(cell.finals)
+    return " && ".join(shlex.join(["python", script, *typed_flags(settings)]) for script, settings in lines)
+
+
+# ---- one run after another ----
+
+
+def run_cells(cells: Sequence[Cell], out: Path, device: str, overwrite: bool) -> list[Cell]:
+    """Make the runs, and print a line for each; what the scripts say goes to OUT/ablate.log. Returns those that are
+    finished: settings that contradict each other leave a run out."""
+    done = []
+    log = open(out / "ablate.log" if is_writer() else os.devnull, "a", encoding="utf-8")
+    with log, progress(total=len(cells), desc="runs", unit="run") as bar:
+        for cell in cells:
+            try:
+                if overwrite and cell.run.exists():
+                    clear_run(cell.run, own_config(cell.run, str(cell.run))["categories"])
+                if not finished(cell):
+                    with redirect_stdout(log), redirect_stderr(log):
+                        make(cell, done, device)
+                figures = {name: list(values.values()) for name, values in read_groups([cell.run])[0].figures.items()}
+                line = ", ".join(f"{name} {written(name, values)}" for name, values in figures.items() if values)
+                done.append(cell)
+            except UserError as error:
+                line = f"left out: {error}"
+            say(f"{cell.run.name}: {line}")
+            bar.update()
+    return done
+
+
+def make(cell: Cell, done: Sequence[Cell], device: str) -> None:
+    """What the three scripts do, beginning with what finished runs have in common with this one."""
+    borrow_submodels(cell, done)
+    run = place_run(cell.stage1)
+    with hold(run, "stage1", against=("",)):
+        run_stage1(run, cell.stage1, device)
+        for final in cell.finals:
+            borrow_detector(cell, final, done)
+            run_stage2(run, final)
+        if cell.finals:
+            run_evaluation(run, cell.evaluate)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,99 @@
+"""What a new run takes over from finished ones, instead of training it again: copies, so each run stays whole."""
+
+import dataclasses
+import itertools
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llb.config import SELECTING, Evaluate, Stage1, Stage2
+from llb.files import writing
+from llb.manifest import stage2_folder
+from llb.processes import process_0_first
+from llb.run import command_line, final_name
+from llb.runfiles import IMAGES_FILE, read_config, write_config
+from llb.tables import read_metrics, stage1_finished
+from llb.tiles import tiles_file
+
+STAGE1_FILES = (
+    IMAGES_FILE,
+    "scores.csv",
+    "learning.csv",
+    "suspects.png",
+    tiles_file("suspects"),
+    "purified.txt",
+    "stage1",
+)
+OF_SUBMODELS = ("submodels", "folds", "steps")  # and SELECTING: final detectors depend on them by the list alone
+DELETE = "delete the folder"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of the grid: the settings of its commands."""
+
+    stage1: Stage1
+    finals: list[Stage2]
+    evaluate: Evaluate
+
+    @property
+    def run(self) -> Path:
+        return Path(self.stage1.out)
+
+
+def finished(cell: Cell) -> bool:
+    """Whether the same commands have made all of a run."""
+    if not (cell.run / "config.json").is_file():
+        return False
+    config = read_config(cell.run, str(cell.run), DELETE)
+    finals = {final_name(final.train_on, final.detector or config["detector"], config) for final in cell.finals}
+    evaluated = finals <= read_metrics(cell.run).get("mean", {}).keys()
+    selected = all(stage1_finished(cell.run / name) for name in config["categories"])
+    return evaluated and selected and config["command"] == command_line(cell.stage1)
+
+
+def lenders(cell: Cell, done: Sequence[Cell], apart: Sequence[str]) -> list[Cell]:
+    """The finished runs whose stage 1 has the same settings, those named `apart` aside."""
+    rest = {"out": ""} | dict.fromkeys((*apart, *SELECTING))
+    return [o for o in done if dataclasses.replace(o.stage1, **rest) == dataclasses.replace(cell.stage1, **rest)]
+
+
+@process_0_first("borrowed sub-models")
+def borrow_submodels(cell: Cell, done: Sequence[Cell]) -> None:
+    """Begin a run as a copy of one whose selection alone differs; stage 1 then selects anew."""
+    for lender in [] if cell.run.exists() and os.listdir(cell.run) else lenders(cell, done, ())[:1]:
+        config, new = read_config(lender.run, str(lender.run), DELETE), cell.run.with_name(f".{cell.run.name}.tmp")
+        shutil.rmtree(new, ignore_errors=True)
+        for name in itertools.product(config["categories"], STAGE1_FILES):
+            copy(lender.run.joinpath(*name), new.joinpath(*name))
+        write_config(new, config | {"stage2": {}, "command": command_line(cell.stage1)})
+        with writing(cell.run):
+            os.replace(new, cell.run)
+
+
+@process_0_first("borrowed detector")
+def borrow_detector(cell: Cell, final: Stage2, done: Sequence[Cell]) -> None:
+    """Copy a final detector that a finished run has trained with the same settings on the same images."""
+    config = read_config(cell.run, str(cell.run), DELETE)
+    name = final_name(final.train_on, final.detector or config["detector"], config)
+    for lender in lenders(cell, done, OF_SUBMODELS):
+        places = [(lender.run / category, cell.run / category) for category in config["categories"]]
+        lists = [[(folder / "purified.txt").read_bytes() for folder in pair] for pair in places]
+        same = final.train_on != "purified" or all(one == other for one, other in lists)
+        same &= dataclasses.replace(final, run=str(lender.run)) in lender.finals
+        if same and config["sources"] == read_config(lender.run, str(lender.run), DELETE)["sources"]:
+            for (source, target), each in itertools.product(places, (f"loss-{name}.csv", stage2_folder(name))):
+                copy(source / each, target / each)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file or folder, whole or not at all, if it is there and the target is not."""
+    if source.exists() and not target.exists():
+        new = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(new, ignore_errors=True)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if source.is_dir() else shutil.copy2)(source, new)
+            os.replace(new, target)

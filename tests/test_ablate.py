@@ -1,0 +1,82 @@
+"""A grid is made of ordinary runs, as the three scripts make them; what they have in common is done once."""
+
+import shlex
+import sys
+
+import pytest
+from helpers import TILE, command, contents, dates, refuse, rows_of, succeed
+
+from llb import ablate
+from llb.config import Evaluate, Stage1, Stage2
+from llb.flags import parse_flags
+
+CELLS = [f"keep={keep},seed=0,submodels=3" for keep in ("auto", "0.5")]
+
+
+def test_an_interrupted_grid_continues_and_its_runs_are_those_of_the_scripts(finished, data, tmp_path, monkeypatch):
+    out = tmp_path / "grid"
+    line = ["--data", data, *TILE, "--seeds", 1, "--vary", "keep=auto,0.5", "--vary", "submodels=3,13", "--out", out]
+    line += ["--vary", "final.steps=3", "--train-on", "purified,all"]
+
+    def interrupted(run, settings, whole=ablate.run_evaluation):
+        if "keep=0.5" in run.name:
+            raise KeyboardInterrupt
+        whole(run, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ablate, "run_evaluation", interrupted)
+        patch.setattr(sys, "argv", ["ablate", *map(str, line)])
+        ablate.main()
+    first, second = (out / f"final.steps=3,{cell}" for cell in CELLS)
+    assert (second / "tile" / "stage2-all").is_dir() and not (second / "metrics.json").exists()
+    written = dates(first)
+    status, printed, error = command("llb.ablate", *line)
+    assert dates(first) == written
+    assert status == 2 and "2 of 4 runs are left out" in error
+    assert "submodels=13: left out: --submodels 13: tile has 12 training images" in printed
+    assert [each["keep"] for each in rows_of(out / "compare.csv")] == ["auto", "0.5"]
+    assert any(each.startswith("| 0.5 ") and "50.0 %" in each for each in printed.splitlines())
+
+    mine = {name: text for name, text in contents(first).items() if not name.endswith("images.csv")}
+    assert mine.items() <= contents(finished).items() and "tile/predictions-all.csv" in mine
+    alone = tmp_path / "alone"
+    succeed("stage1_partition", "--data", data, *TILE, "--keep", "0.5", "--out", alone)
+    assert contents(alone).items() <= contents(second).items()
+    # the second run has trained neither sub-models nor the detector of all images
+    assert "stage 2 on all is finished" in (out / "ablate.log").read_text()
+    checkpoints = [dates(run / "tile" / "stage1") for run in (first, second)]
+    trained, copied = ({(file.name, date) for file, date in files.items()} for files in checkpoints)
+    assert trained and copied == trained
+
+
+def test_the_commands_of_a_grid_are_the_scripts_own(tmp_path):
+    line = ["--preset", "dinomaly", "--dropout", "0.1", "--train-on", "all", "--seeds", "2", "--out", tmp_path]
+    lines = succeed("llb.ablate", *line, "--print", "--vary", "final.steps=7").splitlines()
+    assert len(lines) == 2 * 8 and not list(tmp_path.iterdir())
+    given = []
+    for each in lines:
+        words = [shlex.split(part) for part in each.split(" && ")]
+        scripts = {"stage1_partition.py": Stage1, "stage2_train.py": Stage2, "evaluate.py": Evaluate}
+        assert [(python, script) for python, script, *_ in words] == [("python", script) for script in scripts]
+        stage1, stage2, last = (parse_flags(kind, flags) for kind, (_, _, *flags) in zip(scripts.values(), words))
+        assert stage1.out == stage2.run == last.run and stage2.train_on == "all"
+        given.append((stage1.seed, stage1.set, stage1.dropout, stage2.steps, stage1.out))
+    assert len(set(given)) == len(lines) and {seed for seed, *_ in given} == {0, 1}
+    varied = [each[1:4] for each in given if each[0] == 0]
+    assert {(None, 0.1, None), ("attention=softmax", 0.1, None), (None, 0.0, None), (None, 0.1, 7)} < set(varied)
+
+
+@pytest.mark.parametrize(
+    ("vary", "problem"),
+    (
+        ("keep", "--vary keep: give NAME=A,B"),
+        ("keep=0.5,", "--vary keep=0.5,: give NAME=A,B"),
+        ("stage3.keep=1", "--vary stage3.keep=1: give NAME=A,B"),
+        ("kept=0.5", "unrecognized arguments: --kept"),
+        ("keep=2", "--keep"),
+        ("final.steps=0", "--steps: '0'"),
+    ),
+)
+def test_what_no_script_accepts_is_refused_before_anything_is_made(vary, problem, tmp_path):
+    assert problem in refuse("llb.ablate", "--vary", vary, "--out", tmp_path / "grid")
+    assert not (tmp_path / "grid").exists()
