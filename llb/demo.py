@@ -243,7 +243,7 @@ def _place(random: np.random.Generator, kind: str, recurring: bool) -> tuple[flo
     places = {"chip": (0, 200), "dent": (29, 120), "fibre": (30, 160), "scratch": (31, -60), "stain": (32, 30)}
     radius, degrees = places.get(kind, (0, 0))  # a chip only needs the angle, other kinds neither
     if recurring:
-        return radius + random.normal(0, 1.5), np.deg2rad(degrees + random.normal(0, 6))
+        return radius + random.normal(0, 1), np.deg2rad(degrees + random.normal(0, 3))
     return random.uniform(17, 27 if kind == "dent" else 46), random.uniform(0, 2 * np.pi)
 
 

@@ -16,7 +16,7 @@ from llb.files import typed
 from llb.layouts import read_root
 from llb.masks import load_mask
 
-DIGEST = "37b42a67393646a4c0a151ebeeb35b5975bd2a7d94db6cad9bf8be18f56dd286"
+DIGEST = "2f9659c236c467ddcb87802394553ba60904465ac3bf4f8e6b674c79264e8b2d"
 FEW = dict.fromkeys(COUNTS, 2)  # images of each kind: fast to draw
 
 
