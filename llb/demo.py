@@ -2,7 +2,7 @@
 
     python -m llb.demo --out flanges                   the demo set, an MVTec-style root of about 10 MB
     python -m llb.demo --out rare --recurring 0        the same parts, whose defects do not recur
-    python stage1_partition.py --data rare --noise-ratio 0.2 --encoder tiny --out runs/rare
+    python -m llb.ablate --preset noise --data rare --encoder tiny --detector padim     what contamination does to it
 
 A turned steel flange lies on a woven mat: a bore with a keyway, six bolt holes, an engraved ring with a scale. Between
 images it is shifted (±3 px) and turned (±4°), the light changes in strength, direction and tint, and every tool mark,
@@ -61,7 +61,9 @@ def main() -> None:
         raise UserError(f"--out {out} holds other files: give a new or empty folder")
     write_demo(out, settings.seed, settings.recurring, settings.strength)
     say(f"{out}: {NORMAL} normal training images, {sum(COUNTS.values()) - NORMAL} test images")
-    say(f"next: python stage1_partition.py --data {typed(out)} --noise-ratio 0.2 --encoder tiny --out runs/NAME")
+    flags = "--noise-ratio 0.2 --encoder tiny --steps 100 --batch-size 8"  # as the demo set's
+    say(f"next: python stage1_partition.py --data {typed(out)} {flags} --out runs/NAME")
+    say("      python stage2_train.py --run runs/NAME --steps 200 --train-on all (or purified, or clean)")
 
 
 def write_demo(folder: Path | str, seed: int = 0, recurring: float = RECURRING, strength: float = STRENGTH) -> None:

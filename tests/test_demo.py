@@ -10,6 +10,7 @@ from helpers import refuse, succeed
 from PIL import Image
 
 import llb.demo as demo_module
+from llb.config import DEMO_BATCH, DEMO_FINAL_STEPS, DEMO_STEPS
 from llb.data import categories, load_category
 from llb.demo import COUNTS, FAULTY, KINDS, MARKER, NORMAL, SIDE, VISIBLE, demo_in, draw, write_demo, write_set
 from llb.files import typed
@@ -112,7 +113,9 @@ def test_a_finished_set_is_left_and_an_unfinished_one_is_drawn_from_scratch(tmp_
 def test_the_command_draws_the_asked_share_of_recurring_defects_and_spares_other_files(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module, "COUNTS", {"train/good": 1, "test/stain": 4})
     place, line = tmp_path / "set", ("llb.demo", "--out", tmp_path / "set")
-    assert f"--data {typed(place)} --noise-ratio 0.2" in succeed(*line, "--recurring", 0.25, "--strength", 1.5)
+    said = succeed(*line, "--recurring", 0.25, "--strength", 1.5)
+    assert f"--data {typed(place)} --noise-ratio 0.2" in said and f"--steps {DEMO_FINAL_STEPS} --train-on" in said
+    assert f"--steps {DEMO_STEPS} --batch-size {DEMO_BATCH}" in said
     for index in range(4):
         expected = draw([0, 1, index], "stain", index == 3, 1.5)[0]
         assert (np.asarray(Image.open(place / f"part/test/stain/{index:03}.png")) == expected).all()
