@@ -77,6 +77,7 @@ def command(script: str, *arguments) -> tuple[int, str, str]:
     status = 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        patch.setattr("llb.figures.svg_of", lambda figure, label="": "")  # half a second each; test_figures draws
         try:
             run_script(importlib.import_module(script).main)
         except SystemExit as stop:
