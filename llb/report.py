@@ -300,7 +300,8 @@ def shown_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
     shown = defaults | {name: value for name, value in config.items() if value is not None}
     rows = [(title, shown.get(name, tables.UNDEFINED)) for name, title in names.items() if name in config]
     for train_on, stage2 in (config.get("stage2") or {}).items():
-        listed = (f"{name.replace('_', ' ')} {value}" for name, value in stage2.items())
+        own = {name: value for name, value in stage2.items() if name != "set"} | stage2.get("set", {})
+        listed = (f"{name.replace('_', ' ')} {value}" for name, value in own.items() if value is not None)
         rows.append((f"Final detector on {train_on}", ", ".join(listed)))
     return rows
 
@@ -309,7 +310,11 @@ def commands(run: Path, config: dict[str, Any]) -> list[str]:
     """The commands that make this run again; the settings of stage 2 are written out."""
     place = shlex.quote(run.as_posix())
     lines = [config["command"]] if config.get("command") else []
-    for train_on, stage2 in (config.get("stage2") or {}).items():
-        flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in stage2.items())
-        lines.append(f"python stage2_train.py --run {place} --train-on {train_on}{flags}")
+    for final, stage2 in (config.get("stage2") or {}).items():
+        fitted = ("steps", "learning_rate") if stage2.get("learning_rate") == 0 else ()  # it has none
+        given = {name: value for name, value in stage2.items() if name not in ("category_steps", *fitted)}
+        given = {"train_on": final} | given
+        given["set"] = ",".join(f"{name}={value}" for name, value in given.get("set", {}).items() if value is not None)
+        flags = (f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value)
+        lines.append(f"python stage2_train.py --run {place} {' '.join(flags)}")
     return lines + [f"python evaluate.py --run {place}"]

@@ -2,15 +2,19 @@
 
 import html
 import re
+import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llb import charts, tables
+from llb.config import Stage2
 from llb.files import UserError, write_csv, write_json
-from llb.report import comparison, detector_facts, write_report
+from llb.flags import parse_flags
+from llb.report import commands, comparison, detector_facts, write_report
 from llb.tables import METRICS
 from llb.tiles import tiles_file, write_tiles
 
@@ -150,6 +154,20 @@ def test_several_categories_get_links_a_mean_and_their_notes_at_the_top(tmp_path
     links = re.findall('href="#([^"]*)', page)
     assert links == re.findall(' id="([^"]*)', page) and len(links) == 2
     assert "mean purified 0.500" in text and text.count("edited by hand") == 2
+
+
+def test_the_commands_can_be_given_again():
+    own = {"recipe": "dinomaly", "dropout": 0.2, "easy_factor": None}
+    common = {"train_on": "clean", "image_score": "max", "released": None, "passes": None, "category_steps": None}
+    stages = {
+        "clean": common | {"detector": "dinomaly", "set": own, "steps": 30, "batch_size": 8, "learning_rate": 0.002},
+        "clean-padim": common | {"detector": "padim", "set": {}, "steps": 1, "batch_size": 32, "learning_rate": 0.0},
+    }
+    first, trained, fitted, last = commands(Path("a b"), CONFIG | {"stage2": stages})
+    assert first == CONFIG["command"] and last == "python evaluate.py --run 'a b'"
+    one, other = (parse_flags(Stage2, shlex.split(line)[2:]) for line in (trained, fitted))
+    assert (one.run, one.train_on, one.set) == ("a b", "clean", "recipe=dinomaly,dropout=0.2") and one.steps == 30
+    assert other.detector == "padim" and other.steps is other.learning_rate is None and other.batch_size == 32
 
 
 def test_purification_is_compared_with_what_it_could_gain():
