@@ -161,13 +161,15 @@ GROUPS = {  # (label, kept) → name, colour, line; label −1: unknown
 
 def smoothed(step: np.ndarray, value: np.ndarray, ends: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Values at steps, (n,) → POINTS steps, and the values' quartiles around each of them, (3, POINTS): in a window of
-    about WINDOW values, at most a share WIDEST of the steps; not a number where it holds fewer than FEWEST."""
+    about WINDOW values, at most a share WIDEST of the steps; not a number where it holds fewer than FEWEST, or reaches
+    beyond an end: half a window would move the curve."""
     length = ends[1] - ends[0] + 1
     width = length * min(WIDEST, max(1 / POINTS, WINDOW / max(1, len(value))))
     centres = np.linspace(*ends, POINTS)
     windows = [value[np.abs(step - centre) <= width / 2] for centre in centres]
     quartiles = [np.quantile(one, (0.25, 0.5, 0.75)) if len(one) >= FEWEST else [np.nan] * 3 for one in windows]
-    return centres, np.array(quartiles).T
+    whole = (centres - width / 2 >= ends[0] - 0.5) & (centres + width / 2 <= ends[1] + 0.5)
+    return centres, np.where(whole, np.array(quartiles).T, np.nan)
 
 
 def learning_figure(table: dict[str, np.ndarray], columns: int = 2):
@@ -182,7 +184,7 @@ def learning_figure(table: dict[str, np.ndarray], columns: int = 2):
     rows = -(-len(models) // columns)
     ends = int(table["step"].min()), int(table["step"].max())
     with house():
-        size = {"width": 2.5 * columns if columns > 1 else 5.0, "height": 0.75 + 1.55 * rows}
+        size = {"width": 2.5 * columns if columns > 1 else 5.0, "height": 0.75 + 1.75 * rows}
         figure, panels = new_figure(rows, columns, **size, sharex=True, sharey=True)
         for panel in panels.ravel()[len(models) :]:
             panel.set_axis_off()
