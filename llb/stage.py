@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,9 @@ def check_step(setup: Setup, submodels: int) -> None:
         check_memory(submodels * bytes_of(setup))
 
 
+@cache
 def check_detector(setup: Setup) -> None:
-    """Raise a UserError if the detector does not fit the encoder."""
+    """Raise a UserError if the detector does not fit the encoder. Tracing it takes half a second, once in a process."""
     detector = DETECTORS[setup.detector]
     if not isinstance(setup.spec, Spec) and not setup.grids:
         strides = " ".join(map(str, setup.strides))
