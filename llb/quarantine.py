@@ -102,7 +102,7 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
         say(f"nothing is changed yet; do it: python -m llb.quarantine {shlex.join(typed_flags(settings))} --go")
     if not settings.copy:
         need = "stage 2 and evaluation need every image in its place: do them before, or undo, or begin anew:"
-        say(f"{run}: {need} python stage1_partition.py --data {typed(root)} --out NEW")
+        say(f"{run}: {need} {stage1_command(Path('NEW'), config)}")
 
 
 def wanted(folder: Path, root: Path, top: int | None) -> list[str]:
