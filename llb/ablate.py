@@ -37,6 +37,8 @@ from stage1_partition import run_stage1
 from stage2_train import run_stage2
 
 PRESETS = {
+    "readme": "--single --detector padim --train-on purified,all,clean --vary submodels=1,2,5,8 --vary keep=0.6,0.8,0.9"
+    " --vary aggregate=max,out-of-fold --vary noise_ratio=0,0.1,0.4 --vary detector=subspace,dinomaly",
     "paper-table": "--vary noise_ratio=0,0.1,0.2,0.4 --vary detector=dinomaly,padim,rd --train-on purified,all,clean",
     "noise": "--vary noise_ratio=0,0.1,0.2,0.3,0.4 --train-on purified,all,clean",
     "submodels": "--vary submodels=1,2,3,5,8 --train-on none --lowest 0.4",
@@ -142,7 +144,7 @@ def run_cells(cells: Sequence[Cell], out: Path, device: str, overwrite: bool) ->
             try:
                 if overwrite and cell.run.exists():
                     clear_run(cell.run, own_config(cell.run, str(cell.run))["categories"])
-                if not finished(cell):
+                if overwrite or not finished(cell):
                     with redirect_stdout(log), redirect_stderr(log):
                         make(cell, done, device)
                 figures = {name: list(values.values()) for name, values in read_groups([cell.run])[0].figures.items()}
