@@ -38,7 +38,7 @@ from stage2_train import run_stage2
 
 PRESETS = {
     "readme": "--single --detector padim --train-on purified,all,clean --vary submodels=1,2,5,8 --vary keep=0.6,0.8,0.9"
-    " --vary aggregate=max,out-of-fold --vary noise_ratio=0,0.1,0.4 --vary detector=subspace,dinomaly",
+    " --vary aggregate=max,out-of-fold --vary noise_ratio=0,0.1,0.4 --vary detector=subspace,patchcore",
     "paper-table": "--vary noise_ratio=0,0.1,0.2,0.4 --vary detector=dinomaly,padim,rd --train-on purified,all,clean",
     "noise": "--vary noise_ratio=0,0.1,0.2,0.3,0.4 --train-on purified,all,clean",
     "submodels": "--vary submodels=1,2,3,5,8 --train-on none --lowest 0.4",

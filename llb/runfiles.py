@@ -14,7 +14,7 @@ from typing import Any
 
 from llb.files import UserError, read_cell, read_json, typed, write_json
 
-VERSION = 2  # of the files of a run: config.json's "llb"
+VERSION = 3  # of the files of a run: config.json's "llb"
 IMAGES_FILE = "images.csv"
 COLUMNS = ["path", "bytes", "modified_ns", "sha256"]
 
