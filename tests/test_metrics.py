@@ -241,12 +241,12 @@ def test_a_missing_mask_costs_its_image_its_pixels_and_is_named_once(tmp_path, m
         Image.fromarray(mask).save(tmp_path / name)
     given = {"a": (1, ("0.png",)), "b": (1, ("black.png",)), "c": (1, ()), "d": (0, ()), "e": (None, ())}
     records = [Record(f"{name}.png", label, files, "") for name, (label, files) in given.items()]
-    stage = SimpleNamespace(run=tmp_path, setup=SimpleNamespace(image_size=16))
+    stage = SimpleNamespace(run=tmp_path, setup=SimpleNamespace(image_size=16, detector="dinomaly"))
     nothing = {
         "load_features": None,
         "open_checkpoints": nullcontext(),
         "restore_params": None,
-        "write_examples": None,
+        "write_test_tiles": None,
     }
     for name, result in nothing.items():
         monkeypatch.setattr(evaluate, name, lambda *_, result=result: result)
@@ -257,7 +257,8 @@ def test_a_missing_mask_costs_its_image_its_pixels_and_is_named_once(tmp_path, m
         monkeypatch.setattr(evaluate, "score", lambda *_, **__: iter(batches))
         for final in detectors:
             stage.final, stage.settings = final, SimpleNamespace(save_maps=False)
-            yield evaluate.evaluate(stage, Dataset(tmp_path, "mvtec", "bolt", (), tuple(test)), MaskRule())
+            bolt = Dataset(tmp_path, "mvtec", "bolt", (), tuple(test))
+            yield evaluate.evaluate(stage, bolt, MaskRule(), lambda params: None)
         yield read_metrics(tmp_path).get("bolt", {}).get("missing_masks")
 
     *values, missing = entry(records[:4], "purified", "all")

@@ -71,8 +71,8 @@ def test_two_processes_with_two_devices_each_give_the_results_of_one(finished, d
     in_two_processes(ROOT / "stage2_train.py", "--run", tmp_path, "--steps", 3, *cache)
     succeed("evaluate", "--run", tmp_path)
     tables = [rows_of(run / "tile" / "predictions-purified.csv") for run in (tmp_path, finished)]
-    for both, one in zip(*tables):
-        assert both["path"] == one["path"] and float(both["score"]) == pytest.approx(float(one["score"]), rel=1e-5)
+    for both, one in zip(*tables):  # by XLA's usual emitters to 1e-5; by the quick ones of conftest.py rounding differs
+        assert both["path"] == one["path"] and float(both["score"]) == pytest.approx(float(one["score"]), rel=5e-3)
 
 
 def test_bad_input_ends_all_processes_with_one_line(tmp_path):

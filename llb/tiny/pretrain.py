@@ -76,7 +76,7 @@ def main() -> None:
     settings = parse_flags(Pretrain)
     say(start_jax())
     out = Path(settings.out)
-    make_run_folder(out)
+    make_run_folder(out, out)  # it has no cache inside
     if settings.export:
         check_writable_file(settings.export, "--export")
     config, advice = out / "config.json", "give another --out"
