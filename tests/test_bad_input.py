@@ -5,6 +5,8 @@ import json
 import pytest
 from helpers import LATER, SMALL, draw, draw_mvtec, refuse, succeed
 
+from llb.runfiles import VERSION
+
 # flags of stage 1, given in the folder that `bad` makes → what the line must mention
 CASES = {
     "missing folder": ("--data nowhere", "nowhere"),
@@ -84,7 +86,9 @@ def test_a_run_that_is_missing_or_of_another_version_is_refused_and_the_line_say
     later = [(script, "--run", tmp_path) for script in LATER]
     for line in later:
         assert f"python stage1_partition.py --out {tmp_path}" in refuse(*line)
-    (tmp_path / "config.json").write_text('{"llb": 2, "command": "python stage1_partition.py --seed 7"}')
+    (tmp_path / "config.json").write_text(
+        json.dumps({"llb": VERSION, "command": "python stage1_partition.py --seed 7"})
+    )
     for line in (("stage1_partition", "--data", bad / "good", "--out", tmp_path, *SMALL), *later):
         assert "of another version of llb" in (message := refuse(*line)) and "--overwrite" in message
     (tmp_path / "config.json").write_text('{"llb": 1}')  # before there were several detectors

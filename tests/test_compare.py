@@ -11,7 +11,7 @@ from llb.compare import differing, main, read_groups, report
 from llb.data import Record
 from llb.files import UserError, write_json
 from llb.metrics import lowest_contamination
-from llb.runfiles import write_config
+from llb.runfiles import VERSION, write_config
 from llb.tables import Stage1Result, write_scores
 
 SCORES = np.array([[1, 4], [2, 1], [3, 3], [6, 2], [5, 6]], np.float32)  # the mean ranks both defects highest
@@ -29,7 +29,7 @@ def made(run, seed=0, auroc=0.9, sources="old", finals=("purified", "all"), **se
     stage2 = {final: {"train_on": final, "set": {}, "category_steps": {"part": seed}} for final in finals}
     own = {"submodels": 2, "set": {"power": 2.0}, "data": None} | settings
     facts = {"categories": ["part"], "sources": [sources], "stage2": stage2, "command": f"python … {run}"}
-    write_config(run, {"llb": 2, "seed": seed} | own | facts)
+    write_config(run, {"llb": VERSION, "seed": seed} | own | facts)
     return str(run)
 
 
