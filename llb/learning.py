@@ -6,17 +6,18 @@ RUN/<category>/loss-<final>.csv      step, loss of a final detector
 A long training is thinned (`llb.train.seen_steps`). A detector in closed form takes no steps and has no such files.
 """
 
-import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from llb.data import Record
-from llb.files import UserError, read_cell, write_csv
+from llb.files import UserError, write_csv
 from llb.tables import UNDEFINED, read_table
 
 LEARNING_FILE = "learning.csv"
+COLUMNS = {"step": int, "submodel": int, "distance": float}
+ADVICE = "delete it; results do not depend on it"
 PART = 0.1  # of the steps, at both ends, that `learning_line` compares
 
 Seen = tuple[int, int, int, float]  # step, sub-model, image index, its distance
@@ -42,16 +43,12 @@ def read_learning(folder: Path) -> dict[str, np.ndarray] | None:
     if not file.is_file() or not images:
         return None
     about = {row["path"]: (row["kept"], -1 if row["label"] is None else row["label"]) for row in images}
-    try:
-        with open(file, newline="", encoding="utf-8") as opened:
-            rows = [
-                (int(row["step"]), int(row["submodel"]), float(row["distance"]), *about[read_cell(row["path"])])
-                for row in csv.DictReader(opened)
-            ]
-    except (KeyError, ValueError, TypeError, csv.Error):
-        raise UserError(f"{file} is damaged: delete it; results do not depend on it") from None
-    names = {"step": int, "submodel": int, "distance": float, "kept": bool, "label": int}
-    return {name: np.array([row[i] for row in rows], kind) for i, (name, kind) in enumerate(names.items())}
+    rows = read_table(file, ("step", "submodel", "path", "distance"), advice=ADVICE)
+    if not about.keys() >= {row["path"] for row in rows}:
+        raise UserError(f"{file} is damaged (its images are not those of scores.csv): {ADVICE}")
+    table = {name: np.array([row[name] for row in rows], kind) for name, kind in COLUMNS.items()}
+    kept, label = ([about[row["path"]][place] for row in rows] for place in (0, 1))
+    return table | {"kept": np.array(kept, bool), "label": np.array(label, int)}
 
 
 def learning_line(seen: Sequence[Seen], kept: np.ndarray) -> str:
@@ -82,9 +79,5 @@ def read_losses(folder: Path, final: str) -> tuple[np.ndarray, np.ndarray] | Non
     file = folder / loss_file(final)
     if not file.is_file():
         return None
-    try:
-        with open(file, newline="", encoding="utf-8") as opened:
-            rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(opened)]
-    except (KeyError, ValueError, TypeError, csv.Error):
-        raise UserError(f"{file} is damaged: delete it; results do not depend on it") from None
-    return np.array([step for step, _ in rows], int), np.array([loss for _, loss in rows], float)
+    rows = read_table(file, ("step", "loss"), advice=ADVICE)
+    return np.array([row["step"] for row in rows], int), np.array([row["loss"] for row in rows], float)

@@ -127,11 +127,14 @@ def agreement_facts(folder: Path, scores: list[dict[str, Any]]) -> dict[str, Any
         return None
     i, j, lowest = min(pairs, key=lambda pair: pair[2])
     labels, kept = [row["label"] for row in scores], np.array([row["kept"] for row in scores])
-    groups = {"kept": kept, "dropped": ~kept}
-    if None not in labels:
-        groups = {"normal": ~np.array(labels, bool), "defective": np.array(labels, bool)}
+    groups = by_label(labels) or {"kept": kept, "dropped": ~kept}
     plot = charts.scatter(models[:, i], models[:, j], groups, (f"score by sub-model {i}", f"by sub-model {j}"))
     return {"plot": plot, "pair": (i, j), "lowest": lowest, "pairs": pairs}
+
+
+def by_label(labels: list[int | None]) -> dict[str, np.ndarray] | None:
+    """Which images are normal and which defective, bool (N,) each; None if a label is unknown."""
+    return None if None in labels else {"normal": ~np.array(labels, bool), "defective": np.array(labels, bool)}
 
 
 def suspect_facts(folder: Path, scores: list[dict[str, Any]], most: int) -> dict[str, Any]:
@@ -175,20 +178,18 @@ def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, 
     facts = tables.read_threshold(folder, train_on)
     threshold = facts["threshold"] if facts else None
     tiles, rank = read_tiles(folder / tiles_file(train_on)), ranks(score)
+    outcomes = [outcome(label, value, threshold) for label, value in zip(labels, score)]
     groups = {
         name: [
-            tile_facts(tiles, rows[i], int(rank[i]), outcome(labels[i], score[i], threshold))
+            tile_facts(tiles, rows[i], int(rank[i]), outcomes[i])
             for i in indices[:most]
             if rows[i]["path"] in tiles["tiles"]
         ]
         for name, indices in shown_tests(score, labels, threshold).items()
     }
     groups = {name: shown for name, shown in groups.items() if shown}
-    outcomes = [outcome(label, value, threshold) for label, value in zip(labels, score)]
     counts = {"missed": outcomes.count("missed"), "false alarms": outcomes.count("false alarm")}
-    colours = {"image": np.ones(len(rows), bool)}
-    if None not in labels:
-        colours = {"normal": ~np.array(labels, bool), "defective": np.array(labels, bool)}
+    colours = by_label(labels) or {"image": np.ones(len(rows), bool)}
     return {
         "name": train_on,
         "metrics": metrics,

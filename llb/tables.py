@@ -32,16 +32,14 @@ UNDEFINED = "–"
 REPEAT = "delete it and run the stage that wrote it again"
 SHARE = lambda text: float(text) if text else None  # noqa: E731 (of a table)
 COLUMN_TYPES = {
-    "path": read_cell,
-    "subset": int,
-    "kind": read_cell,
-    "images": int,
     "score": lambda text: float(text) if math.isfinite(float(text)) else COLUMN_TYPES[text],
     "kept": {"0": False, "1": True}.__getitem__,
     "label": {"0": 0, "1": 1, "": None}.__getitem__,
-    "image_auroc": SHARE,
-    "found": SHARE,
-} | {"category": read_cell, "from": read_cell, "to": read_cell, "bytes": int, "sha256": str, "modified_ns": int}
+    "sha256": str,
+}
+COLUMN_TYPES |= dict.fromkeys(("path", "kind", "category", "from", "to"), read_cell)
+COLUMN_TYPES |= dict.fromkeys(("subset", "images", "bytes", "modified_ns", "step", "submodel"), int)
+COLUMN_TYPES |= dict.fromkeys(("distance", "loss"), float) | dict.fromkeys(("image_auroc", "found"), SHARE)
 
 
 @dataclass(frozen=True)
