@@ -97,7 +97,9 @@ class Stage1:
         choices=tuple(PROTOCOLS),
         shown="none",
     )
-    submodels: int | None = flag(None, "K, the number of subsets and sub-models", whole(1, MOST_SUBMODELS), shown="3")
+    submodels: int | None = flag(
+        None, "K, the number of subsets and sub-models", whole(1, MOST_SUBMODELS), shown="3, student 1"
+    )
     folds: str | None = flag(
         None, "each sub-model learns from its own subset, or from all others", choices=FOLDS, shown="the detector's"
     )

@@ -33,7 +33,8 @@ def resolve(settings: Stage1, layout: str) -> Stage1:
     if protocol:
         named = protocol.stage1 | {"image_score": protocol.stage1_score}
         settings = with_defaults(settings, {name: named[name] for name in named if learns(settings.detector, name)})
-    encoder, submodels = settings.encoder or ("tiny" if demo else ENCODER), settings.submodels or 3
+    encoder = settings.encoder or ("tiny" if demo else ENCODER)
+    submodels = settings.submodels or getattr(detector, "SUBMODELS", 3)
     own = read_settings(settings.detector, settings.set, {name: getattr(settings, name) for name in FLAGGED})
     defaults = {
         "layout": layout,

@@ -113,6 +113,7 @@ def test_settings_of_a_detector_are_read_by_name_and_refused_in_words():
         ({}, {"submodels": 3, "steps": 1000, "aggregate": "mean", "standardise": "no", "folds": "own", "dropout": 0.2}),
         ({"detector": "padim"}, {"steps": 1, "aggregate": "mean", "standardise": "yes", "folds": "others"}),
         ({"detector": "patchcore"}, {"steps": 1, "aggregate": "out-of-fold", "standardise": "yes", "folds": "own"}),
+        ({"detector": "student"}, {"submodels": 1, "aggregate": "mean", "standardise": "no", "folds": "own"}),
         ({"detector": "padim", "submodels": 1}, {"aggregate": "mean", "standardise": "no", "folds": "own"}),
         ({"detector": "padim", "encoder": "resnet18"}, {"image_size": 224, "resize": 256, "image_score": "max"}),
         (

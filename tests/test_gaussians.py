@@ -1,4 +1,5 @@
-"""PaDiM and the PCA residual: PyTorch's arithmetic (gaussians_reference.py), sums over images, what they can find."""
+"""PaDiM, its robust form and the PCA residual: PyTorch's arithmetic (gaussians_reference.py), sums over images, what
+they can find."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llb.detectors import padim, subspace
+from llb.detectors import padim, student, subspace
 from llb.detectors.common import Setup
 from llb.encoders.specs import SPECS
 
@@ -23,7 +24,7 @@ BOTH = pytest.mark.parametrize("module", (padim, subspace))
 
 
 def setup_of(module, spec=RESNET, **settings):
-    if module is padim:
+    if module is not subspace:
         settings = {"dimensions": 8} | settings
     return Setup(spec, (4, 8, 16), 32, module.Settings(**settings))
 
@@ -101,6 +102,51 @@ def test_leaving_out_by_subtraction_equals_a_fit_to_the_others(module):
     assert_close(distance(module, setup, others, NEW), fitted(module, setup, FEATURES[:20]))
 
 
+# ---- the robust form ----
+
+
+def expectation_maximisation(x, rounds, freedom=4.0):
+    """Weighted means and covariances of one position in float64, as Liu and Rubin have them: distances (N,)."""
+    weight = np.ones(len(x))
+    for _ in range(rounds + 1):
+        mean = np.average(x, axis=0, weights=weight)
+        covariance = (weight * (x - mean).T) @ (x - mean) / (weight.sum() - 1) + 0.01 * np.eye(x.shape[1])
+        squared = np.einsum("ni,ij,nj->n", x - mean, np.linalg.inv(covariance), x - mean)
+        weight = (freedom + x.shape[1]) / (freedom + squared)
+    return np.sqrt(squared)
+
+
+@pytest.mark.parametrize("rounds", (1, 6))
+def test_student_is_the_t_distribution_s_expectation_and_maximisation(rounds):
+    setup = setup_of(student, rounds=rounds)
+    found = fitted(student, setup, new=FEATURES, size=7)
+    x = np.float16(padim.embed(setup, jnp.asarray(FEATURES))).astype(np.float64)
+    expected = [[expectation_maximisation(x[:, row, column], rounds) for column in range(8)] for row in range(8)]
+    assert_close(found, np.transpose(expected, (2, 0, 1)), 1e-3)
+
+
+def test_student_without_rounds_is_padim():
+    assert_close(fitted(student, setup_of(student, rounds=0)), fitted(padim, setup_of(padim)), 1e-3)
+
+
+def test_an_image_of_weight_0_changes_nothing_in_the_robust_fit():
+    setup, weight = setup_of(student), np.float32(np.arange(30) % 3 > 0)
+    state = sums(student, setup, FEATURES, weight)
+    assert_close(distance(student, setup, state, NEW), fitted(student, setup, FEATURES[weight > 0], size=5))
+
+
+def test_defects_that_recur_hide_themselves_from_padim_more_than_from_student():
+    random = np.random.default_rng(0)
+    known = random.normal(size=(60, 2, 21, 8)).astype(np.float16)
+    known[:4, :, 5] += 20  # of a few images, at one position
+    defect, normal = [], []
+    for module in (padim, student):
+        found = fitted(module, setup_of(module, TINY), known, known)[:, 0, 0]
+        defect.append(found[:4].mean())
+        normal.append(found[4:].mean())
+    assert defect[1] / normal[1] > 1.5 * defect[0] / normal[0]
+
+
 # ---- what follows from the definition ----
 
 
@@ -141,3 +187,7 @@ def test_inverses_of_triangular_matrices_are_exact_to_the_last_digits():
 def test_the_memory_is_said_before_it_is_spent():
     line = padim.describe(Setup(SPECS["wide_resnet50_2"], padim.STRIDES, 224, padim.Settings()), 1000)
     assert line.startswith("3136 Gaussians of 550 dimensions, 3.53 GiB a sub-model")
+    line = student.describe(Setup(SPECS["wide_resnet50_2"], student.STRIDES, 224, student.Settings()), 1000)
+    assert line.startswith(
+        "3136 Gaussians of 550 dimensions, 3.53 GiB a sub-model, and 3.21 GiB for the features of 1,000"
+    )

@@ -15,8 +15,9 @@ CORE = """
     tables learning figures compare quarantine
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
     detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released
-    detectors.padim detectors.subspace detectors.banks detectors.patchcore detectors.softpatch detectors.mutual
-    detectors.rd detectors.uniad detectors.simplenet detectors.cflow detectors.damage detectors.destseg detectors
+    detectors.padim detectors.student detectors.subspace detectors.banks detectors.patchcore detectors.softpatch
+    detectors.mutual detectors.rd detectors.uniad detectors.simplenet detectors.cflow detectors.damage
+    detectors.destseg detectors
     protocols purify config defaults features placement checkpoint train fit score manifest run
     borrow selection stage report new_images
 """.split()

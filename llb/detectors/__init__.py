@@ -21,9 +21,9 @@ or by an optimiser, step by step (llb.train); `params` are then Flax's collectio
     optimizer(setup, steps_per_pass) → optax.GradientTransformation
     LEARNING_RATE, STEPS, DEMO_STEPS                              defaults; the steps of stage 1 and of stage 2
 
-Optional: PUBLISHED (flags by encoder), BATCH_SIZE, IMAGES (it gets images, not features), describe (a bank's size),
-step_bytes (memory of a step), vit_groups (of which blocks it takes means). K at once, devices, checkpoints, scores,
-maps and reports are written once, in llb.
+Optional: PUBLISHED (flags by encoder), BATCH_SIZE, SUBMODELS (default K), IMAGES (it gets images, not features),
+describe (a bank's size), step_bytes (memory of a step), vit_groups (of which blocks it takes means). K at once,
+devices, checkpoints, scores, maps and reports are written once, in llb.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ from llb.detectors import (
     rd,
     simplenet,
     softpatch,
+    student,
     subspace,
     uniad,
 )
@@ -48,6 +49,7 @@ from llb.files import UserError
 DETECTORS: dict[str, ModuleType] = {
     "dinomaly": dinomaly,
     "padim": padim,
+    "student": student,
     "patchcore": patchcore,
     "softpatch": softpatch,
     "subspace": subspace,
