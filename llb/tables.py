@@ -37,6 +37,7 @@ COLUMN_TYPES = {
     "label": {"0": 0, "1": 1, "": None}.__getitem__,
     "sha256": str,
 }
+COLUMN_TYPES |= {"verdict": {"fine": 0, "defect": 1}.__getitem__}
 COLUMN_TYPES |= dict.fromkeys(("path", "kind", "category", "from", "to"), read_cell)
 COLUMN_TYPES |= dict.fromkeys(("subset", "images", "bytes", "modified_ns", "step", "submodel"), int)
 COLUMN_TYPES |= dict.fromkeys(("distance", "loss"), float) | dict.fromkeys(("image_auroc", "found"), SHARE)
