@@ -4,13 +4,13 @@ Source: LLBNAD (arXiv 2508.07441). Every sub-model scores a normal image low. A 
 sub-model that was not trained on it, and often with the one that was; so its aggregated score is high.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llb.metrics import ranks
-
-AGGREGATES = ("mean", "median", "max", "out-of-fold", "max-var")
 
 
 def partition(key: jax.Array, images: int, submodels: int) -> np.ndarray:
@@ -38,33 +38,26 @@ def standardised(scores: jax.Array, seen: jax.Array) -> jax.Array:
     return (scores - middle) / jnp.where(width > 0, width, 1.0) * width.mean() + middle.mean()
 
 
-def aggregate(scores: jax.Array, seen: jax.Array, how: str) -> jax.Array:
-    """Combine the K scores of each image into one: float32 (N,).
+def out_of_fold(scores: jax.Array, seen: jax.Array) -> jax.Array:
+    """The mean over the sub-models that have not seen the image (K ≥ 2)."""
+    return jnp.where(seen, 0.0, scores).sum(axis=1) / (~seen).sum(axis=1)
 
-    Args:
-        scores: float32 (N, K), image scores of the sub-models.
-        seen: bool (N, K), of `seen_by`.
-        how: "mean" (the paper's); "median"; "max"; "out-of-fold", the mean over the sub-models that have not seen the
-            image (K ≥ 2); "max-var", the maximum times the variance (the released code's).
-    """
-    if how == "mean":
-        return scores.mean(axis=1)
-    if how == "median":
-        return jnp.median(scores, axis=1)
-    if how == "max":
-        return scores.max(axis=1)
-    if how == "max-var":
-        return scores.max(axis=1) * scores.var(axis=1)
-    if how == "out-of-fold":
-        return jnp.where(seen, 0.0, scores).sum(axis=1) / (~seen).sum(axis=1)
-    raise ValueError(f"aggregate is one of {AGGREGATES}, not {how!r}")
+
+# scores float32 (N, K) and seen bool (N, K) of `seen_by` → one score for each image, float32 (N,)
+AGGREGATES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "mean": lambda scores, seen: scores.mean(axis=1),  # the paper's
+    "median": lambda scores, seen: jnp.median(scores, axis=1),
+    "max": lambda scores, seen: scores.max(axis=1),
+    "out-of-fold": out_of_fold,
+    "max-var": lambda scores, seen: scores.max(axis=1) * scores.var(axis=1),  # the released code's
+}
 
 
 def combine(scores: np.ndarray, subset: np.ndarray, others: bool, standardise: bool, how: str) -> np.ndarray:
     """From scores (N, K) of sub-models that have learned from their own subset, or from all others, to one for each
-    image, float32 (N,): `standardised` if wanted, then `aggregate`."""
+    image, float32 (N,): `standardised` if wanted, then one of AGGREGATES."""
     comparable, seen = jnp.asarray(scores), jnp.asarray(seen_by(subset, scores.shape[1], others))
-    return np.asarray(aggregate(standardised(comparable, seen) if standardise else comparable, seen, how))
+    return np.asarray(AGGREGATES[how](standardised(comparable, seen) if standardise else comparable, seen))
 
 
 def keep_lowest(scores: np.ndarray, share: float) -> np.ndarray:

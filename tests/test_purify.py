@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llb.purify import aggregate, keep_auto, keep_lowest, partition, seen_by, standardised
+from llb.purify import AGGREGATES, keep_auto, keep_lowest, partition, seen_by, standardised
 
 SCORES = np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0], [9.0, 1.0, 2.0], [0.5, 0.0, 1.0]], np.float32)
 SUBSET = np.array([0, 1, 2, 1])
@@ -23,13 +23,13 @@ SUBSET = np.array([0, 1, 2, 1])
 )
 def test_aggregates_by_hand(how, expected):
     seen = jnp.asarray(seen_by(SUBSET, 3, others=False))
-    np.testing.assert_allclose(aggregate(jnp.asarray(SCORES), seen, how), expected, rtol=1e-6)
+    np.testing.assert_allclose(AGGREGATES[how](jnp.asarray(SCORES), seen), expected, rtol=1e-6)
 
 
 def test_out_of_fold_takes_the_one_sub_model_that_has_learned_from_the_other_subsets():
     seen = seen_by(SUBSET, 3, others=True)
     assert (seen.sum(axis=1) == 2).all()
-    scores = aggregate(jnp.asarray(SCORES), jnp.asarray(seen), "out-of-fold")
+    scores = AGGREGATES["out-of-fold"](jnp.asarray(SCORES), jnp.asarray(seen))
     assert scores.tolist() == [SCORES[i, k] for i, k in enumerate(SUBSET)]
 
 
