@@ -26,7 +26,7 @@ from llb.detectors import padim
 from llb.detectors.common import MapRule, Setup, between, to_patches
 
 STRIDES, PUBLISHED, BATCH_SIZE = padim.STRIDES, padim.PUBLISHED, padim.BATCH_SIZE
-MAP, SCORE, AGGREGATE = MapRule(align_corners=False, sigma=4.0), "top-1%", "out-of-fold"
+MAP, SCORE, AGGREGATE = MapRule(align_corners=False, sigma=4.0), "top-1%", "mean"
 SUBMODELS = 1  # default K: all images at once
 
 
