@@ -25,6 +25,7 @@ from llb.files import UserError, atomic, typed
 from llb.fit import learn
 from llb.flags import parse_flags
 from llb.images import load_image, white_line
+from llb.keep import choose
 from llb.layouts import read_root
 from llb.learning import learning_line, write_learning
 from llb.lock import hold
@@ -32,7 +33,7 @@ from llb.manifest import record_images
 from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
 from llb.processes import agreed
-from llb.purify import combine, keep_auto, keep_lowest, partition
+from llb.purify import combine, partition
 from llb.run import as_shown, command_line, demo_or_given_root, environment, open_run, place_run
 from llb.runfiles import stage1_command, write_config
 from llb.score import heat_maps, score_all
@@ -134,6 +135,8 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
         write_purified(folder, dataset.train, result.kept)
     facts = purification([record.label for record in dataset.train], result.aggregated, result.kept)
     say(f"{name}: {purification_line(facts)}")
+    if result.said:
+        say(f"{name}: {result.said}")
     if seen:
         say(f"{name}: {learning_line(seen, result.kept)}")
 
@@ -142,8 +145,8 @@ def select(settings: Stage1, subset: np.ndarray, scores: np.ndarray) -> Stage1Re
     """From N × K scores to a decision on each image: from here on nothing is trained. subset: int32 (N,)."""
     others, standardise = settings.folds == "others", settings.standardise == "yes"
     aggregated = combine(scores, subset, others, standardise, settings.aggregate)  # (N,)
-    kept = keep_auto(aggregated) if settings.keep == "auto" else keep_lowest(aggregated, settings.keep)  # (N,) bool
-    return Stage1Result(subset, scores, aggregated, kept)
+    kept, said = choose(aggregated, settings.keep)  # (N,) bool
+    return Stage1Result(subset, scores, aggregated, kept, said)
 
 
 def check(dataset: Dataset, settings: Stage1) -> None:

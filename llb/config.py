@@ -12,6 +12,7 @@ from llb.detectors import DETECTORS
 from llb.detectors.common import SCORES
 from llb.detectors.recipes import RECIPES
 from llb.flags import MOST, Number, flag, real, whole
+from llb.keep import KEEP
 from llb.layouts import LAYOUTS
 from llb.protocols import PROTOCOLS
 from llb.purify import AGGREGATES
@@ -30,7 +31,7 @@ LARGEST_BATCH, LARGEST_SIDE, MOST_SUBMODELS = 2**16, 2**12, 10**4
 
 # ---- flags that several scripts have ----
 
-SIDE, IMAGES, SHARE = whole(1, LARGEST_SIDE), whole(1, LARGEST_BATCH), Number(float, 0, 1, True, "auto")
+SIDE, IMAGES, SHARE = whole(1, LARGEST_SIDE), whole(1, LARGEST_BATCH), Number(float, 0, 1, True, tuple(KEEP))
 RATE = real(0, 1000, open_below=True)
 HELD = "features up to this size, in GiB, are held in memory; larger ones are read from the disk"
 CACHED = "folder of features and demo sets, shared by all runs; may be deleted"
@@ -73,7 +74,7 @@ class Stage1:
     noise_pool: str | int | None = flag(
         None,
         "defective test images that are set aside for noise: the rest, the test set, is the same at every ratio",
-        Number(int, 0, MOST, word="half"),
+        Number(int, 0, MOST, words=("half",)),
         shown="half of them for the demo set or with --noise-ratio, else 0",
     )
     out: str = flag("runs/demo", "folder of the run", affects=False)
@@ -123,7 +124,9 @@ class Stage1:
         shown="yes, dinomaly no",
     )
     image_score: str | None = image_score_flag()
-    keep: str | float | None = flag(None, "share of images to keep; auto: by the scores", SHARE, shown="auto")
+    keep: str | float | None = flag(
+        None, "share of images to keep; auto: drop clear groups of outliers; mirror: drop more", SHARE, shown="auto"
+    )
     precision: str | None = flag(
         None, "matrix products round operands to this", choices=PRECISIONS, shown="float32 on a CPU, else bfloat16"
     )

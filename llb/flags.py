@@ -14,21 +14,21 @@ SEVERAL, WORDS = (), ("",)
 
 @dataclass(frozen=True)
 class Number:
-    """A parser for numbers of a kind between two bounds; `open_below` leaves the lower one out, `word` is one more
-    value that is taken."""
+    """A parser for numbers of a kind between two bounds; `open_below` leaves the lower one out, `words` are more values
+    that are taken."""
 
     kind: type
     lowest: float
     highest: float
     open_below: bool = False
-    word: str | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def bounds(self) -> str:
         return f"{'above' if self.open_below else 'from'} {self.lowest} to {self.highest}"
 
     def __call__(self, text: str) -> Any:
-        if text == self.word:
+        if text in self.words:
             return text
         try:
             value = self.kind(text)
@@ -36,7 +36,7 @@ class Number:
             value = float("nan")  # fits nowhere
         if not self.lowest <= value <= self.highest or (self.open_below and value == self.lowest):
             name = f"a {'whole ' if self.kind is int else ''}number {self.bounds}"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {f'{self.word} or ' if self.word else ''}{name}")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {' or '.join((*self.words, name))}")
         return value
 
 

@@ -1,4 +1,4 @@
-"""From N × K scores to the purified set. These functions know neither labels nor the noise ratio.
+"""Subsets, and from N × K scores to one for each image. These functions know neither labels nor the noise ratio.
 
 Source: LLBNAD (arXiv 2508.07441). Every sub-model scores a normal image low. A defective image scores high with every
 sub-model that was not trained on it, and often with the one that was; so its aggregated score is high.
@@ -9,8 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from llb.metrics import ranks
 
 
 def partition(key: jax.Array, images: int, submodels: int) -> np.ndarray:
@@ -58,35 +56,3 @@ def combine(scores: np.ndarray, subset: np.ndarray, others: bool, standardise: b
     image, float32 (N,): `standardised` if wanted, then one of AGGREGATES."""
     comparable, seen = jnp.asarray(scores), jnp.asarray(seen_by(subset, scores.shape[1], others))
     return np.asarray(AGGREGATES[how](standardised(comparable, seen) if standardise else comparable, seen))
-
-
-def keep_lowest(scores: np.ndarray, share: float) -> np.ndarray:
-    """bool (N,): the round(share · N) lowest scores (at least one); of equal scores the later image is kept."""
-    return ranks(scores) > len(scores) - max(1, round(share * len(scores)))
-
-
-def keep_auto(scores: np.ndarray, width: float = 2.5) -> np.ndarray:
-    """bool (N,): which images look normal, judged by the scores only.
-
-    Normal images are the majority and score low. Defective images score high. So the lower half of the distribution
-    consists of normal images, and its mirror image shows how far normal scores reach upwards. This is done on the
-    logarithm of the scores, whose noise is closer to symmetric:
-
-        c = mean of the shortest interval that holds half of log s    (robust while normal images are the majority)
-        w = 1.4826 · median(c − log s) over the images with log s ≤ c    (half a median absolute deviation, as a σ)
-        keep where log s ≤ c + 2.5 w
-
-    No ratio is set: with many defects it drops many images, without any it keeps nearly all, unless the scores of
-    normal images have a long upper tail. It needs some dozens of images: of two, it always drops the higher. Scores
-    that may be negative have no logarithm and are taken as they are.
-    """
-    logs = np.asarray(scores, np.float64)
-    if logs.min() >= 0:
-        logs = np.log(np.maximum(logs, np.finfo(np.float32).tiny))
-    ordered = np.sort(logs)
-    half = (len(ordered) + 1) // 2
-    start = np.argmin(ordered[half - 1 :] - ordered[: len(ordered) - half + 1])
-    shortest = ordered[start : start + half]
-    centre = np.clip(shortest.mean(), shortest[0], shortest[-1])  # the mean of equal numbers may round to below them
-    spread = 1.4826 * np.median(centre - ordered[ordered <= centre])
-    return logs <= centre + width * spread

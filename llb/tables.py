@@ -51,6 +51,7 @@ class Stage1Result:
     scores: np.ndarray  # float32 (N, K)
     aggregated: np.ndarray  # float32 (N,)
     kept: np.ndarray  # bool (N,)
+    said: str | None = None  # by the rule that chose them
 
 
 @dataclass(frozen=True)

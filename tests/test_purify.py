@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llb.purify import AGGREGATES, keep_auto, keep_lowest, partition, seen_by, standardised
+from llb.purify import AGGREGATES, partition, seen_by, standardised
 
 SCORES = np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0], [9.0, 1.0, 2.0], [0.5, 0.0, 1.0]], np.float32)
 SUBSET = np.array([0, 1, 2, 1])
@@ -57,54 +57,3 @@ def test_the_partition_is_disjoint_complete_even_and_follows_its_key(images, sub
     sizes = np.bincount(subset, minlength=submodels)
     assert sizes.sum() == images and sizes.max() - sizes.min() <= 1
     assert (subset == again).all() and ((subset != other).any() or images < 100)
-
-
-@pytest.mark.parametrize(
-    ("share", "kept"), [(0.5, [False, False, True, True]), (0.01, [False, False, True, False]), (1.0, [True] * 4)]
-)
-def test_a_share_keeps_exactly_the_lowest_even_with_ties(share, kept):
-    assert keep_lowest(np.array([0.3, 0.9, 0.1, 0.3]), share).tolist() == kept
-
-
-def skewed(seed: int, normal: int, defective: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log-normal scores, the defective ones six spreads higher; and bool, True for those."""
-    random = np.random.default_rng(seed)
-    logs = np.concatenate([random.normal(-3, 0.2, normal), random.normal(-1.8, 0.3, defective)])
-    return np.exp(logs).astype(np.float32), np.arange(normal + defective) >= normal
-
-
-@pytest.mark.parametrize("defective", (0, 30, 60, 120, 240))
-def test_auto_keeps_normal_images_and_drops_separable_defects_whatever_the_ratio(defective):
-    for seed in range(5):
-        scores, bad = skewed(seed, 600 - defective, defective)
-        kept = keep_auto(scores)
-        assert kept[~bad].mean() > 0.9 and (not defective or kept[bad].mean() < 0.1)
-
-
-def test_auto_is_indifferent_to_the_scale_and_the_order_of_the_scores():
-    scores, _ = skewed(0, 100, 20)
-    kept, order = keep_auto(scores), np.random.default_rng(1).permutation(120)
-    np.testing.assert_array_equal(keep_auto(scores * 8), kept)
-    np.testing.assert_array_equal(keep_auto(scores[order]), kept[order])
-
-
-@pytest.mark.parametrize("scores", ([0.0, 0.0, 0.0], [1.0, 1.0], [0.0, 1e-9, 5.0]))
-def test_auto_keeps_something_of_the_strangest_scores(scores):
-    kept = keep_auto(np.array(scores, np.float32))
-    assert kept.any() and kept.dtype == bool
-
-
-def test_auto_takes_scores_that_may_be_negative_as_they_are():
-    scores = np.concatenate([np.random.default_rng(0).normal(0, 1, 200), np.full(20, 12.0)]).astype(np.float32)
-    kept = keep_auto(scores)
-    assert kept[:200].mean() > 0.95 and not kept[200:].any()
-
-
-@pytest.mark.parametrize("images", (2, 24, 38, 45, 160))
-def test_auto_keeps_all_of_equal_scores_and_of_mostly_equal_ones_the_equal(images):
-    """The mean of equal numbers may round to below them, and then no score is below the mean."""
-    for score in np.random.default_rng(images).lognormal(-3, 1, 50).astype(np.float32):
-        scores = np.full(images, score)
-        assert keep_auto(scores).all()
-        scores[: images // 10] *= 1.5
-        assert (keep_auto(scores) == (scores == score)).all()

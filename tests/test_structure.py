@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every file of the core, from the bottom up. A file may import only from files to the left of it, and above.
 CORE = """
     files flags console processes lock times runfiles device
-    cache metrics threshold pictures pages tiles charts tree pairing layouts lists images masks data demo maps
+    cache metrics keep threshold pictures pages tiles charts tree pairing layouts lists images masks data demo maps
     tables marks learning figures compare quarantine
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
     detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released
