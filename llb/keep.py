@@ -15,6 +15,7 @@ from llb.metrics import ranks
 START = 0.6745  # of the flank, in deviations: above it lie 25 % of a normal distribution
 CUTS = (2.0, 2.5, 3.0, 3.5, 4.0)  # in deviations
 FEW = 5  # images in the flank: from fewer no tail is fitted
+GROUP = 3  # images: fewer are no group
 Kept = tuple[np.ndarray, float | None]  # bool (N,); normal images that are expected among the dropped
 
 
@@ -70,11 +71,12 @@ def keep_clear_group(scores: np.ndarray) -> Kept:
     """Drop what lies above the lowest of CUTS beyond which an image is more likely defective than normal: more than
     twice as many lie there as a tail of normal images explains (`expected_above`).
 
-    Keep all, unless this holds of at least one cut by more than a standard error: else there is no clear group.
+    Keep all, unless this holds of at least one cut with GROUP images by more than a standard error of the tail: else
+    there is no clear group.
     """
     z = deviations(scores)
     above = {cut: (z > cut).sum() for cut in CUTS}
-    if not any(above[cut] > 2 * expected_above(z, cut, errors=1) for cut in CUTS):
+    if not any(above[cut] >= GROUP and above[cut] > 2 * expected_above(z, cut, errors=1) for cut in CUTS):
         return np.ones(len(z), bool), None
     expected = {cut: expected_above(z, cut) for cut in CUTS}
     first = min(cut for cut in CUTS if above[cut] > 2 * expected[cut])

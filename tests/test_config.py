@@ -20,7 +20,7 @@ REFUSED = {
     f"--steps {'9' * 5000}": "'9999999999999999999999999999999999999999' is not",  # int() itself refuses it
     "--learning-rate nan": "--learning-rate",
     "--learning-rate 0": "above 0 to 1000",
-    "--keep best": "auto or a number above 0 to 1",
+    "--keep best": "auto or mirror or a number above 0 to 1",
     "--steps --": "--steps: expected one argument",
     "--steps=--": "--steps: expected one argument",
     "--data=": "--data: the value is empty",

@@ -96,6 +96,12 @@ def test_a_tail_that_does_not_fall_or_is_hardly_there_explains_everything():
     assert expected_above(np.array([0.7, 0.8, 0.9, 0.95, 7.0]), 2.0) == np.inf
 
 
+def test_two_outliers_are_no_group():
+    normal = np.exp(0.1 * stats.norm.ppf((np.arange(200) + 0.5) / 200))
+    kept = [KEEP["auto"](np.append(normal, [5.0] * outliers))[0] for outliers in (1, 2, 3)]
+    assert [(~each).sum() for each in kept] == [0, 0, 3]
+
+
 def test_deviations_of_a_normal_distribution_are_its_own():
     z = np.sort(deviations(np.exp(0.1 * stats.norm.ppf((np.arange(2000) + 0.5) / 2000))))
     np.testing.assert_allclose(z, stats.norm.ppf((np.arange(2000) + 0.5) / 2000), atol=0.02)
