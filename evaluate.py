@@ -24,9 +24,11 @@ from llb.detectors import DETECTORS
 from llb.device import start_jax
 from llb.files import UserError, discard_files, write_json
 from llb.flags import parse_flags
+from llb.head import Headed, repeated
 from llb.images import load_image
 from llb.lock import hold
 from llb.maps import map_names, replace_maps, write_maps
+from llb.marks import LISTED, THRESHOLD_OF, choose_images, normal_images
 from llb.masks import MaskRule, load_masks
 from llb.metrics import (
     PixelCounts,
@@ -43,7 +45,7 @@ from llb.purify import combine
 from llb.report import write_report
 from llb.run import final_checkpoints, find_run, finished_detectors, load_datasets, read_run, run_encoder, steps_in
 from llb.score import heat_maps, score
-from llb.stage import Stage, load_features, make_stage
+from llb.stage import Stage, final_params, load_features, make_stage
 from llb.threshold import by_kind, threshold_facts
 from llb.tiles import shown_tests, small, tiles_file, united, write_tiles
 from llb.times import timed
@@ -77,10 +79,10 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
         purified = tables.read_purified(run / name, dataset)
         lists[name] = purified.indices
         for final in stages:
-            if config["stage2"][final]["train_on"] == "purified":
-                # a purified.txt that was edited after the detector was trained ends the script
-                steps = steps_in(config["stage2"][final], name)
-                check_finished(final_checkpoints(run, dataset, final, purified.indices), steps)
+            if (train_on := config["stage2"][final]["train_on"]) in LISTED:
+                # a purified.txt or marks.csv that was changed after the detector was trained ends the script
+                chosen, steps = choose_images(train_on, run / name, dataset), steps_in(config["stage2"][final], name)
+                check_finished(final_checkpoints(run, dataset, final, chosen), steps)
         facts[name] = purification_facts(dataset, purified, run / name)
         notes[name] = [purified.note] if purified.note else []
         if not dataset.test:
@@ -93,7 +95,8 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
                 say(f"{name}: {final} is evaluated; --overwrite scores again")
                 continue
             rule = mask_rule(PROTOCOLS.get(config["protocol"]), config["resize"])
-            normal = partial(purified_scores, stage, dataset, lists[name], config)
+            chosen = normal_images(config["stage2"][final]["train_on"], run / name, dataset, lists[name])
+            normal = partial(normal_scores, stage, dataset, chosen, config)
             with timed(run, name, f"evaluation, {final}", anew=True):
                 values = evaluate(stage, dataset, rule, normal)
             # written after each detector: an interrupted evaluation continues with the next one
@@ -111,17 +114,17 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     for name in names:
         for final in tables.detector_names(metrics[name]):
             threshold = tables.read_threshold(run / name, final)
-            if threshold and final.startswith("purified"):
-                say(f"{name}, {final}: {tables.threshold_line(threshold)}")
+            if threshold and final.startswith(LISTED):
+                say(f"{name}, {final}: {tables.threshold_line(threshold, THRESHOLD_OF[final.partition('-')[0]])}")
     say(f"report: {run / 'report.html'}")
 
 
 def evaluate(
-    stage: Stage, dataset: Dataset, rule: MaskRule, normal: Callable[[Params], np.ndarray | None]
+    stage: Stage, dataset: Dataset, rule: MaskRule, normal: Callable[[Params | Headed], np.ndarray | None]
 ) -> dict[str, float | None]:
     """Maps, scores and metrics of one final detector on one category. Writes its tables, tiles and maps.
 
-    normal: `purified_scores`, which wants only the detector.
+    normal: `normal_scores`, which wants only the detector.
     """
     name, final = dataset.category, stage.final
     folder, size = stage.run / name, stage.setup.image_size
@@ -129,8 +132,7 @@ def evaluate(
     part = "test" if dataset.test else "train"
     records = getattr(dataset, part)
     features = load_features(stage, dataset, part)
-    with open_checkpoints(folder / f"stage2-{final}") as checkpoints:
-        params = restore_params(checkpoints)
+    params = final_params(stage, name)
 
     # ---- scores; only one batch of maps is in memory: it is counted together with its masks ----
     scores, counts = np.empty(len(records), np.float32), PixelCounts()
@@ -171,15 +173,15 @@ def evaluate(
     return metrics
 
 
-def purified_scores(
-    stage: Stage, dataset: Dataset, purified: np.ndarray, config: dict[str, Any], params: Params
+def normal_scores(
+    stage: Stage, dataset: Dataset, normal: np.ndarray, config: dict[str, Any], params: Params | Headed
 ) -> np.ndarray | None:
-    """What the purified images score: float32 (n,). None if the detector cannot say.
+    """What the images score that the threshold is taken from: float32 (n,). None if the detector cannot say.
 
     A detector that scores what it has learned from far too low gets stage 1's scores by the sub-models that have not
-    seen the image, if stage 1 had the same detector (`scores_out_of_fold`).
+    seen the image, if stage 1 had the same detector (`scores_out_of_fold`). With a head these score them once more.
 
-    purified: int (n,), indices of dataset.train; params: the final detector.
+    normal: int (n,), of `normal_images`; params: the final detector.
     """
     if scores_out_of_fold(stage):
         final = config["stage2"][stage.final]
@@ -187,12 +189,18 @@ def purified_scores(
         if not same or config["submodels"] == 1:
             return None
         subset, scores = tables.read_submodels(stage.run / dataset.category)
-        return combine(scores, subset, config["folds"] == "others", False, "out-of-fold")[purified]
-    scores = np.empty(len(purified), np.float32)
+        if isinstance(params, Headed):
+            with open_checkpoints(stage.run / dataset.category / "stage1") as checkpoints:
+                params = Headed(restore_params(checkpoints), repeated(params.head, config["submodels"]))
+            scores[normal] = scored(stage, dataset, normal, params)
+        return combine(scores, subset, config["folds"] == "others", False, "out-of-fold")[normal]
+    return scored(stage, dataset, normal, params)[:, 0]
+
+
+def scored(stage: Stage, dataset: Dataset, indices: np.ndarray, params: Params | Headed) -> np.ndarray:
+    """Training images by K models: float32 (n, K)."""
     features, title = load_features(stage, dataset, "train"), f"{dataset.category}, threshold of {stage.final}"
-    for positions, score_k, _ in score(params, stage.setup, features, purified, title):
-        scores[positions] = score_k[:, 0]
-    return scores
+    return np.concatenate([score_k for _, score_k, _ in score(params, stage.setup, features, indices, title)])
 
 
 def scores_out_of_fold(stage: Stage) -> bool:

@@ -3,6 +3,7 @@
     python stage2_train.py                                      continues runs/demo: purified, all and clean
     python stage2_train.py --run runs/NAME --train-on all       for comparison: without purification
     python stage2_train.py --detector padim                     another detector on the same images
+    python stage2_train.py --train-on reviewed                  with what a person said of the suspects (llb/marks.py)
 
 The training is stage 1's with K = 1. Your images are trained on as purified, if nothing else is said; the demo set is
 trained on three times, to compare: `all` skips the purification, `clean` uses the labels, an upper bound. Before this
@@ -27,12 +28,13 @@ from llb.fit import learn
 from llb.flags import parse_flags
 from llb.learning import loss_file, write_losses
 from llb.lock import hold
+from llb.marks import UNSEEN, choose_images
 from llb.processes import agreed
 from llb.protocols import steps_of
 from llb.run import begin_stage2, final_checkpoints, final_name, find_run, load_datasets, read_run, run_encoder
 from llb.runfiles import own_config, stage1_command
-from llb.stage import Stage, check_step, load_features, make_stage
-from llb.tables import TRAIN_ON, Choice, choose_images, stage1_finished
+from llb.stage import Stage, check_step, keep_head, load_features, make_stage
+from llb.tables import Choice, stage1_finished
 from llb.times import timed
 from llb.train import Submodels, seen_steps, submodel_keys
 
@@ -50,11 +52,11 @@ def main() -> None:
 
 
 def lists_to_train_on(run: Path, settings: Stage2) -> tuple[str, ...]:
-    """What --train-on gives; without it all of TRAIN_ON on the demo set, which is there to compare, else "purified"."""
+    """What --train-on gives; without it UNSEEN on the demo set, which is there to compare, else "purified"."""
     if settings.train_on is not None:
         return (settings.train_on,)
     demo = own_config(run, f"--run {run}")["data"] is None
-    return TRAIN_ON if demo and not settings.released else ("purified",)
+    return UNSEEN if demo and not settings.released else ("purified",)
 
 
 def run_stage2(run: Path, settings: Stage2) -> None:
@@ -88,15 +90,17 @@ def run_stage2(run: Path, settings: Stage2) -> None:
 def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:
     """Train one final detector on the chosen images of one category."""
     name, final = dataset.category, stage.final
-    at = final_checkpoints(stage.run, dataset, final, choice.indices)
+    at = final_checkpoints(stage.run, dataset, final, choice)
     if check_finished(at, stage.setup.steps):
         say(f"{name}: stage 2 on {final} is finished ({at.folder}); --overwrite trains again")
         keep_losses(stage, name, at)
+        keep_head(stage, dataset, at, seed)
         return
     if stage.settings.released:
         params = read_released(stage.settings.released, stage.setup)
         save_finished(at, stage.setup.steps, jax.tree.map(lambda leaf: leaf[None], params))  # K = 1
         say(f"{name}: the final detector is {stage.settings.released}")
+        keep_head(stage, dataset, at, seed)
         return
     say(f"{name}: training on {len(choice.indices)} of {len(dataset.train)} images ({final})")
     if choice.note:
@@ -108,6 +112,7 @@ def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:
     submodel = Submodels([choice.indices], submodel_keys(key, 1))
     learn(stage.setup, features, submodel, at, f"{name}, {final}")
     keep_losses(stage, name, at)
+    keep_head(stage, dataset, at, seed)
 
 
 def keep_losses(stage: Stage, name: str, at: CheckpointFolder) -> None:

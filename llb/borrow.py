@@ -10,7 +10,9 @@ from pathlib import Path
 
 from llb.config import SELECTING, Evaluate, Stage1, Stage2
 from llb.files import writing
+from llb.head import head_file, review_file
 from llb.manifest import stage2_folder
+from llb.marks import MARKS_FILE
 from llb.processes import process_0_first
 from llb.run import command_line, final_name
 from llb.runfiles import IMAGES_FILE, read_config, write_config
@@ -80,12 +82,18 @@ def borrow_detector(cell: Cell, final: Stage2, done: Sequence[Cell]) -> None:
     name = final_name(final.train_on, final.detector or config["detector"], config)
     for lender in lenders(cell, done, OF_SUBMODELS):
         places = [(lender.run / category, cell.run / category) for category in config["categories"]]
-        lists = [[(folder / "purified.txt").read_bytes() for folder in pair] for pair in places]
-        same = final.train_on != "purified" or all(one == other for one, other in lists)
+        same = all(list_of(final, source) == list_of(final, target) for source, target in places)
         same &= dataclasses.replace(final, run=str(lender.run)) in lender.finals
         if same and config["sources"] == read_config(lender.run, str(lender.run), DELETE)["sources"]:
-            for (source, target), each in itertools.product(places, (f"loss-{name}.csv", stage2_folder(name))):
+            files = (f"loss-{name}.csv", stage2_folder(name), head_file(name), review_file(name))
+            for (source, target), each in itertools.product(places, files):
                 copy(source / each, target / each)
+
+
+def list_of(final: Stage2, folder: Path) -> bytes | None:
+    """What a person may change of the images that a final detector is trained on. folder: RUN/<category>."""
+    name = {"purified": "purified.txt", "reviewed": MARKS_FILE}.get(final.train_on)
+    return (folder / name).read_bytes() if name and (folder / name).exists() else None
 
 
 def copy(source: Path, target: Path) -> None:

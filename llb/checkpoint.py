@@ -154,9 +154,13 @@ def save_finished(at: CheckpointFolder, steps: int, params: Params) -> None:
 def check_digest(checkpoints: Checkpoints, at: CheckpointFolder) -> None:
     """Raise a UserError if the newest checkpoint is damaged, or belongs to other training images."""
     if _restore(checkpoints)["meta"]["digest"] != at.digest:
-        change = "the list of training images has changed since this was trained"
-        script = "stage1_partition.py" if at.folder.name == "stage1" else "stage2_train.py"
-        raise UserError(f"{at.folder}: {change}; train again with {script} --overwrite")
+        what, (stage, _, final) = "the list of training images", at.folder.name.partition("-")
+        command = "stage1_partition.py"
+        if stage == "stage2":
+            command = f"stage2_train.py --train-on {final.partition('-')[0]}"
+            what += ", or what a person said of them," * final.startswith("reviewed")
+        advice = f"train again with {command} --overwrite"
+        raise UserError(f"{at.folder}: {what} has changed since this was trained; {advice}")
 
 
 def check_params(params: Params, step: int) -> None:

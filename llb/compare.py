@@ -34,7 +34,7 @@ FIRST = ("detector", "final.detector", "encoder", "protocol", "recipe", "submode
 STAGE1 = ("ranking AUROC", "contamination", "kept", "lowest: each alone", "lowest: their mean")
 JUDGED = {"image AUROC": "image_auroc", "pixel AUPRO": "pixel_aupro"}  # in metrics.json
 FIGURES = STAGE1 + tuple(f"{title} {final}" for title in JUDGED for final in TRAIN_ON)
-GAINS = {f"{final} − all": (f"image AUROC {final}", "image AUROC all") for final in ("purified", "clean")}
+GAINS = {f"{final} − all": (f"image AUROC {final}", "image AUROC all") for final in TRAIN_ON if final != "all"}
 FEWEST = 6  # seeds; of fewer differences, a signed-rank test gives no p < .05
 TESTED = f"""Differences to the first row, paired by seed; "− all": of image AUROC, within a row. p: by the two-sided
 signed-rank test, from {FEWEST} seeds on, since fewer cannot give p < .05; not corrected for the number of tests."""

@@ -26,6 +26,7 @@ DEMO_STEPS, DEMO_FINAL_STEPS, DEMO_BATCH = 100, 200, 8  # a few minutes on two C
 SELECTING = ("aggregate", "standardise", "keep")
 FLAGGED = ("recipe", "dropout")  # settings of a detector that have flags of their own
 PRECISIONS, FOLDS, YES_NO = ("float32", "bfloat16"), ("own", "others"), ("yes", "no")
+HEADS = ("auto", "none")
 # bounds far above any use, below what JAX, NumPy or the machine fails at without a word of help
 LARGEST_BATCH, LARGEST_SIDE, MOST_SUBMODELS = 2**16, 2**12, 10**4
 
@@ -150,10 +151,11 @@ class Stage2:
     run: str = flag("runs/demo", "folder of the run that stage 1 made", affects=False)
     train_on: str | None = flag(
         None,
-        "purified: by stage 1; all: unpurified; clean: by the labels",
+        "purified: by stage 1; reviewed: all but what a person called defective; all: unpurified; clean: by the labels",
         choices=TRAIN_ON,
         shown="purified, demo set all three",
     )
+    head: str = flag("auto", "reviewed: learn from what was called defective, or only leave it out", choices=HEADS)
     detector: str | None = flag(None, "the final detector", choices=DETECTORS, shown="stage 1's")
     set: Any = set_flag()
     image_score: str | None = image_score_flag()

@@ -16,6 +16,7 @@ from llb.data import Dataset, Record
 from llb.detectors import DETECTORS
 from llb.features import prefetch
 from llb.files import UserError, digest_of_file, discard, discard_files, is_writer, write_csv, write_json
+from llb.head import head_file, review_file
 from llb.images import load_image
 from llb.learning import LEARNING_FILE, loss_file
 from llb.masks import load_masks
@@ -199,7 +200,7 @@ def clear_detector(folder: Path, final: str) -> None:
     for maps in (f"maps-{final}", f".maps-{final}.tmp"):
         discard_files(folder / maps, (f"{path}.png" for path in paths))
     tables = (f"predictions-{final}.csv", threshold_file(final), kinds_file(final), loss_file(final))
-    discard_files(folder, (*tables, f"examples-{final}.png", tiles_file(final)))
+    discard_files(folder, (*tables, head_file(final), review_file(final), f"examples-{final}.png", tiles_file(final)))
 
 
 def stage2_folder(final: str) -> str:

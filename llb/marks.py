@@ -1,4 +1,4 @@
-"""What a person said of training images: RUN/<category>/marks.csv. No JAX.
+"""What a person said of training images, RUN/<category>/marks.csv, and the images of a final detector. No JAX.
 
 path, verdict (defect, fine); in the order of the training images; an image that is not there was not looked at.
 """
@@ -9,11 +9,14 @@ import numpy as np
 
 from llb.data import Dataset
 from llb.files import UserError, write_csv
-from llb.tables import read_table
+from llb.tables import TRAIN_ON, Choice, read_purified, read_table
 
 MARKS_FILE = "marks.csv"
 UNSAID, FINE, DEFECT = -1, 0, 1
 VERDICTS = {"fine": FINE, "defect": DEFECT}
+LISTED = ("purified", "reviewed")  # of TRAIN_ON: a person may change the list, and the detector with it
+THRESHOLD_OF = {"purified": "purified images", "reviewed": "purified images and of those called fine"}
+UNSEEN = tuple(each for each in TRAIN_ON if each != "reviewed")  # for which nobody looks
 ADVICE = "delete it and give llb.review the saved marks again"
 
 
@@ -38,3 +41,42 @@ def write_marks(folder: Path, dataset: Dataset, marks: np.ndarray) -> None:
     word = {verdict: name for name, verdict in VERDICTS.items()}
     said = [[record.path, word[mark]] for record, mark in zip(dataset.train, marks.tolist()) if mark != UNSAID]
     write_csv(folder / MARKS_FILE, ["path", "verdict"], said)
+
+
+def choose_images(train_on: str, folder: Path, dataset: Dataset) -> Choice:
+    """The images for --train-on. "clean" needs labels: they decide nothing else once the set is put together."""
+    if train_on == "purified":
+        return read_purified(folder, dataset)
+    if train_on == "reviewed":
+        return reviewed_images(folder, dataset)
+    if train_on == "all":
+        return Choice(np.arange(len(dataset.train)))
+    if any(record.label is None for record in dataset.train):
+        raise UserError("--train-on clean needs labels, and these images have none: use purified or all")
+    normal = np.array([i for i, record in enumerate(dataset.train) if record.label == 0], int)
+    if not len(normal):
+        problem = f"no training image of {dataset.category} is labelled normal"
+        raise UserError(f"--train-on clean: {problem}; use purified or all")
+    return Choice(normal)
+
+
+def normal_images(train_on: str, folder: Path, dataset: Dataset, purified: np.ndarray) -> np.ndarray:
+    """The images that a final detector's threshold is taken from, int (n,): the purified ones; of `reviewed` those that
+    a person called fine, too, without those called defective."""
+    if train_on != "reviewed":
+        return purified
+    marks = read_marks(folder, dataset)
+    kept = np.isin(np.arange(len(marks)), purified)
+    return np.flatnonzero((kept & (marks != DEFECT)) | (marks == FINE))
+
+
+def reviewed_images(folder: Path, dataset: Dataset) -> Choice:
+    """All images but those that a person called defective. What stage 1 has dropped by itself plays no part."""
+    marks = read_marks(folder, dataset)
+    kept, defect, fine = (np.flatnonzero(each) for each in (marks != DEFECT, marks == DEFECT, marks == FINE))
+    if not len(kept):
+        raise UserError(f"{folder / MARKS_FILE} calls every training image defective: {ADVICE}")
+    note = f"a person called {len(defect)} images defective and {len(fine)} fine"
+    if not len(defect):
+        note = f"no image is called defective ({folder / MARKS_FILE}); the report's page of suspects is for that"
+    return Choice(kept, note, tuple(dataset.train[index].path for index in fine))

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from llb import tables
-from llb.checkpoint import open_checkpoints, restore_params
 from llb.config import Evaluate
 from llb.console import say
 from llb.data import Dataset, Record
@@ -32,7 +31,7 @@ from llb.pictures import contact_sheet
 from llb.run import as_shown, final_name, finished_detectors, run_encoder
 from llb.runfiles import read_config
 from llb.score import heat_maps, score
-from llb.stage import make_stage
+from llb.stage import final_params, make_stage
 from llb.tree import count, summary, walk
 
 SMALLEST = 192  # side of an image in an overlay, pixels
@@ -57,8 +56,7 @@ def score_images(run: Path, settings: Evaluate) -> None:
         encoder = run_encoder(run, config)
         stage = make_stage(run, settings, encoder, config | config["stage2"][final], final)
         check_readable(dataset)  # before anything is written
-        with open_checkpoints(run / name / f"stage2-{final}") as checkpoints:
-            params = restore_params(checkpoints)
+        params = final_params(stage, name)
 
         # ---- what an earlier command has written goes: it may be of images that are no longer there ----
         maps_folder, overlays, table = out / f"maps-{final}", out / f"overlays-{final}", out / f"scores-{final}.csv"

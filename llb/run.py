@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llb.checkpoint import CheckpointFolder, paths_digest
 from llb.config import SELECTING, Evaluate, Stage1, Stage2
 from llb.console import say
@@ -29,6 +27,7 @@ from llb.lock import turn
 from llb.manifest import check_manifest, clear_run, clear_stage2
 from llb.processes import process_0_first
 from llb.runfiles import VERSION, data_of, own_config, read_config, stage1_command, write_config
+from llb.tables import Choice
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "scikit-learn", "scipy")
 PROJECT = Path(__file__).resolve().parent.parent
@@ -234,11 +233,12 @@ def begin_stage2(run: Path, settings: Stage2, final: str, steps: dict[str, int])
     with turn(run):
         config = read_config(run, f"--run {run}", _make_again(run))
         recorded = config.setdefault("stage2", {})
-        old, new = recorded.get(final), influential(settings) | {"category_steps": None if settings.steps else steps}
+        old = recorded.get(final) and {"head": "auto"} | recorded[final]  # of before there were heads
+        new = influential(settings) | {"category_steps": None if settings.steps else steps}
         if old is not None and not settings.overwrite:
             where = f"--run {run}: stage 2 on {final}"
             refuse_differences(old, new, where, "give the same, or --overwrite to train again")
-        if old != new:
+        if recorded.get(final) != new:
             recorded[final] = new
             write_config(run, config)
 
@@ -248,9 +248,10 @@ def steps_in(settings: dict[str, Any], category: str) -> int:
     return settings["steps"] or settings["category_steps"][category]
 
 
-def final_checkpoints(run: Path, dataset: Dataset, final: str, indices: np.ndarray) -> CheckpointFolder:
-    """Where a final detector is saved, with the digest of its training images. indices: int (n,), into dataset.train"""
-    digest = paths_digest([dataset.train[index].path for index in indices])
+def final_checkpoints(run: Path, dataset: Dataset, final: str, choice: Choice) -> CheckpointFolder:
+    """Where a final detector is saved, with the digest of what it learns from: its images, and those called fine."""
+    paths = [dataset.train[index].path for index in choice.indices]
+    digest = paths_digest([*paths, *(f"fine {path}" for path in choice.fine)])
     return CheckpointFolder(run / dataset.category / f"stage2-{final}", digest)
 
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from llb.checkpoint import Params
 from llb.console import progress
-from llb.detectors import DETECTORS, is_trained
+from llb.detectors import is_trained
 from llb.detectors.common import SCORES, Setup, anomaly_map
 from llb.features import Features, by_image, encoding_devices, image_mesh, on_devices, prefetch
+from llb.head import Headed, distance_of
 from llb.processes import joined, part_of
 
 SCORE_BATCH = 16  # images per compiled call, filled up to a multiple of the devices
@@ -22,14 +23,13 @@ SCORE_BATCH = 16  # images per compiled call, filled up to a multiple of the dev
 
 @partial(jax.jit, static_argnames=("setup", "mesh"))
 def score_step(
-    params: Params, features: jax.Array, setup: Setup, mesh: jax.sharding.Mesh, frozen: Params | None = None
+    params: Params | Headed, features: jax.Array, setup: Setup, mesh: jax.sharding.Mesh, frozen: Params | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """All sub-models on the same images.
 
     params: stacked (K, …); features: (b, …); frozen: of `Features`.
     Returns maps float32 (b, K, S, S), scores float32 (b, K).
     """
-    distance_of = DETECTORS[setup.detector].distance
 
     def of_images(params: Params, frozen: Params | None, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs = features if frozen is None else (features, frozen)
@@ -50,7 +50,12 @@ def score_step(
 
 
 def score(
-    params: Params, setup: Setup, features: Features, indices: np.ndarray, title: str, with_maps: bool = False
+    params: Params | Headed,
+    setup: Setup,
+    features: Features,
+    indices: np.ndarray,
+    title: str,
+    with_maps: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Score images in batches of one size; the last batch is filled up, and its surplus results are dropped.
 
@@ -88,7 +93,7 @@ def score_all(params: Params, setup: Setup, features: Features, count: int, titl
 
 
 def heat_maps(
-    params: Params, setup: Setup, features: Features, indices: np.ndarray, title: str
+    params: Params | Headed, setup: Setup, features: Features, indices: np.ndarray, title: str
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The maps of a few images, for a picture: each index with float32 (S, S), the mean over the sub-models.
 

@@ -11,9 +11,10 @@ from llb.config import SELECTING, Stage1
 from llb.console import say
 from llb.data import Dataset
 from llb.files import UserError, discard_files
+from llb.marks import LISTED, choose_images
 from llb.processes import process_0_first
 from llb.run import differences, final_checkpoints, stage2_command
-from llb.tables import purified_text, read_purified, read_scores, read_submodels
+from llb.tables import purified_text, read_scores, read_submodels
 
 
 def read_submodel_scores(folder: Path, dataset: Dataset, submodels: int) -> np.ndarray:
@@ -64,9 +65,9 @@ def outdated_detectors(run: Path, config: dict[str, Any], dataset: Dataset) -> l
     """The commands that train the final detectors again whose list has changed since they were trained."""
     commands = []
     for final, settings in config.get("stage2", {}).items():
-        if settings["train_on"] == "purified":
+        if settings["train_on"] in LISTED:
             try:
-                chosen = read_purified(run / dataset.category, dataset).indices
+                chosen = choose_images(settings["train_on"], run / dataset.category, dataset)
                 check_finished(final_checkpoints(run, dataset, final, chosen), 0)
             except UserError:
                 commands.append(stage2_command(run, final, settings) + " --overwrite")

@@ -8,16 +8,21 @@ from typing import Any
 
 import jax
 
+from llb.checkpoint import CheckpointFolder, Params, open_checkpoints, restore_params
 from llb.config import FLAGGED, Evaluate, Stage1, Stage2
+from llb.console import say
 from llb.data import Dataset
 from llb.detectors import DETECTORS, is_trained
 from llb.detectors.common import Setup
 from llb.encoders import Encoder
 from llb.encoders.specs import Spec
 from llb.features import Features, Source, cached_features, make_source, streamed_features
-from llb.files import UserError
+from llb.files import UserError, read_json, typed, write_json
+from llb.head import Headed, evidence, head_file, head_values, learn_head, read_head, review_file
 from llb.images import ImageFiles
 from llb.manifest import image_digests
+from llb.marks import read_marks
+from llb.processes import agreed
 from llb.protocols import PROTOCOLS
 from llb.train import check_memory
 
@@ -84,3 +89,37 @@ def load_features(stage: Stage, dataset: Dataset, part: str) -> Features:
     files = dataclasses.replace(files, digests=image_digests(stage.run / dataset.category, dataset.root, names))
     cache, title = Path(settings.cache), f"{dataset.category}, {part}"
     return cached_features(stage.source, files, cache, settings.cache_gib, settings.cache_limit, title)
+
+
+def keep_head(stage: Stage, dataset: Dataset, at: CheckpointFolder, seed: int) -> None:
+    """Learn the head of a finished detector that is trained on `reviewed`, unless it is there: head-<final>.json, if λ
+    is above 0, and last review-<final>.json, which says why."""
+    folder, final, name = stage.run / dataset.category, stage.final, dataset.category
+    if not final.startswith("reviewed") or agreed((folder / review_file(final)).exists()):
+        return
+    marks = read_marks(folder, dataset)
+    head, review = None, evidence(marks) | {"why": "--head none"}
+    if stage.settings.head != "none":
+        with open_checkpoints(at.folder) as checkpoints:
+            params = restore_params(checkpoints)
+        features = load_features(stage, dataset, "train")
+        head, review = learn_head(stage.setup, features, params, marks, seed, f"{name}, {final}")
+    if head is not None:
+        write_json(folder / head_file(final), head_values(head))
+    write_json(folder / review_file(final), review)
+    say(f"{name}, {final}: {review['why']}")
+
+
+def final_params(stage: Stage, category: str) -> Params | Headed:
+    """The parameters of a finished final detector, K = 1, with its head if it has one."""
+    folder, final = stage.run / category, stage.final
+    with open_checkpoints(folder / f"stage2-{final}") as checkpoints:
+        params = restore_params(checkpoints)
+    if not final.startswith("reviewed"):
+        return params
+    command = f"python stage2_train.py --run {typed(stage.run)} --train-on reviewed --detector {stage.setup.detector}"
+    if not (folder / review_file(final)).is_file():
+        raise UserError(f"{folder / review_file(final)} is not there: finish it with {command}")
+    if not read_json(folder / review_file(final), f"train again with {command} --overwrite")["lambda"]:
+        return params
+    return Headed(params, read_head(folder / head_file(final), f"train again with {command} --overwrite"))

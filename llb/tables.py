@@ -22,7 +22,12 @@ from llb.files import UserError, read_cell, read_json, write_csv, write_json, wr
 from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, SAMPLE_METRICS, ranks
 from llb.pictures import printable
 
-TRAIN_ON = ("purified", "all", "clean")  # the images that a final detector may be trained on, in the order of tables
+TRAIN_ON = (
+    "purified",
+    "reviewed",
+    "all",
+    "clean",
+)  # the images that a final detector may be trained on, in the order of tables
 METRICS = IMAGE_METRICS + PIXEL_METRICS  # the samples' are shown where they are defined (`shown_metrics`)
 TITLES = {"auroc": "AUROC", "ap": "AP", "f1_max": "F1-max", "aupro": "AUPRO"}
 PURIFICATION = ("n", "kept", "contamination_before", "contamination_after", "train_auroc")  # the last: ranking AUROC
@@ -60,6 +65,7 @@ class Choice:
 
     indices: np.ndarray  # int (n,), into dataset.train
     note: str | None = None  # for the user, such as that the list was edited by hand
+    fine: tuple[str, ...] = ()  # paths that a person called fine, where that matters
 
 
 def write_scores(folder: Path, records: Sequence[Record], result: Stage1Result) -> None:
@@ -154,21 +160,6 @@ def read_purified(folder: Path, dataset: Dataset) -> Choice:
     return Choice(chosen, note)
 
 
-def choose_images(train_on: str, folder: Path, dataset: Dataset) -> Choice:
-    """The images for --train-on. "clean" needs labels: they decide nothing else once the set is put together."""
-    if train_on == "purified":
-        return read_purified(folder, dataset)
-    if train_on == "all":
-        return Choice(np.arange(len(dataset.train)))
-    if any(record.label is None for record in dataset.train):
-        raise UserError("--train-on clean needs labels, and these images have none: use purified or all")
-    normal = np.array([i for i, record in enumerate(dataset.train) if record.label == 0], int)
-    if not len(normal):
-        problem = f"no training image of {dataset.category} is labelled normal"
-        raise UserError(f"--train-on clean: {problem}; use purified or all")
-    return Choice(normal)
-
-
 def write_predictions(folder: Path, train_on: str, records: Sequence[Record], scores: np.ndarray) -> None:
     """predictions-<train-on>.csv. scores: float32 (N,)."""
     rows = [[r.path, float(score), "" if r.label is None else r.label] for r, score in zip(records, scores)]
@@ -208,9 +199,9 @@ def kinds_file(final: str) -> str:
     return f"kinds-{final}.csv"
 
 
-def threshold_line(facts: dict[str, float | int | None]) -> str:
-    """In words; facts: of `llb.threshold.threshold_facts`, with a threshold."""
-    line = f"threshold {facts['threshold']:.4g} ({facts['quantile']:.0%} of the purified images score below it)"
+def threshold_line(facts: dict[str, float | int | None], images: str = "purified images") -> str:
+    """In words. facts: of `llb.threshold.threshold_facts`, with a threshold; images: those that it is taken from."""
+    line = f"threshold {facts['threshold']:.4g} ({facts['quantile']:.0%} of the {images} score below it)"
     rates = {
         "of the normal test images are false alarms": "false_alarm_rate",
         "of the defective ones are missed": "missed_rate",

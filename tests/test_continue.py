@@ -201,7 +201,8 @@ def test_stage_2_trains_on_an_edited_list_and_the_report_says_so(copy, data):
     succeed("stage1_partition", "--data", data, "--out", copy, *TILE)
     assert (copy / "tile" / "suspects.png").exists() and purified.read_text() == "\n".join(lines[1:])
     for line in (stage2, ("evaluate", "--run", copy)):
-        assert "has changed since this was trained; train again with stage2_train.py --overwrite" in refuse(*line)
+        problem = refuse(*line)
+        assert "has changed since this was trained" in problem and "--train-on purified --overwrite" in problem
     succeed("evaluate", "--run", copy, "--train-on", "all")
     out = succeed(*stage2, "--overwrite")
     assert "edited by hand: 0 added, 1 removed" in out and f"training on {len(lines) - 1} of 12" in out

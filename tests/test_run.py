@@ -17,9 +17,10 @@ from llb.files import UserError, atomic, write_csv, write_text
 from llb.layouts import Record
 from llb.lock import hold, turn
 from llb.manifest import clear_run, clear_stage2, image_digests
+from llb.marks import choose_images
 from llb.run import place_run
 from llb.runfiles import VERSION, write_config
-from llb.tables import choose_images, read_purified
+from llb.tables import read_purified
 from stage2_train import lists_to_train_on
 
 OWN = ("notes.txt", "tile/marks.csv", "tile/stage1/why.txt", "tile/maps-all/best/000.png", "cache/0.npy", "x/1.png")

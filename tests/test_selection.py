@@ -40,7 +40,7 @@ def test_another_keep_rule_and_back_again_are_exact(copy, finished, stage1):
     config = read_config(copy, "", "")
     assert (config["keep"], config["aggregate"]) == (0.5, "max") and "--keep 0.5" in config["command"]
     assert "is finished" in succeed(*stage1, "--keep", 0.5, "--aggregate", "max")
-    for script, advice in (("stage2_train", "with stage2_train.py --overwrite"), ("evaluate", "stage2_train.py")):
+    for script, advice in (("stage2_train", "--train-on purified --overwrite"), ("evaluate", "stage2_train.py")):
         flags = ("--steps", 3) if script == "stage2_train" else ()
         assert advice in refuse(script, "--run", copy, *flags)
     out = succeed(*stage1)

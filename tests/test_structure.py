@@ -18,7 +18,7 @@ CORE = """
     detectors.padim detectors.student detectors.subspace detectors.banks detectors.patchcore detectors.softpatch
     detectors.mutual detectors.rd detectors.uniad detectors.simplenet detectors.cflow detectors.damage
     detectors.destseg detectors
-    protocols purify config defaults features placement checkpoint train fit score manifest run
+    protocols purify config defaults features placement checkpoint train fit head score manifest run
     borrow selection stage report new_images
 """.split()
 ORDER = ["llb", *(f"llb.{name}" for name in CORE), "stage1_partition", "stage2_train", "evaluate", "llb.ablate"]

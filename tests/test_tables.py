@@ -9,6 +9,7 @@ from llb import tables
 from llb.data import Dataset, Record
 from llb.files import UserError
 from llb.learning import read_learning, write_learning
+from llb.marks import choose_images
 
 FACTS = {"n": 57840, "kept": 57840, "contamination_before": 1 / 3, "contamination_after": 0.25, "train_auroc": 0.875}
 
@@ -25,11 +26,11 @@ def test_scores_and_the_purified_list_read_back_exactly(tmp_path):
     scores, kept = np.random.default_rng(0).random((4, 2), np.float32), np.array([True, False, True, True])
     tables.write_scores(tmp_path, records, tables.Stage1Result(np.zeros(4, int), scores, scores[:, 0], kept))
     tables.write_purified(tmp_path, records, kept)
-    table, purified = tables.read_scores(tmp_path, dataset), tables.choose_images("purified", tmp_path, dataset)
+    table, purified = tables.read_scores(tmp_path, dataset), choose_images("purified", tmp_path, dataset)
     assert (table["score"] == scores[:, 0]).all() and (table["kept"] == kept).all()
     assert purified.indices.tolist() == [0, 2, 3] and purified.note is None
     with pytest.raises(UserError, match="clean needs labels"):
-        tables.choose_images("clean", tmp_path, dataset)
+        choose_images("clean", tmp_path, dataset)
 
 
 def test_means_over_categories_leave_undefined_values_out():
