@@ -8,8 +8,10 @@ from typing import Any
 from llb.files import UserError
 
 MOST = 10**7  # of most whole numbers: far above any use, below what JAX or NumPy fails at without a word of help
-# in place of a default: a flag that may be given several times; the command's words that are no flag's, at least one
-SEVERAL, WORDS = (), ("",)
+# in place of a default: a flag that may be given several times; the command's words that are no flag's, at least one;
+# the same, and there may be none
+SEVERAL, WORDS, MAYBE_WORDS = (), ("",), ("", "")
+LISTS = (SEVERAL, WORDS, MAYBE_WORDS)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def filled(text: str) -> str:
 def flag(default: Any, text: str, parse=filled, choices=None, shown: str | None = None, affects: bool = True):
     """A dataclass field that becomes a flag. shown: the default in --help, if it depends on other settings.
 
-    default: SEVERAL or WORDS make the setting a list.
+    default: one of LISTS makes the setting a list.
     affects: whether results depend on the setting; if so, a run with another value is refused.
     """
     about = {"help": text, "parse": parse, "choices": choices, "shown": shown, "affects": affects}
@@ -85,8 +87,12 @@ def parse_flags(settings: type, argv: list[str] | None = None):
         text = f"{about['help']} (default: {shown}{bounds})".replace("%", "%%")
         if item.default is False:
             parser.add_argument(name, action="store_true", help=text)
-        elif item.default in (SEVERAL, WORDS):
-            how = {"action": "append", "default": []} if item.default == SEVERAL else {"nargs": "+"}
+        elif item.default in LISTS:
+            how = (
+                {"action": "append", "default": []}
+                if item.default == SEVERAL
+                else {"nargs": "+*"[len(item.default) - 1]}
+            )
             name = name if item.default == SEVERAL else item.name
             parser.add_argument(name, type=about["parse"], metavar=item.name.upper(), help=about["help"], **how)
         else:
@@ -97,7 +103,7 @@ def parse_flags(settings: type, argv: list[str] | None = None):
     given = vars(parser.parse_args(argv))
     for item in dataclasses.fields(settings):
         name, value = item.name, given[item.name]
-        if isinstance(value, list) and item.default not in (SEVERAL, WORDS):  # argparse makes it of "--steps=--"
+        if isinstance(value, list) and item.default not in LISTS:  # argparse makes it of "--steps=--"
             parser.error(f"--{name.replace('_', '-')}: expected one argument")
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.encode(errors="replace").decode() != text:

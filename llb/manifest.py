@@ -19,6 +19,7 @@ from llb.files import UserError, digest_of_file, discard, discard_files, is_writ
 from llb.head import head_file, review_file
 from llb.images import load_image
 from llb.learning import LEARNING_FILE, loss_file
+from llb.marks import MARKS_FILE
 from llb.masks import load_masks
 from llb.processes import agreed
 from llb.runfiles import COLUMNS, IMAGES_FILE, State, read_manifest
@@ -171,7 +172,7 @@ def clear_run(run: Path, categories: Sequence[str]) -> None:
     check_checkpoints([folder / part for folder in folders for part in ("stage1", *map(stage2_folder, finals()))])
     for folder in folders:
         lists = ("scores.csv", "suspects.png", tiles_file("suspects"), "purified.txt")
-        discard_files(folder, (*lists, LEARNING_FILE))
+        discard_files(folder, (*lists, LEARNING_FILE, MARKS_FILE))
         clear_checkpoints(folder / "stage1")
         for final in finals():
             clear_detector(folder, final)

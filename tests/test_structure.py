@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = """
     files flags console processes lock times runfiles device
     cache metrics keep threshold pictures pages tiles charts tree pairing layouts lists images masks data demo maps
-    tables marks learning figures compare quarantine
+    tables marks unseen learning figures compare quarantine review
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
     detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released
     detectors.padim detectors.student detectors.subspace detectors.banks detectors.patchcore detectors.softpatch
@@ -100,7 +100,7 @@ def test_a_detector_can_be_read_in_one_sitting():
 
 
 def test_commands_that_only_look_at_a_run_load_without_jax():
-    code = "import sys, llb.compare, llb.quarantine; assert not {'jax', 'matplotlib'} & sys.modules.keys()"
+    code = "import sys, llb.compare, llb.quarantine, llb.review; assert not {'jax', 'matplotlib'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

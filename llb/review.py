@@ -1,0 +1,216 @@
+"""What a person said of the suspects goes into the run, and what it tells about the images that are unseen. No JAX.
+
+    python -m llb.review --run RUN marks.csv …          checks saved marks and merges them into RUN/<category>/marks.csv
+    python -m llb.review --run RUN                      what the merged marks say, and what is next
+    python -m llb.review --run RUN --simulate 96        marks by the labels, to try out what a look is worth
+
+RUN/report.html shows the suspects and saves marks.csv: category, path, verdict (defect, fine).
+
+--simulate and `--train-on clean` are the only places where labels decide. config.json says so of the run ("review").
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llb.console import run_script, say
+from llb.data import Dataset, Record
+from llb.files import UserError, read_cell, typed
+from llb.flags import MAYBE_WORDS, flag, parse_flags, real, whole
+from llb.lock import hold, turn
+from llb.marks import DEFECT, FINE, MARKS_FILE, UNSAID, VERDICTS, read_marks, write_marks
+from llb.metrics import ranks
+from llb.pages import Page, suspect_pages
+from llb.pictures import printable
+from llb.runfiles import data_of, read_config, stage1_command, write_config
+from llb.tables import read_table, stage1_finished
+from llb.unseen import unseen_defects
+
+COLUMNS = ["category", "path", "verdict"]
+FEW, MANY = 1, 0.1  # defects on the last page, and share of the unseen images: with no more a look is enough
+SIMULATED = 1  # a stream of random numbers: the pages draw from another one
+
+
+@dataclass
+class Review:
+    """Check and merge marks, and say how many defects are left."""
+
+    file: Any = flag(
+        MAYBE_WORDS, "files of marks, as the report's page saves them; without them it says what is merged"
+    )
+    run: str = flag("runs/demo", "folder of the run")
+    simulate: int | None = flag(None, "mark the first N images of the pages by their labels", whole(1), shown="no")
+    errors: float = flag(0.0, "with --simulate: this share of the verdicts is wrong", real(0, 1))
+
+
+def main() -> None:
+    review(parse_flags(Review))
+
+
+def review(settings: Review) -> None:
+    """What the command does."""
+    run = Path(settings.run)
+    config = read_config(run, f"--run {run}", "make the run again")
+    if settings.errors and settings.simulate is None:
+        raise UserError("--errors belongs to --simulate: give both")
+    if settings.simulate is not None and settings.file:
+        raise UserError("--simulate and files of marks exclude each other: give one")
+    datasets = [training_set(run, config, name) for name in config["categories"]]
+    if settings.simulate is not None or settings.file:
+        with hold(run, "review", against=("",)):
+            simulate(run, datasets, settings) if settings.simulate is not None else merge(run, datasets, settings.file)
+    if about := read_config(run, f"--run {run}", "make the run again").get("review"):
+        say(f"SIMULATED by the labels, as who looks at {about['simulate']} images and errs in {about['errors']:.0%}")
+    for dataset in datasets:
+        say_of(run, dataset, config["seed"])
+    marked = any((run / dataset.category / MARKS_FILE).is_file() for dataset in datasets)
+    look = f"open {run / 'report.html'}, mark and save, then: python -m llb.review --run {typed(run)} marks.csv"
+    train = f"python stage2_train.py --run {typed(run)} --train-on reviewed"
+    say(f"next: {train if marked else look}")
+
+
+def training_set(run: Path, config: dict[str, Any], name: str) -> Dataset:
+    """The training images of a category with their labels, by scores.csv. A UserError is raised before it is there."""
+    if not stage1_finished(run / name):
+        raise UserError(f"stage 1 is not finished for {name}; continue with: {stage1_command(run, config)}")
+    rows = read_table(run / name / "scores.csv", ("path", "label"))
+    return Dataset(
+        Path(data_of(config) or ""), "", name, tuple(Record(r["path"], r["label"], (), "") for r in rows), ()
+    )
+
+
+# ---- marks ----
+
+
+def merge(run: Path, datasets: Sequence[Dataset], files: Sequence[str]) -> None:
+    """Merge files of marks, the later over the earlier. A UserError is raised, and nothing changed, if one is wrong."""
+    places = {d.category: {record.path: i for i, record in enumerate(d.train)} for d in datasets}
+    marks = {d.category: read_marks(run / d.category, d) for d in datasets}
+    if "review" in read_config(run, f"--run {run}", "make the run again") and any(
+        (m != UNSAID).any() for m in marks.values()
+    ):
+        drop = " ".join(typed(run / name / MARKS_FILE) for name in marks)
+        raise UserError(f"--run {run}: its marks are simulated; a person's do not mix with them: first delete {drop}")
+    new = changed = 0
+    for file in files:
+        for name, index, verdict in read_file(Path(file), places):
+            new += marks[name][index] == UNSAID
+            changed += marks[name][index] not in (UNSAID, verdict)
+            marks[name][index] = verdict
+    record(run, None)
+    for dataset in datasets:
+        if (marks[dataset.category] != UNSAID).any():
+            write_marks(run / dataset.category, dataset, marks[dataset.category])
+    say(f"{new} new marks" + f", and {changed} others have changed" * (changed > 0))
+
+
+def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, int, int]]:
+    """Category, index and verdict for each row. places: the indices of the training images by path, by category.
+
+    A UserError that names the line is raised for whatever is wrong.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is not there: give the file that the page has saved")
+    lines, marks = {}, []
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as opened:  # spreadsheets write a byte-order mark
+            rows = csv.DictReader(opened)
+            if not set(COLUMNS) <= set(rows.fieldnames or ()):
+                raise UserError(f"{file} has no columns {', '.join(COLUMNS)}: give the file that the page has saved")
+            for row in rows:
+                name, path, word = (read_cell(row[column] or "") for column in COLUMNS)
+                problem = None
+                if name not in places:
+                    problem = f"category {name!r} is not of this run, which has {', '.join(places)}"
+                elif path not in places[name]:
+                    problem = f"{printable(path)} is not among the training images of {name}"
+                elif word not in VERDICTS:
+                    problem = f"verdict {word!r} is neither {' nor '.join(sorted(VERDICTS))}"
+                elif (name, path) in lines:
+                    line, before = lines[name, path]
+                    problem = f"{printable(path)} stands in line {line} already, as {before}"
+                if problem:
+                    raise UserError(f"{file}, line {rows.line_num}: {problem}; nothing is changed")
+                lines[name, path] = rows.line_num, word
+                marks.append((name, places[name][path], VERDICTS[word]))
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise UserError(f"{file} cannot be read as a table ({error}): give the file that the page has saved") from None
+    return marks
+
+
+def simulate(run: Path, datasets: Sequence[Dataset], settings: Review) -> None:
+    """Mark by the labels, as one who looks at the first images of the pages and errs in some, drawn by the run's seed.
+
+    A UserError is raised if labels are unknown, or a person's marks are there.
+    """
+    config = read_config(run, f"--run {run}", "make the run again")
+    for dataset in datasets:
+        if any(record.label is None for record in dataset.train):
+            raise UserError(f"--simulate needs labels, and the images of {dataset.category} have none")
+        file = run / dataset.category / MARKS_FILE
+        if file.exists() and "review" not in config:
+            raise UserError(f"--simulate: {file} is a person's, and is not overwritten: move it away first")
+    record(run, {"simulate": settings.simulate, "errors": settings.errors})
+    for dataset in datasets:
+        _, pages = pages_of(run, dataset, config["seed"])
+        seen = np.concatenate([page.images for page in pages])[: settings.simulate]
+        generator = np.random.default_rng((config["seed"], SIMULATED))
+        wrong = generator.choice(len(seen), round(settings.errors * len(seen)), replace=False)
+        said = np.array([record.label for record in dataset.train])[seen]
+        said[wrong] = 1 - said[wrong]
+        marks = np.full(len(dataset.train), UNSAID, np.int8)
+        marks[seen] = np.where(said == 1, DEFECT, FINE)
+        write_marks(run / dataset.category, dataset, marks)
+
+
+def record(run: Path, about: dict[str, Any] | None) -> None:
+    """Say in config.json that marks are simulated, and how; None: they are a person's."""
+    with turn(run):
+        config = read_config(run, f"--run {run}", "make the run again")
+        if config.get("review") != about:
+            config.pop("review", None)
+            write_config(run, config | ({"review": about} if about else {}))
+
+
+# ---- what they say ----
+
+
+def pages_of(run: Path, dataset: Dataset, seed: int) -> tuple[np.ndarray, list[Page]]:
+    """Ranks of the training images, and the pages of all of them: the report shows the first pages."""
+    rows = read_table(run / dataset.category / "scores.csv", ["score"])
+    rank = ranks(np.array([row["score"] for row in rows], np.float32))
+    return rank, suspect_pages(rank, seed, len(rank))
+
+
+def say_of(run: Path, dataset: Dataset, seed: int) -> None:
+    """Two lines: what was found and how much is left, and what that means."""
+    name, marks = dataset.category, read_marks(run / dataset.category, dataset)
+    if (marks == UNSAID).all():
+        say(f"{name}: no image is marked")
+        return
+    rank, pages = pages_of(run, dataset, seed)
+    looked = [page.images for page in pages if (marks[page.images] != UNSAID).any()]
+    found = ", ".join(str((marks[images] == DEFECT).sum()) for images in looked)
+    seen = f"{name}: {(marks != UNSAID).sum()} seen, {(marks == DEFECT).sum()} defects ({found} by page)"
+    left = unseen_defects(pages, rank, marks)
+    if left is None:
+        say(f"{seen}; {(marks == UNSAID).sum()} unseen")
+        say(f"{name}: mark all images of the first page: they tell how many defects are left")
+        return
+    say(f"{seen}; about {left.defects} more among the {left.images} unseen ({left.low} to {left.high})")
+    if not left.images:
+        say(f"{name}: enough: every image is seen")
+    elif left.last > FEW:
+        say(f"{name}: one more page is worth a look: the last whole one held {left.last} defects")
+    elif left.high > MANY * left.images:
+        say(f"{name}: one more page is worth a look: what is seen leaves room for {left.high} defects")
+    else:
+        say(f"{name}: enough: the last whole page held {left.last}, and at most {left.high / left.images:.0%} are left")
+
+
+if __name__ == "__main__":
+    run_script(main)

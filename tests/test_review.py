@@ -1,0 +1,136 @@
+"""llb.review: marks are checked and merged, or simulated, and the estimate of the unseen defects holds the truth."""
+
+import shutil
+
+import numpy as np
+import pytest
+from helpers import refuse, rows_of, succeed
+
+from llb.marks import DEFECT, UNSAID
+from llb.pages import suspect_pages
+from llb.runfiles import read_config
+from llb.unseen import unseen_defects
+
+NAME = "llb.review"
+
+
+@pytest.fixture
+def run(tmp_path, finished):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def saved(file, *rows: str):
+    file.write_text("category,path,verdict\n" + "".join(f"{row}\n" for row in rows))
+    return file
+
+
+def paths_of(run) -> list[str]:
+    return [row["path"] for row in rows_of(run / "tile" / "scores.csv")]
+
+
+def test_marks_are_merged_and_a_changed_mind_is_taken(run, tmp_path):
+    first, second, third, *_ = paths_of(run)
+    assert "no image is marked" in succeed(NAME, "--run", run)
+    one = saved(tmp_path / "one.csv", f"tile,{second},defect", f"tile,{first},fine")
+    out = succeed(NAME, "--run", run, one)
+    assert "2 new marks\n" in out and "2 seen, 1 defects (1 by page)" in out
+    assert out.splitlines()[-1] == f"next: python stage2_train.py --run {run} --train-on reviewed"
+    two = saved(tmp_path / "two.csv", f"tile,{first},defect", f"tile,{third},fine", f"tile,{second},defect")
+    assert "1 new marks, and 1 others have changed" in succeed(NAME, "--run", run, two)
+    merged = [(row["path"], row["verdict"]) for row in rows_of(run / "tile" / "marks.csv")]
+    assert merged == [(first, "defect"), (second, "defect"), (third, "fine")]
+    assert "0 new marks\n" in succeed(NAME, "--run", run, two)
+    assert "a person's" in refuse(NAME, "--run", run, "--simulate", 3)
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ("tile,{0},fine", "line 3: {0} stands in line 2 already, as fine"),
+        ("tile,{0},defect", "line 3: {0} stands in line 2 already, as fine"),
+        ("tile,no.png,fine", "line 3: no.png is not among the training images of tile"),
+        ("bottle,{1},fine", "line 3: category 'bottle' is not of this run, which has tile"),
+        ("tile,{1},good", "line 3: verdict 'good' is neither defect nor fine"),
+        ("tile,{1}", "line 3: verdict '' is neither"),
+    ],
+)
+def test_a_wrong_line_is_named_and_changes_nothing(run, tmp_path, row, says):
+    paths = paths_of(run)
+    good = saved(tmp_path / "good.csv", f"tile,{paths[2]},defect")
+    bad = saved(tmp_path / "bad.csv", f"tile,{paths[0]},fine", row.format(*paths))
+    assert says.format(*paths) in refuse(NAME, "--run", run, good, bad)
+    assert not (run / "tile" / "marks.csv").exists()
+
+
+def test_what_is_no_table_of_marks_is_refused(run, tmp_path):
+    assert "is not there" in refuse(NAME, "--run", run, tmp_path / "none.csv")
+    assert "has no columns" in refuse(NAME, "--run", run, run / "tile" / "scores.csv")
+    assert "exclude each other" in refuse(NAME, "--run", run, "a.csv", "--simulate", 3)
+    assert "belongs to" in refuse(NAME, "--run", run, "--errors", 0.1)
+    (run / "tile" / "purified.txt").unlink()
+    assert "stage 1 is not finished for tile" in refuse(NAME, "--run", run)
+
+
+def test_simulated_marks_are_the_labels_of_what_is_seen_with_errors_and_said_to_be_simulated(run, tmp_path):
+    label = {row["path"]: row["label"] for row in rows_of(run / "tile" / "scores.csv")}
+    rank = np.array([int(row["rank"]) for row in rows_of(run / "tile" / "scores.csv")])
+    out = succeed(NAME, "--run", run, "--simulate", 10, "--errors", 0.2)
+    assert "SIMULATED by the labels, as who looks at 10 images and errs in 20%" in out
+    rows = rows_of(run / "tile" / "marks.csv")
+    wrong = [row["path"] for row in rows if (row["verdict"] == "defect") != (label[row["path"]] == "1")]
+    shown = np.concatenate([page.images for page in suspect_pages(rank, 0, len(rank))])[:10]
+    assert {row["path"] for row in rows} == {paths_of(run)[i] for i in shown} and len(wrong) == 2
+    assert read_config(run, "", "")["review"] == {"simulate": 10, "errors": 0.2}
+    assert "SIMULATED" in succeed(NAME, "--run", run), "later, too"
+    succeed(NAME, "--run", run, "--simulate", 3)  # anew
+    assert len(rows_of(run / "tile" / "marks.csv")) == 3
+    own = saved(tmp_path / "own.csv", f"tile,{paths_of(run)[0]},fine")
+    assert "first delete" in refuse(NAME, "--run", run, own)
+    (run / "tile" / "marks.csv").unlink()
+    assert "SIMULATED" not in succeed(NAME, "--run", run, own)
+    assert "review" not in read_config(run, "", "")
+
+
+def test_unknown_labels_cannot_be_looked_up(run):
+    file = run / "tile" / "scores.csv"
+    head, first, *rest = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([head, first.rpartition(",")[0] + ",\n", *rest]))
+    assert "needs labels" in refuse(NAME, "--run", run, "--simulate", 3)
+    assert not (run / "tile" / "marks.csv").exists() and "review" not in read_config(run, "", "")
+
+
+def drawn_run(seed: int, share: float, shift: float, seen: int):
+    """Pages, ranks, marks and labels of 150 images; shift: of the defects' scores, in standard deviations."""
+    random = np.random.default_rng((seed, 1))  # not the stream that the pages draw from
+    label = random.random(150) < share
+    rank = np.argsort(np.argsort(-random.normal(shift * label))) + 1
+    pages = suspect_pages(rank, seed, 150)
+    marks = np.full(150, UNSAID, np.int8)
+    looked = np.concatenate([page.images for page in pages])[:seen]
+    marks[looked] = label[looked]
+    return pages, rank, marks, label
+
+
+@pytest.mark.parametrize("share, shift, seen", [(0.1, 2, 72), (0.4, 0.5, 60), (0.1, 0, 48)])
+def test_the_interval_holds_the_truth_in_nine_of_ten_runs(share, shift, seen):
+    held = []
+    for seed in range(200):
+        pages, rank, marks, label = drawn_run(seed, share, shift, seen)
+        left = unseen_defects(pages, rank, marks)
+        held.append(left.low <= label[marks == UNSAID].sum() <= left.high)
+        assert left.images == 150 - seen and 0 <= left.low <= left.defects <= left.high <= left.images
+    assert np.mean(held) >= 0.9
+
+
+def test_the_interval_narrows_with_the_last_page_and_knows_its_bounds():
+    pages, rank, marks, _ = drawn_run(0, 0, 0, 48)
+    few = unseen_defects(pages, rank, marks)
+    assert few.images == 102 and few.low == 0 and few.defects < 3 and few.high < 15
+    marks[pages[1].images[~pages[1].drawn][0]] = DEFECT
+    more = unseen_defects(pages, rank, marks)
+    assert few.high < more.high < 25 and (few.last, more.last) == (0, 1)
+    marks[pages[1].images[pages[1].drawn]] = DEFECT  # the draws contradict the ranking
+    most = unseen_defects(pages, rank, marks)
+    assert most.high > 60 and most.low > 3
+    assert unseen_defects(pages, rank, np.full(150, UNSAID, np.int8)) is None
+    assert unseen_defects(pages, rank, np.zeros(150, np.int8))[:4] == (0, 0, 0, 0)
