@@ -107,14 +107,15 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
     subset = partition(partition_key, images, settings.submodels)  # (N,), 0 … K−1
     subsets = [np.flatnonzero(subset == k) for k in range(settings.submodels)]
     sizes = sorted({len(s) for s in subsets})
-    say(f"{name}: {images} images in {settings.submodels} subsets of {' or '.join(map(str, sizes))}")
+    count, plural = settings.submodels, "s" * (settings.submodels > 1)
+    say(f"{name}: {images} images in {count} subset{plural} of {' or '.join(map(str, sizes))}")
 
     # ---- train the K sub-models together, on features that are computed once ----
     features = load_features(stage, dataset, "train")
     others = settings.folds == "others"  # each learns from all subsets but its own
     submodels = Submodels(subsets, submodel_keys(models_key, settings.submodels), others)
     at = CheckpointFolder(folder / "stage1", paths_digest([record.path for record in dataset.train]))
-    params, losses = learn(stage.setup, features, submodels, at, f"{name}, {settings.submodels} sub-models")
+    params, losses = learn(stage.setup, features, submodels, at, f"{name}, {count} sub-model{plural}")
     seen = [] if losses is None else seen_images(submodels, stage.setup, losses)
     if seen:  # learning bias, while it happened
         write_learning(folder, dataset.train, seen)
