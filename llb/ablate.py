@@ -44,6 +44,8 @@ PRESETS = {
     "submodels": "--vary submodels=1,2,3,5,8 --train-on none --lowest 0.4",
     "aggregates": "--vary aggregate=mean,median,max,out-of-fold,max-var --train-on none",
     "keep": "--vary keep=auto,0.6,0.7,0.8,0.9,1.0",
+    "purification": "--vary noise_ratio=0,0.1,0.2,0.4 --vary detector=dinomaly,padim,patchcore"
+    " --vary keep=auto,mirror,0.95,0.9,0.8,0.7,0.6 --train-on purified,all,clean",
     "steps": "--vary steps=25,50,100,200,400 --train-on none",
     "recipe": "--vary recipe=dinomaly,llbnad --train-on none",
     "dinomaly": "--single --vary set.attention=softmax --vary set.groups=one --vary set.noise=jitter --train-on none "

@@ -21,7 +21,15 @@ CORE = """
     protocols purify config defaults features placement checkpoint train fit head score manifest run
     borrow selection stage report new_images
 """.split()
-ORDER = ["llb", *(f"llb.{name}" for name in CORE), "stage1_partition", "stage2_train", "evaluate", "llb.ablate"]
+ORDER = [
+    "llb",
+    *(f"llb.{name}" for name in CORE),
+    "stage1_partition",
+    "stage2_train",
+    "evaluate",
+    "llb.ablate",
+    "llb.dropping",
+]
 LARGEST_FILE, MOST_ARGUMENTS = 350, 6
 LARGEST_DETECTOR = dict.fromkeys(DETECTORS, 150) | {"dinomaly": 250, "uniad": 250, "destseg": 250}
 FORBIDDEN = {"llb.detectors": ("llb.run", "llb.report", "llb.data")}

@@ -1,0 +1,161 @@
+"""When does dropping pay? What a keep rule and the best threshold gain, over how good the ranking is.
+
+    python -m llb.dropping                  PaDiM on the demo set, whose defects recur, and on one whose defects do not
+    python -m llb.dropping --grid DIR,DIR   finished runs as points: what purified gains, over what clean would gain
+
+The ranking is stage 1's. It is made better or worse on purpose: the log scores of the defective images are moved up or
+down by some standard deviations of the normal ones. The best threshold is chosen by the test labels. So labels decide
+here; it is for the figure alone, and no rule can do so. All thresholds are one stack of final detectors.
+"""
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llb.checkpoint import CheckpointFolder
+from llb.compare import markdown, read_groups
+from llb.config import Evaluate, Stage1
+from llb.console import progress, run_script, say
+from llb.demo import write_demo
+from llb.device import start_jax
+from llb.figures import COLOURS, INK, house, new_figure, save
+from llb.files import UserError, check_writable_file
+from llb.fit import learn
+from llb.flags import flag, parse_flags, real, whole
+from llb.keep import choose, deviations, keep_lowest
+from llb.metrics import image_metrics
+from llb.run import load_datasets, place_run, read_run, run_encoder
+from llb.score import score_all
+from llb.stage import Stage, load_features, make_stage
+from llb.tables import read_scores
+from llb.train import Submodels, submodel_keys
+from stage1_partition import run_stage1
+
+MOVES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)  # of the defective images' log scores, in deviations
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # kept; the best threshold is the best of them
+SETS = {"recurring": 1.0, "singular": 0.0}  # share of defects that recur
+GAIN = "gain of image AUROC over all"
+
+
+@dataclass
+class Dropping:
+    """Draw what dropping images gains, over the quality of the ranking, or for finished runs."""
+
+    grid: str | None = flag(
+        None, "folders of llb.ablate, of runs with purified, all and clean, with commas", shown="the two demo sets"
+    )
+    noise_ratio: float = flag(0.2, "share of defective training images of the demo sets", real(0, 1))
+    seed: int = flag(0, "of the demo sets' runs", whole(0))
+    plot: str = flag("runs/dropping", "draw PLOT.png and PLOT.svg")
+
+
+def main() -> None:
+    settings = parse_flags(Dropping)
+    check_writable_file(f"{settings.plot}.png", "--plot")
+    if settings.grid:
+        draw_points(
+            [run.parent for each in settings.grid.split(",") for run in sorted(Path(each).glob("*/config.json"))],
+            settings.plot,
+        )
+        return
+    device, curves = start_jax(Evaluate()), {}
+    with tempfile.TemporaryDirectory() as folder, progress(total=len(SETS), desc="sets", unit="set") as bar:
+        for name, recurring in SETS.items():
+            data, run = Path(folder) / name, Path(folder) / f"run-{name}"
+            write_demo(data, recurring=recurring)
+            stage1 = Stage1(
+                data=str(data), encoder="tiny", detector="padim", noise_ratio=settings.noise_ratio, seed=settings.seed,
+                out=str(run), cache=str(Path(folder) / "cache"),
+            )  # fmt: skip
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                run_stage1(place_run(stage1), stage1, device)
+                curves[name] = gains(run, Evaluate(run=str(run), cache=stage1.cache))
+            bar.update()
+    titles = ["defects", "ranking AUROC", "auto − all", "best − all", "clean − all", "auto keeps"]
+    rows = [[name, *(f"{x:.3f}" for x in row)] for name, table in curves.items() for row in table]
+    say(markdown(titles, rows))
+    draw_curves(curves, settings.plot)
+
+
+def gains(run: Path, settings: Evaluate) -> np.ndarray:
+    """For each of MOVES: ranking AUROC; image AUROC by auto, the best threshold and clean, less that of all; the share
+    that auto keeps. float (len(MOVES), 5)."""
+    config = read_run(run)
+    (dataset,) = load_datasets(run, config, settings)
+    stage = make_stage(run, settings, run_encoder(run, config), config, "all")
+    labels = np.array([record.label for record in dataset.train])
+    score = read_scores(run / dataset.category, dataset)["score"]
+    deviation = np.log(score).std() / deviations(score).std()
+    rows = []
+    for move in MOVES:
+        moved = score * np.exp(move * deviation * labels)
+        auto, _ = choose(moved, "auto")
+        kept = [auto, labels == 0, *(keep_lowest(moved, share) for share in SHARES)]
+        ours, clean, *others = final_aurocs(stage, dataset, kept)
+        ranking = image_metrics(labels, moved)["image_auroc"]
+        rows.append([ranking, ours - others[0], max(others) - others[0], clean - others[0], auto.mean()])
+    return np.array(rows)
+
+
+def final_aurocs(stage: Stage, dataset, kept: list[np.ndarray]) -> list[float]:
+    """Image AUROC of a final detector for each choice of training images, all at once. kept: K × bool (N,)."""
+    keys = submodel_keys(jax.random.fold_in(jax.random.key(0), 2), 1)
+    submodels = Submodels([np.flatnonzero(each) for each in kept], keys[np.zeros(len(kept), int)])
+    with tempfile.TemporaryDirectory() as folder:
+        at = CheckpointFolder(Path(folder) / "finals", "")
+        params, _ = learn(stage.setup, load_features(stage, dataset, "train"), submodels, at, "thresholds")
+    scores = score_all(params, stage.setup, load_features(stage, dataset, "test"), len(dataset.test), "thresholds")
+    labels = [record.label for record in dataset.test]
+    return [image_metrics(labels, column)["image_auroc"] for column in scores.T]
+
+
+def draw_curves(curves: dict[str, np.ndarray], plot: str) -> None:
+    """curves: of `gains`, by the name of the set."""
+    with house():
+        figure, axes = new_figure(1, len(curves), 3.6 * len(curves), 3.0, sharex=True, sharey=True)
+        for axis, (name, table) in zip(axes[0], curves.items()):
+            ranking, auto, best, clean, _ = table[np.argsort(table[:, 0])].T
+            axis.plot(ranking, best, color=COLOURS[1], marker="o", markersize=4, label="best threshold, by labels")
+            axis.plot(ranking, auto, color=COLOURS[0], marker="o", markersize=4, label="--keep auto")
+            axis.axhline(clean[0], color=INK, linestyle=":", label="clean")
+            axis.set(title=f"{name} defects", xlabel="ranking AUROC")
+        axes[0, 0].set_ylabel(GAIN)
+        axes[0, 1].legend(loc="upper left")
+        save(figure, Path(f"{plot}.png"), Path(f"{plot}.svg"))
+
+
+def draw_points(runs: list[Path], plot: str) -> None:
+    """Each finished run a point, its detector as colour."""
+    detectors, points = [], []
+    for group in read_groups(runs):
+        for seed in group.runs:
+            clean, purified, base = (
+                group.figures[f"image AUROC {on}"].get(seed) for on in ("clean", "purified", "all")
+            )
+            if None not in (clean, purified, base):
+                detectors.append(group.settings["final.detector"])
+                points.append((clean - base, purified - base))
+    if not points:
+        raise UserError("--grid: no run there is evaluated on purified, all and clean")
+    points, kinds = np.array(points), list(dict.fromkeys(detectors))
+    with house():
+        figure, ((axis,),) = new_figure(1, 1, 4.6, 3.6)
+        for colour, kind in zip(COLOURS, kinds):
+            own = points[np.array(detectors) == kind]
+            axis.plot(*own.T, "o", color=colour, markersize=4, label=kind)
+        axis.axhline(0, color=INK, linewidth=0.8)
+        axis.axline((0, 0), slope=1, color=INK, linestyle=":", linewidth=0.8)
+        axis.set(xlabel="clean − all, image AUROC", ylabel="purified − all")
+        axis.legend()
+        save(figure, Path(f"{plot}.png"), Path(f"{plot}.svg"))
+    gains = ", ".join(f"{kind} {points[np.array(detectors) == kind][:, 1].mean():+.3f}" for kind in kinds)
+    say(f"{len(points)} runs; purified − all in the mean: {gains}; the worst: {points[:, 1].min():+.3f}")
+
+
+if __name__ == "__main__":
+    run_script(main, resumable=False)

@@ -1,0 +1,47 @@
+"""The figures of when dropping pays: rankings that labels make better or worse, and finished runs as points."""
+
+import sys
+
+import numpy as np
+from test_compare import made
+
+from llb import dropping
+from llb.config import Evaluate
+from llb.files import write_json
+from llb.runfiles import read_config, write_config
+
+
+def test_a_moved_ranking_is_better_or_worse_and_the_best_threshold_is_the_best_of_all(finished, monkeypatch):
+    def aurocs(stage, dataset, kept):
+        defects = np.array([record.label == 1 for record in dataset.train])
+        return [1 - (each & defects).sum() / 100 for each in kept]  # every hidden defect costs a hundredth
+
+    def overlapping(folder, dataset):
+        defects = np.array([record.label == 1 for record in dataset.train])
+        return {"score": np.exp(0.1 * (np.random.default_rng(0).normal(size=len(defects)) + defects))}
+
+    monkeypatch.setattr(dropping, "final_aurocs", aurocs)
+    monkeypatch.setattr(dropping, "read_scores", overlapping)
+    table = dropping.gains(finished, Evaluate(run=str(finished), cache=str(finished.parent / "cache")))
+    ranking, auto, best, clean, kept = table.T
+    assert (np.diff(ranking) >= 0).all() and ranking[-1] > 0.9 > ranking[dropping.MOVES.index(0.0)] > ranking[0]
+    assert (auto <= clean).all() and (best >= 0).all() and (best <= clean).all() and best[-1] > best[0]
+    assert np.ptp(clean) < 1e-9 < clean[0] and ((0 < kept) & (kept <= 1)).all()
+
+
+def test_finished_runs_are_points_and_those_without_all_three_are_left_out(tmp_path, monkeypatch, capsys):
+    grid = tmp_path / "grid"
+    for seed, gain in ((0, 0.02), (1, -0.01)):
+        run = grid / f"seed={seed}"
+        made(run, seed, finals=("purified", "all"), detector="padim")
+        entry = {"purified": 0.8 + gain, "all": 0.8, "clean": 0.85}
+        write_json(run / "metrics.json", {"mean": {name: {"image_auroc": value} for name, value in entry.items()}})
+        config = read_config(run, "", "")
+        finals = {name: {"train_on": name, "set": {}, "detector": "padim"} for name in entry}
+        write_config(run, config | {"stage2": finals})
+    made(grid / "seed=2", 2, detector="padim")
+    monkeypatch.setattr(sys, "argv", ["dropping", "--grid", str(grid), "--plot", str(tmp_path / "points")])
+    dropping.main()
+    out = capsys.readouterr().out
+    assert "2 runs" in out and "padim +0.005" in out and "the worst: -0.010" in out
+    assert (tmp_path / "points.png").stat().st_size and (tmp_path / "points.svg").stat().st_size
