@@ -21,7 +21,7 @@ from llb.defaults import resolve, with_sizes
 from llb.device import start_jax
 from llb.encoders import load_encoder
 from llb.features import Features
-from llb.files import UserError, atomic, typed
+from llb.files import UserError, atomic, is_writer, typed
 from llb.fit import learn
 from llb.flags import parse_flags
 from llb.images import load_image, white_line
@@ -34,13 +34,15 @@ from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
 from llb.processes import agreed
 from llb.purify import combine, partition
+from llb.report import write_report
 from llb.run import as_shown, command_line, demo_or_given_root, environment, open_run, place_run
 from llb.runfiles import stage1_command, write_config
 from llb.score import heat_maps, score_all
 from llb.selection import change_selection, outdated_detectors, read_submodel_scores
+from llb.sheet import lacks_tiles, whole_pages
 from llb.stage import Stage, check_step, load_features, make_stage
 from llb.tables import Stage1Result, purification_line, stage1_finished, write_purified, write_scores
-from llb.tiles import shown_suspects, small, tiles_file, united, write_tiles
+from llb.tiles import LOOKED_AT, shown_suspects, small, tiles_file, united, write_tiles
 from llb.times import timed
 from llb.train import Submodels, seen_images, submodel_keys
 
@@ -87,13 +89,16 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     # ---- all categories share the encoder and the compiled steps ----
     for dataset in datasets:
         folder = run / dataset.category
-        if stage1_finished(folder):
+        if stage1_finished(folder) and not lacks_tiles(folder, settings.seed, settings.suspects):
             say(f"{dataset.category}: stage 1 is finished ({folder / 'purified.txt'}); --overwrite starts again")
         else:
             with timed(run, dataset.category, "stage 1"):
                 stage1(stage, dataset)
         for again in outdated_detectors(run, config, dataset):
             say(f"{dataset.category}: stage 2's detector was trained on another list; train it again: {again}")
+    if is_writer():
+        write_report(run)
+        say(f"look at the suspects, and mark the defects: {run / 'report.html'}")
     say(f"next: python stage2_train.py --run {typed(run)}")
 
 
@@ -172,18 +177,22 @@ def write_suspects(stage: Stage, dataset: Dataset, result: Stage1Result, params:
 
     Also the tiles of the report, of these and of the other images that it shows.
     """
+    settings, size = stage.settings, stage.setup.image_size
     folder, rank = stage.run / dataset.category, ranks(result.aggregated)
-    shown = united(shown_suspects(rank, result.kept, [record.label for record in dataset.train]))
+    groups = shown_suspects(rank, result.kept, [record.label for record in dataset.train])
+    pages = {number: page.images for number, page in enumerate(whole_pages(rank, settings.seed, settings.suspects))}
+    shown = united(groups | pages | {"sheet": np.flatnonzero(rank <= SUSPECTS)})
     shown = shown[np.argsort(rank[shown])]
+    resize = dataset.resize and round(dataset.resize * LOOKED_AT / size)  # people see more than small encoders
     sheet, tiles = [], []
     for index, heat in heat_maps(params, stage.setup, features, shown, "suspects"):
         path = dataset.train[index].path
-        image = load_image(dataset.root / path, stage.setup.image_size, dataset.white, dataset.resize)
-        tiles.append((path, small(image), small(heat), None))
+        image = load_image(dataset.root / path, LOOKED_AT, dataset.white, resize)
+        tiles.append((path, image, small(heat, LOOKED_AT), None))
         if rank[index] <= SUSPECTS:
             verdict = "kept" if result.kept[index] else "dropped"
             sheet.append((image, heat, (f"{rank[index]}. {result.aggregated[index]:.4f} {verdict}", path)))
-    write_tiles(folder / tiles_file("suspects"), tiles)
+    write_tiles(folder / tiles_file("suspects"), tiles, LOOKED_AT)
     atomic(folder / "suspects.png", contact_sheet(sheet).save)
 
 

@@ -14,6 +14,7 @@ from llb.detectors.recipes import RECIPES
 from llb.flags import MOST, Number, flag, real, whole
 from llb.keep import KEEP
 from llb.layouts import LAYOUTS
+from llb.pages import MOST as MOST_SHOWN
 from llb.protocols import PROTOCOLS
 from llb.purify import AGGREGATES
 from llb.tables import TRAIN_ON
@@ -140,6 +141,7 @@ class Stage1:
     coordinator: str | None = coordinator_flag()
     processes: int | None = processes_flag()
     process_id: int | None = process_id_flag()
+    suspects: int = flag(MOST_SHOWN, "training images on the report's pages, to be marked", whole(1), affects=False)
     verify: bool = verify_flag()
     overwrite: bool = flag(False, "start again: delete the run's results, stage 2 and reports included", affects=False)
 

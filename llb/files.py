@@ -106,10 +106,8 @@ def write_csv(path: Path | str, header: list[str], rows: list[list[Any]]) -> Non
     No cell is a formula to a spreadsheet: a path that begins like one gets "./" before it, which names the same file,
     other text an apostrophe (`read_cell` takes both away).
     """
-    buffer = io.StringIO()
     inert = [[_inert(name, cell) for name, cell in zip(header, row, strict=True)] for row in rows]
-    csv.writer(buffer, lineterminator="\n").writerows([header, *inert])
-    write_text(path, buffer.getvalue())
+    write_text(path, "".join(map(_line, [header, *inert])))
 
 
 def move_file(start: Path, end: Path, digest: str, modified_ns: int, copy: bool = False) -> None:
@@ -139,6 +137,12 @@ def _copy(start: Path, temporary: Path) -> None:
     with suppress(PermissionError):  # of a disk that knows no rights
         shutil.copystat(start, temporary)
         temporary.chmod(temporary.stat().st_mode | stat.S_IWUSR)  # `atomic` opens it
+
+
+def _line(row: list[Any]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer).writerow(row)  # its own line end, \r\n, makes it quote a \r in a cell, too
+    return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _inert(column: str, cell: Any) -> Any:

@@ -1,9 +1,11 @@
 """report.html: the results of a run for people.
 
-The report is a pure function of the run's files, so it can be written again at any time. It is one HTML file without
-scripts or links, and forbids both (Content-Security-Policy); its pictures are inside it.
+The report is a pure function of the run's files, so it can be written again at any time. It is one HTML file; pictures
+and its one script, llb/report.js, are inside it, and it forbids all else (Content-Security-Policy).
 """
 
+import base64
+import hashlib
 import shlex
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from llb.data import reading_line
 from llb.files import read_json, write_text
 from llb.metrics import ranks, why_undefined
 from llb.pictures import PALETTE
-from llb.tiles import LARGEST, OUTLINE, PAGE, outcome, read_tiles, shown_suspects, shown_tests, tiles_file
+from llb.sheet import exact, fit_pages, marks_key, review_facts, scale_of, suspect_facts, tile_facts
+from llb.tiles import LARGEST, LOOKED_AT, OUTLINE, outcome, read_tiles, shown_tests, tiles_file
 from llb.times import read_times
 
 LISTED = 24  # paths that the report lists of a ranking without tiles
@@ -36,14 +39,23 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
     names = config.get("categories") or tables.category_names(metrics)
     notes = dict.fromkeys(names, []) | (notes or {})
     most = LARGEST if len(names) <= FEW else LARGEST // 2 if len(names) <= MANY else LARGEST // 4
-    categories = [category_facts(run / name, name, metrics.get(name, {}), notes[name], most) for name in names]
+    scores = {name: read_scores(run / name) for name in names}
+    seed = config.get("seed", 0)
+    categories = [
+        category_facts(run / name, scores[name], metrics.get(name, {}), notes[name], most)
+        | suspect_facts(run / name, scores[name], seed, most)
+        for name in names
+    ]
+    fit_pages(categories)
     shown = tables.shown_metrics(tables.detector_entries(metrics))
     rows, reasons = metric_rows(categories, metrics.get("mean", {}), shown)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["exact"] = exact
     environment.globals |= {"number": tables.number, "percent": tables.percent, "undefined": tables.UNDEFINED}
+    script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
     html = environment.get_template("report.html.jinja").render(
         title=run.name or "run",
         overview=overview(config),
@@ -59,15 +71,26 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
         origin=origin(config),
         times=time_rows(run),
         palette=", ".join(f"#{bytes(colour).hex()}" for colour in (*PALETTE[::32], PALETTE[-1])),
+        marks_key=marks_key(run.name, seed, scores),
+        review=f"python -m llb.review --run {shlex.quote(run.as_posix())} marks.csv",
+        side=LOOKED_AT,
+        listed=LISTED,
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         outline=f"#{bytes(OUTLINE).hex()}",
         axes=(charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
     )
     write_text(run / "report.html", html)
 
 
-def category_facts(folder: Path, name: str, entry: dict[str, Any], notes: list[str], most: int) -> dict[str, Any]:
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    return tables.read_table(folder / "scores.csv", ("path", "score", "kept", "label"))
+
+
+def category_facts(
+    folder: Path, scores: list[dict[str, Any]], entry: dict[str, Any], notes: list[str], most: int
+) -> dict[str, Any]:
     """What the report shows of one category. entry: what metrics.json says of it; most: tiles of a group."""
-    scores = tables.read_table(folder / "scores.csv", ("path", "score", "kept", "label"))
     finals = tables.detector_names(entry | dict.fromkeys(predicted(folder)))
     first = [most] + [most if most == LARGEST else 0] * len(finals)  # of many categories only the first's tiles
     detectors = [detector_facts(folder, final, entry.get(final), n) for final, n in zip(finals, first)]
@@ -75,7 +98,7 @@ def category_facts(folder: Path, name: str, entry: dict[str, Any], notes: list[s
         notes = [*notes, tables.missing_masks_line(entry["missing_masks"], detectors[0]["labels"].count(1))]
     labels = [row["label"] for row in scores]
     return {
-        "name": name,
+        "name": folder.name,
         "notes": notes,
         "facts": dict.fromkeys(tables.PURIFICATION)
         | (entry.get("purification") or {"n": len(scores), "kept": sum(row["kept"] for row in scores)}),
@@ -88,7 +111,8 @@ def category_facts(folder: Path, name: str, entry: dict[str, Any], notes: list[s
         "ranked": sorted(scores, key=lambda row: -row["score"])[:LISTED],
         "detectors": detectors,
         "kinds": kind_rows(folder, finals),
-    } | suspect_facts(folder, scores, most)
+        "review": review_facts(folder, scores, finals),
+    }
 
 
 def predicted(folder: Path) -> list[str]:
@@ -135,38 +159,6 @@ def agreement_facts(folder: Path, scores: list[dict[str, Any]]) -> dict[str, Any
 def by_label(labels: list[int | None]) -> dict[str, np.ndarray] | None:
     """Which images are normal and which defective, bool (N,) each; None if a label is unknown."""
     return None if None in labels else {"normal": ~np.array(labels, bool), "defective": np.array(labels, bool)}
-
-
-def suspect_facts(folder: Path, scores: list[dict[str, Any]], most: int) -> dict[str, Any]:
-    """The tiles of training images: the suspects in pages, and the other groups of `shown_suspects`."""
-    tiles, labels = read_tiles(folder / tiles_file("suspects")), [row["label"] for row in scores]
-    score, kept = (np.array([row[name] for row in scores]) for name in ("score", "kept"))
-    if not scores or not tiles["tiles"]:
-        return {"pages": [], "groups": {}, "scale": None}
-    rank, drawn = ranks(score), tiles["tiles"]
-    frames = ["kept" if row["kept"] else "dropped" for row in scores]
-    groups = {
-        name: [tile_facts(tiles, scores[i], int(rank[i]), frames[i]) for i in indices if scores[i]["path"] in drawn]
-        for name, indices in shown_suspects(rank, kept, labels).items()
-    }
-    suspects = groups.pop("suspects")
-    pages = [suspects[start : start + PAGE] for start in range(0, len(suspects), PAGE)]
-    counts = {
-        "defects kept": sum(row["kept"] and row["label"] == 1 for row in scores),
-        "normal dropped": sum(not row["kept"] and row["label"] == 0 for row in scores),
-    }
-    groups = {name: {"tiles": shown[:most], "count": counts.get(name, len(shown))} for name, shown in groups.items()}
-    return {"pages": pages if most == LARGEST else pages[:1], "groups": groups, "scale": scale_of(tiles)}
-
-
-def tile_facts(tiles: dict[str, Any], row: dict[str, Any], rank: int, frame: str | None) -> dict[str, Any]:
-    """One tile. frame: its colour and its word."""
-    return row | tiles["tiles"][row["path"]] | {"rank": rank, "frame": frame}
-
-
-def scale_of(tiles: dict[str, Any]) -> tuple[str, str]:
-    """The ends of the colour bar."""
-    return f"{tiles['low']:.3g}", f"{tiles['high']:.3g}"
 
 
 def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, most: int) -> dict[str, Any]:

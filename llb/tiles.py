@@ -23,27 +23,25 @@ from scipy import ndimage
 from llb.files import UserError, write_text
 from llb.pictures import heat_overlay
 
-PAGE, PAGES = 24, 4  # suspects on a page, pages
 NEAR = 10  # images on either side of stage 1's threshold
 LARGEST = 24  # of any other group
 SIDE, QUALITY = 160, 75  # pixels, and of WebP or JPEG; an image takes about 3 KB
+LOOKED_AT = 240  # pixels, of images that a person judges: a defect of 1 % of the area is 24 pixels large
 OUTLINE = (70, 255, 214)  # of a mask: a hue that heat maps do not have
 PICTURE = re.compile(r"data:image/(webp|jpeg);base64,[A-Za-z0-9+/=]+")
 
 
 def shown_suspects(rank: np.ndarray, kept: np.ndarray, labels: Sequence[int | None]) -> dict[str, np.ndarray]:
-    """Which training images are shown: group → int (n,), their indices in the order shown.
+    """Which training images are shown beside the pages of suspects: group → int (n,), indices in the order shown.
 
-    "suspects": from rank 1, whole pages: all that were dropped and NEAR more, at most PAGES · PAGE. "dropped first" and
-    "kept last": NEAR images on either side of the threshold. "defects kept" and "normal dropped", by the labels, if all
-    are known: the stranger first, at most LARGEST.
+    "dropped first" and "kept last": NEAR images on either side of the threshold. "defects kept" and "normal dropped",
+    by the labels, if all are known: the stranger first, at most LARGEST.
 
     rank: int (N,), 1 for the first suspect; kept: bool (N,).
     """
     order = np.argsort(rank)
     kept_ones, dropped = order[kept[order]], order[~kept[order]]
-    pages = min(PAGES, math.ceil((len(dropped) + NEAR) / PAGE))
-    groups = {"suspects": order[: pages * PAGE], "dropped first": dropped[-NEAR:], "kept last": kept_ones[:NEAR]}
+    groups = {"dropped first": dropped[-NEAR:], "kept last": kept_ones[:NEAR]}
     if None not in labels:
         defective = np.array(labels, bool)
         groups["defects kept"] = kept_ones[defective[kept_ones]][:LARGEST]
@@ -96,13 +94,15 @@ def outlined(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where((around & ~near)[..., None], np.uint8(OUTLINE), picture)
 
 
-def write_tiles(file: Path, shown: Iterable[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]]) -> None:
+def write_tiles(
+    file: Path, shown: Iterable[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]], side: int = SIDE
+) -> None:
     """Write a file of tiles. All maps have one colour scale, from the median to the highest thousandth of their values.
 
     shown: for each image its path; the image, uint8 (S, S, 3), and the map, float32 (S, S), `small` or not; the mask,
-        bool (S, S), or None.
+        bool (S, S), or None; side: of a tile, pixels.
     """
-    shown = [(path, small(image), small(heat), mask) for path, image, heat, mask in shown]
+    shown = [(path, small(image, side), small(heat, side), mask) for path, image, heat, mask in shown]
     low, high = np.quantile(np.stack([heat for _, _, heat, _ in shown]), [0.5, 0.999]) if shown else (0.0, 1.0)
     tiles = {}
     for path, image, heat, mask in shown:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = """
     files flags console processes lock times runfiles device
     cache metrics keep threshold pictures pages tiles charts tree pairing layouts lists images masks data demo maps
-    tables marks unseen learning figures compare quarantine review
+    tables marks unseen learning figures compare quarantine review sheet
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
     detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released
     detectors.padim detectors.student detectors.subspace detectors.banks detectors.patchcore detectors.softpatch

@@ -11,17 +11,16 @@ from llb import tiles
 from llb.times import read_times, timed
 
 
-def test_suspects_fill_whole_pages_and_the_threshold_lies_between_two_groups():
+def test_the_threshold_lies_between_two_groups():
     rank, kept = np.random.default_rng(0).permutation(200) + 1, np.ones(200, bool)
     kept[rank <= 40] = False
     labels = [int(place in (1, 2, 41, 190)) for place in rank]
     groups = {name: rank[indices].tolist() for name, indices in tiles.shown_suspects(rank, kept, labels).items()}
-    assert groups["suspects"] == list(range(1, 73)), "40 and 10 more are three pages"
     assert groups["dropped first"] == list(range(31, 41)) and groups["kept last"] == list(range(41, 51))
     assert groups["defects kept"] == [41, 190] and groups["normal dropped"] == list(range(3, 27))
     unknown = tiles.shown_suspects(rank, np.ones(200, bool), [None] * 200)
-    assert unknown.keys() == {"suspects", "dropped first", "kept last"} and not len(unknown["dropped first"])
-    assert len(unknown["suspects"]) == 24 and len(tiles.united(unknown)) == 24
+    assert unknown.keys() == {"dropped first", "kept last"} and not len(unknown["dropped first"])
+    assert len(tiles.united(unknown)) == 10
 
 
 def test_missed_defects_and_false_alarms_are_shown_the_clearest_first():

@@ -1,0 +1,127 @@
+"""The page of suspects in a browser: a person marks by keys, closes it, goes on, saves; llb reads what was saved."""
+
+import copy
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import CHROMIUM, Browser
+from helpers import SMALL, draw, draw_mvtec, rows_of, succeed
+
+from llb.files import FORMULA, UserError, write_csv, write_json
+from llb.pages import PAGE
+from llb.report import write_report
+from llb.sheet import fit_pages, lacks_tiles, marks_key
+from llb.tables import read_table
+from llb.tiles import read_tiles, tiles_file, write_tiles
+
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+COUNT = "document.querySelector('.count').textContent"
+SHOWN = "[...document.querySelectorAll('.page.current .tile')].map(tile => tile.dataset.path)"
+SAID = "[...document.querySelectorAll('[data-verdict]')].map(tile => [tile.dataset.path, tile.dataset.verdict])"
+
+
+def marks_of(file: Path) -> dict[str, int]:
+    return {row["path"]: row["verdict"] for row in read_table(file, ("category", "path", "verdict"))}
+
+
+@needs_browser
+def test_a_person_marks_96_images_by_keys_and_closes_the_page_in_between(tmp_path):
+    data, run = draw_mvtec(tmp_path / "data", good=80), tmp_path / "run"
+    for i in range(30):  # hidden defects
+        draw(data / "tile" / "train" / "good" / f"bad{i}.png", 300 + i, defect=True)
+    succeed("stage1_partition", "--data", data, "--out", run, "--detector", "padim", *SMALL[:6])
+    marked = {}
+    for part in range(2):
+        with Browser(tmp_path / "profile", run / "report.html") as page:
+            assert dict(page.value(SAID)) == marked and page.value(COUNT).startswith(f"{48 * part} of 110 seen")
+            page.press("d")
+            assert dict(page.value(SAID)) == marked, "a letter typed elsewhere leads to the suspects, and marks nothing"
+            for _ in range(2):
+                paths = page.value(SHOWN)
+                assert len(paths) == PAGE and not marked.keys() & paths
+                verdicts = {path: "defect" if "bad" in path else "fine" for path in paths}
+                keys = ["d" if verdict == "defect" else "f" for verdict in verdicts.values()]
+                if part:  # only defects are marked, one after a slip
+                    keys = ["d" if key == "d" else "ArrowRight" for key in keys]
+                    keys = ["d", "u", *keys]
+                page.press([*keys, "n"])
+                marked |= verdicts
+                assert dict(page.value(SAID)) == marked
+            if part:
+                saved = page.saved(tmp_path / "saved", "document.querySelector('[data-do=save]').click()")
+        assert page.complaints() == []
+    assert marks_of(saved) == {path: int(verdict == "defect") for path, verdict in marked.items()}
+
+
+def small_run(folder: Path, paths: list[str], seed: int = 0, category: str = '=bolt, "4"') -> Path:
+    """A run of which only the pages of suspects are there."""
+    write_json(folder / "config.json", {"categories": [category], "seed": seed, "device": "CPU"})
+    rows = [[path, 0, 1, 1 - place / 100, 1, ""] for place, path in enumerate(paths)]
+    write_csv(folder / category / "scores.csv", ["path", "subset", "model_0", "score", "kept", "label"], rows)
+    picture, heat = np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=np.float32)
+    write_tiles(folder / category / tiles_file("suspects"), [(path, picture, heat, None) for path in paths])
+    write_report(folder)
+    return folder
+
+
+@needs_browser
+def test_marks_of_any_name_are_saved_by_taps_and_another_run_has_none(tmp_path):
+    names = ["=1+1.png", '@"a", b.png', "line\nend.png", "both\r\n.png", "\treturn\r.png", "</script>&amp;é€.png"]
+    run, save = small_run(tmp_path / "run", names), "document.querySelector('[data-do=save]')"
+    with Browser(tmp_path / "profile", run / "report.html") as page:
+        page.picture(tmp_path / "phone.png", 390, 844)
+        assert page.value("document.documentElement.scrollWidth") <= 390
+        assert min(page.value("[...document.querySelectorAll('button')].map(button => button.offsetHeight)")) >= 44
+        for tile in (0, 1, 2, 3, 4, 5):
+            page.value(f"document.querySelectorAll('.tile')[{tile}].click()")
+            page.value(f"document.querySelector('[data-do={('defect', 'fine')[tile % 2]}]').click()")
+        saved = page.saved(tmp_path / "saved", f"{save}.click()")
+        assert page.value("document.querySelector('.advice').textContent").startswith("3 of page 1’s 6 are defects")
+        small_run(run, names, seed=1)
+        page.go(run / "report.html")
+        assert page.value(SAID) == [] and page.complaints() == []
+    rows = read_table(saved, ("category", "path", "verdict"))
+    assert [tuple(row.values()) for row in rows] == [('=bolt, "4"', name, 1 - i % 2) for i, name in enumerate(names)]
+    assert all(not cell.startswith(FORMULA) for row in rows_of(saved) for cell in row.values())
+    write_csv(tmp_path / "again.csv", ["category", "path", "verdict"], [[*row.values()] for row in rows_of(saved)])
+    assert rows_of(tmp_path / "again.csv") == rows_of(saved)
+
+
+def test_marks_of_the_run_stand_on_the_page_and_damaged_ones_are_named(tmp_path):
+    run = small_run(tmp_path, ["a.png", "b.png", "c.png"], category="bolt")
+    write_csv(run / "bolt" / "marks.csv", ["path", "verdict"], [["b.png", "fine"], ["c.png", "defect"]])
+    write_report(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    shown = page[page.index('class="suspects"') : page.index("</section>", page.index('class="suspects"'))]
+    assert re.findall('data-path="(.)[^>]* data-verdict="(\\w+)"', shown) == [("b", "fine"), ("c", "defect")]
+    assert "2 images were looked at, 1 of them marked as defects" in page
+    write_csv(run / "bolt" / "marks.csv", ["path", "verdict"], [["d.png", "fine"]])
+    with pytest.raises(UserError, match="d.png is not a training image"):
+        write_report(run)
+
+
+def test_pages_are_cut_so_that_the_report_stays_small_and_more_of_them_need_more_tiles(tmp_path):
+    run = small_run(tmp_path, [f"{i}.png" for i in range(60)], category="bolt")
+    assert not lacks_tiles(run / "bolt", 0, 60) and not lacks_tiles(run / "bolt", 0, 1000)
+    tiles = read_tiles(run / "bolt" / tiles_file("suspects"))
+    fewer = dict(list(tiles["tiles"].items())[:-1])
+    write_json(run / "bolt" / tiles_file("suspects"), tiles | {"tiles": fewer})
+    assert lacks_tiles(run / "bolt", 0, 60)
+    tile = {"image": "x" * 400, "heat": "y" * 600}  # with its words 2000 bytes
+    categories = [{"pages": [[tile] * 24] * 3, "groups": {"a": {"tiles": [tile] * 5}}, "detectors": []}, None]
+    categories[1] = {"pages": [[tile] * 24], "groups": {}, "detectors": [{"groups": {}}]}
+    for most, pages in ((10**6, 3), (202_000, 3), (201_999, 2), (153_999, 1), (1, 1)):
+        cut = copy.deepcopy(categories)
+        fit_pages(cut, most)
+        assert [len(category["pages"]) for category in cut] == [pages, 1]
+
+
+def test_another_run_has_another_key(tmp_path):
+    rows = {"bolt": [{"path": "a", "score": 1.0, "kept": True}, {"path": "b", "score": 2.0, "kept": True}]}
+    key, others = marks_key("run", 0, rows), copy.deepcopy(rows)
+    others["bolt"][0]["kept"] = False
+    assert marks_key("run", 0, others) == key, "another share kept shows the same pages"
+    others["bolt"][0]["score"] = 1.5
+    assert len({key, marks_key("run", 0, others), marks_key("run", 1, rows), marks_key("other", 0, rows)}) == 4
