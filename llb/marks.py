@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llb.data import Dataset
+from llb.data import Dataset, Record
 from llb.files import UserError, write_csv
 from llb.tables import TRAIN_ON, Choice, read_purified, read_table
 
@@ -18,6 +18,12 @@ LISTED = ("purified", "reviewed")  # of TRAIN_ON: a person may change the list, 
 THRESHOLD_OF = {"purified": "purified images", "reviewed": "purified images and of those called fine"}
 UNSEEN = tuple(each for each in TRAIN_ON if each != "reviewed")  # for which nobody looks
 ADVICE = "delete it and give llb.review the saved marks again"
+
+
+def training_set(folder: Path, root: Path = Path()) -> Dataset:
+    """The training images by scores.csv alone: paths and labels; none before stage 1. folder: RUN/<category>."""
+    rows = read_table(folder / "scores.csv", ("path", "label"))
+    return Dataset(root, "", folder.name, tuple(Record(row["path"], row["label"], (), "") for row in rows), ())
 
 
 def read_marks(folder: Path, dataset: Dataset) -> np.ndarray:

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from llb.console import progress, run_script, say
-from llb.data import Dataset, Record
 from llb.demo import MARKER
 from llb.files import UserError, check_writable, digest_of_file, discard_files, move_file, typed, write_csv
 from llb.flags import flag, parse_flags, typed_flags, whole
 from llb.lock import hold
+from llb.marks import DEFECT, read_marks, training_set
 from llb.metrics import ranks
 from llb.pictures import printable
 from llb.runfiles import data_of, read_config, read_manifest, stage1_command
@@ -40,7 +40,8 @@ class Quarantine:
 
     run: str = flag("runs/demo", "folder of the run")
     category: str | None = flag(None, "one category", shown="all of the run")
-    dropped: bool = flag(False, "the images that purified.txt does not list; so it is without --top, too")
+    dropped: bool = flag(False, "the images that purified.txt does not list; so it is without any of these")
+    reviewed: bool = flag(False, "the images that a person marked as defects (llb.review)")
     top: int | None = flag(None, "of each category the N images that rank highest", whole(1), shown="--dropped")
     to: str | None = flag(None, "folder for the images", shown="beside the run, with -quarantine behind its name")
     copy: bool = flag(False, "copy the images: they stay where they are, too")
@@ -54,8 +55,8 @@ def main() -> None:
     config = read_config(run, f"--run {run}", "make the run again")
     if settings.category not in (None, *config["categories"]):
         raise UserError(f"--category {settings.category}: {run} has {', '.join(config['categories'])}")
-    if settings.undo + settings.dropped + (settings.top is not None) > 1:
-        raise UserError("--dropped, --top and --undo exclude each other: give one")
+    if settings.undo + settings.dropped + settings.reviewed + (settings.top is not None) > 1:
+        raise UserError("--dropped, --reviewed, --top and --undo exclude each other: give one")
     names = [settings.category] if settings.category else config["categories"]
     with hold(run, "quarantine", against=("",)) if settings.go or settings.undo else nullcontext():
         undo(run, names) if settings.undo else take_out(run, config, settings, names)
@@ -76,7 +77,7 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
         if not stage1_finished(run / name):
             raise UserError(f"stage 1 is not finished for {name}; continue with: {stage1_command(run, config)}")
         states = read_manifest(run / name)
-        for path in wanted(run / name, root, settings.top):
+        for path in wanted(run / name, root, settings):
             source, (size, modified, digest) = root / path, states.get(path, (0, 0, ""))
             modified = source.stat().st_mtime_ns if source.exists() else modified  # it may be touched since stage 1
             row = dict(zip(COLUMNS, (name, path, str(source), os.path.join(to, path), size, digest, modified)))
@@ -94,7 +95,9 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
     say(f"{len(work)} of {len(rows)} images to {verb} from {root} to {to}: {first or 'none'}{', …' * (len(work) > 3)}")
     if settings.go:
         check_writable(Path(to), "--to")
-        write_rows(run, (old | {row["from"]: row for row in rows}).values())
+        write_csv(
+            run / MANIFEST, COLUMNS, [[*row.values()] for row in (old | {row["from"]: row for row in rows}).values()]
+        )
         for row in progress(work, desc="quarantine", unit="image"):
             move_file(Path(row["from"]), Path(row["to"]), row["sha256"], row["modified_ns"], settings.copy)
         say(f"done; back: python -m llb.quarantine --run {typed(run)} --undo")
@@ -105,13 +108,13 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
         say(f"{run}: {need} {stage1_command(Path('NEW'), config)}")
 
 
-def wanted(folder: Path, root: Path, top: int | None) -> list[str]:
+def wanted(folder: Path, root: Path, settings: Quarantine) -> list[str]:
     """The paths of a category that are to be taken out, the first suspect first. folder: RUN/<category>."""
-    rows = read_table(folder / "scores.csv", ("path", "score"))
-    order = np.argsort(ranks(np.array([row["score"] for row in rows])))
-    dataset = Dataset(root, "", folder.name, tuple(Record(row["path"], None, (), "") for row in rows), ())
-    kept = () if top else set(read_purified(folder, dataset).indices)
-    return [rows[i]["path"] for i in order[:top] if i not in kept]
+    order = np.argsort(ranks(np.array([row["score"] for row in read_table(folder / "scores.csv", ["score"])])))
+    dataset = training_set(folder, root)
+    stay = np.flatnonzero(read_marks(folder, dataset) != DEFECT) if settings.reviewed else ()
+    stay = stay if settings.reviewed or settings.top else read_purified(folder, dataset).indices
+    return [dataset.train[i].path for i in order[~np.isin(order, stay)][: settings.top]]
 
 
 def undo(run: Path, names: list[str]) -> None:
@@ -127,7 +130,8 @@ def undo(run: Path, names: list[str]) -> None:
         move_file(Path(row["to"]), Path(row["from"]), row["sha256"], row["modified_ns"])
     for row, (_, to) in zip(own, places):
         discard_files(to, [row["path"]])  # what a killed copy has left, and empty folders
-    write_rows(run, [row for row in read_table(run / MANIFEST, COLUMNS, advice=LOST) if row not in own])
+    rest = [[*row.values()] for row in read_table(run / MANIFEST, COLUMNS, advice=LOST) if row not in own]
+    write_csv(run / MANIFEST, COLUMNS, rest) if rest else discard_files(run, [MANIFEST])
     say(f"{len(work)} images are back in their places")
 
 
@@ -140,10 +144,6 @@ def is_at(start: str, end: str, row: dict[str, Any]) -> bool:
         if os.path.islink(place) or digest_of_file(place) != row["sha256"]:
             raise UserError(f"{place} is a link, or not the image that stage 1 saw: put that one in its place")
     return start in there
-
-
-def write_rows(run: Path, rows: list[dict[str, Any]]) -> None:
-    write_csv(run / MANIFEST, COLUMNS, [list(row.values()) for row in rows]) if rows else discard_files(run, [MANIFEST])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 const STORE = document.body.dataset.marks; // names the run, and what it shows: marks of another run never appear
 const desks = [...document.querySelectorAll("section.suspects")].map(makeDesk);
-const given = new Map(); // what the run's marks.csv says
+const all = desks.flatMap((desk) => desk.pages.flat());
+const given = new Map(all.filter((t) => t.node.dataset.verdict).map((t) => [t.image, t.node.dataset.verdict])); // by the run
 let log = readLog();
 let last = desks[0]; // the category that was worked on last
 
@@ -20,21 +21,18 @@ const ACTIONS = {
   before: (desk) => turn(desk, -1),
   next: (desk) => turn(desk, 1),
   save,
-  left: (desk) => step(desk, -1),
-  right: (desk) => step(desk, 1),
-  up: (desk) => step(desk, -columns(desk)),
-  down: (desk) => step(desk, columns(desk)),
+  ArrowLeft: (desk) => step(desk, -1),
+  ArrowRight: (desk) => step(desk, 1),
+  ArrowUp: (desk) => step(desk, -columns(desk)),
+  ArrowDown: (desk) => step(desk, columns(desk)),
 };
 const KEYS = { d: "defect", f: "fine", u: "undo", n: "rest", m: "maps", s: "save", PageUp: "before", PageDown: "next" };
-Object.assign(KEYS, { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down" });
 
 function makeDesk(section) {
   const category = section.dataset.category;
-  const pages = [...section.querySelectorAll(".page")].map((page) =>
-    [...page.querySelectorAll(".tile")].map((node) => ({
-      node, page, category, path: node.dataset.path, image: `${category}/${node.dataset.path}`,
-    })),
-  );
+  const tile = (node, page) => ({ node, page, category, path: node.dataset.path, image: `${category}/${node.dataset.path}` });
+  const tiles = (page) => [...page.querySelectorAll(".tile")].map((node) => tile(node, page));
+  const pages = [...section.querySelectorAll(".page")].map(tiles);
   const bars = pages.map(() => document.createElement("i"));
   section.querySelector(".seen").append(...bars);
   section.classList.add("working");
@@ -44,9 +42,6 @@ function makeDesk(section) {
 // ---- the log ----
 
 function readLog() {
-  for (const { node, image } of desks.flatMap((desk) => desk.pages.flat())) {
-    if (node.dataset.verdict) given.set(image, node.dataset.verdict);
-  }
   try {
     return JSON.parse(localStorage.getItem(STORE)) || [];
   } catch {
@@ -76,9 +71,7 @@ function say(verdict, tiles) {
 function undo() {
   const [, images] = log.pop() || [];
   keepLog();
-  for (const desk of images ? desks : []) {
-    if (goTo(desk, images[0])) last = desk;
-  }
+  for (const desk of images ? desks : []) if (goTo(desk, images[0])) last = desk;
 }
 
 // ---- moving ----
@@ -116,8 +109,7 @@ function cell(text, mark) {
 
 function table() {
   const said = verdicts();
-  const rows = desks.flatMap((desk) => desk.pages.flat()).filter((tile) => said.has(tile.image));
-  const lines = rows.map((t) => [cell(t.category, "'"), cell(t.path, "./"), said.get(t.image)].join(","));
+  const lines = all.filter((t) => said.has(t.image)).map((t) => [cell(t.category, "'"), cell(t.path, "./"), said.get(t.image)].join(","));
   return ["category,path,verdict", ...lines, ""].join("\n");
 }
 
@@ -132,10 +124,9 @@ function save() {
 // ---- what is seen ----
 
 function show(desk) {
-  const { section, pages, bars } = desk, said = verdicts();
+  const { section, pages, bars } = desk, said = verdicts(), tile = pages[desk.page][desk.at];
   const counts = pages.map((tiles) => ["defect", "fine"].map((v) => tiles.filter((t) => said.get(t.image) === v).length));
   const [defects, fine] = [0, 1].map((v) => counts.reduce((sum, count) => sum + count[v], 0));
-  const tiles = pages[desk.page], tile = tiles[desk.at];
   const text = (name, content) => (section.querySelector(name).textContent = content);
   pages.forEach(([{ page }], number) => {
     page.open = number === desk.page;
@@ -164,7 +155,7 @@ function advice(counts, pages) {
   const done = open < 0 ? pages.length : open; // pages that are seen, from the first on
   if (!done) return "Mark the defects of this page; then say that the rest is fine.";
   const found = `${counts[done - 1][0]} of page ${done}’s ${pages[done - 1].length} are defects: `;
-  return found + (counts[done - 1][0] > 1 && done < pages.length ? "look at one more page." : "few are left. Save them; llb.review says how many.");
+  return found + (counts[done - 1][0] > 1 && done < pages.length ? "look at one more." : "save; llb.review says if it is enough.");
 }
 
 function perform(name, desk, scroll) {
@@ -180,30 +171,26 @@ document.addEventListener("click", ({ target }) => {
   last = desk;
   if (button) perform(button.dataset.do, desk, true);
   const at = tile ? desk.pages[desk.page].findIndex(({ node }) => node === tile) : -1;
-  if (at >= 0) {
-    desk.at = at;
-    show(desk);
-    desk.section.focus({ preventScroll: true });
-  }
+  if (at < 0) return;
+  desk.at = at;
+  show(desk);
+  desk.section.focus({ preventScroll: true });
 });
 
 document.addEventListener("keydown", (event) => {
-  const name = KEYS[event.key.length > 1 ? event.key : event.key.toLowerCase()];
-  if (!name || !last || event.ctrlKey || event.metaKey || event.altKey) return;
+  const key = event.key.length > 1 ? event.key : event.key.toLowerCase(), name = KEYS[key] || key;
+  if (!ACTIONS[name] || !last || event.ctrlKey || event.metaKey || event.altKey) return;
   const desk = desks.find(({ section }) => section.contains(document.activeElement));
   if (desk) {
     event.preventDefault();
     perform(name, desk, true);
-  } else if (event.key.length === 1) {
-    last.section.focus(); // a letter that is typed elsewhere only leads to the suspects
-  }
+  } else if (event.key.length === 1) last.section.focus(); // a letter typed elsewhere only leads to the suspects
 });
 
 window.addEventListener("storage", (event) => {
-  if (event.key === STORE) {
-    log = readLog(); // marked in another window
-    desks.forEach(show);
-  }
+  if (event.key !== STORE) return;
+  log = readLog(); // marked in another window
+  desks.forEach(show);
 });
 
 for (const desk of desks) {

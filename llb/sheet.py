@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from llb.data import Dataset, Record
 from llb.files import UserError, read_json
-from llb.marks import UNSAID, VERDICTS, read_marks
+from llb.marks import UNSAID, VERDICTS, read_marks, training_set
 from llb.metrics import ranks
 from llb.pages import PAGE, Page, suspect_pages
 from llb.tables import read_table, read_threshold
@@ -35,7 +34,7 @@ def suspect_facts(folder: Path, scores: Scores, seed: int, most: int) -> dict[st
     if not scores or not tiles["tiles"]:
         return {"pages": [], "groups": {}, "scale": None}
     rank, drawn = ranks(score), tiles["tiles"]
-    marks = read_marks(folder, dataset_of(folder, scores))
+    marks = read_marks(folder, training_set(folder))
     frames = ["kept" if row["kept"] else "dropped" for row in scores]
 
     def tile(index: int) -> dict[str, Any]:
@@ -89,11 +88,6 @@ def scale_of(tiles: dict[str, Any]) -> tuple[str, str]:
     return f"{tiles['low']:.3g}", f"{tiles['high']:.3g}"
 
 
-def dataset_of(folder: Path, scores: Scores) -> Dataset:
-    """The training images by their paths alone. folder: RUN/<category>."""
-    return Dataset(Path(), "", folder.name, tuple(Record(row["path"], None, (), "") for row in scores), ())
-
-
 def fit_pages(categories: list[dict[str, Any]], most: int = LARGEST_HTML) -> None:
     """Take last pages away until the pictures of all categories need at most `most` bytes; a first page stays."""
     groups = [group for c in categories for part in (c, *c["detectors"]) for group in part["groups"].values()]
@@ -133,7 +127,7 @@ def review_facts(folder: Path, scores: Scores, finals: list[str]) -> dict[str, A
 
     finals: names of final detectors, see `llb.run.final_name`.
     """
-    marks = read_marks(folder, dataset_of(folder, scores))
+    marks = read_marks(folder, training_set(folder))
     if not (marks != UNSAID).any():
         return None
     labels = [row["label"] for row in scores]

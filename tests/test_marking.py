@@ -73,6 +73,7 @@ def test_marks_of_any_name_are_saved_by_taps_and_another_run_has_none(tmp_path):
     with Browser(tmp_path / "profile", run / "report.html") as page:
         page.picture(tmp_path / "phone.png", 390, 844)
         assert page.value("document.documentElement.scrollWidth") <= 390
+        assert page.value("document.querySelector('.kept-not').offsetHeight") == 0, "only where nothing is kept"
         assert min(page.value("[...document.querySelectorAll('button')].map(button => button.offsetHeight)")) >= 44
         for tile in (0, 1, 2, 3, 4, 5):
             page.value(f"document.querySelectorAll('.tile')[{tile}].click()")

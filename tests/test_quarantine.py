@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import LATER, command, refuse, rows_of, succeed
 
+from llb.files import write_csv
 from llb.runfiles import read_config, write_config
 
 NAME = "llb.quarantine"
@@ -54,6 +55,23 @@ def test_the_dropped_images_go_aside_and_come_back_and_masks_stay(own):
     assert state(images) == before | {f.replace("run-quarantine", "my images"): s for f, s in aside.items()}
     assert not (run.parent / "run-quarantine").exists()
     assert "no image" in refuse(NAME, "--run", run, "--undo")
+
+
+def test_the_images_marked_as_defects_go_aside_and_no_other(own):
+    run, images = own
+    assert "0 of 0 images to move" in succeed(NAME, "--run", run, "--reviewed"), "nothing is marked"
+    paths = [row["path"] for row in rows_of(run / "tile" / "scores.csv")]
+    named, fine = sorted({paths[0], *paths} - {*dropped(run)})[:1] + dropped(run)[:1], dropped(run)[1:]
+    write_csv(
+        run / "tile" / "marks.csv",
+        ["path", "verdict"],
+        [[path, "defect" if path in named else "fine"] for path in named + fine],
+    )
+    succeed(NAME, "--run", run, "--reviewed", "--go")
+    assert {row["path"] for row in rows_of(run / "quarantine.csv")} == set(named)
+    assert not any((images / path).exists() for path in named) and all((images / path).exists() for path in fine)
+    succeed(NAME, "--run", run, "--undo")
+    assert all((images / path).exists() for path in named)
 
 
 @pytest.mark.parametrize("how", ["on one disk", "to another disk", "copied"])
@@ -129,6 +147,7 @@ def test_what_cannot_be_moved_safely_is_refused_before_anything_moves(own, tmp_p
     shutil.rmtree(to)
     refused("lies in the folder of images", *go, "--to", images / "aside")
     refused("exclude each other", *go, "--dropped", "--top", "1")
+    refused("exclude each other", *go, "--reviewed", "--undo")
     refused("run has tile", *go, "--category", "bottle")
     refused("config.json cannot be read", NAME, "--run", images)
 
