@@ -72,7 +72,7 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
         times=time_rows(run),
         palette=", ".join(f"#{bytes(colour).hex()}" for colour in (*PALETTE[::32], PALETTE[-1])),
         marks_key=marks_key(run.name, seed, scores),
-        review=f"python -m llb.review --run {shlex.quote(run.as_posix())} marks.csv",
+        review=review_command(run),
         side=LOOKED_AT,
         listed=LISTED,
         script=Markup(script),
@@ -127,6 +127,8 @@ def comparison(entry: dict[str, Any]) -> str | None:
     if purified is None or everything is None:
         return None
     line = f"Image AUROC is {everything:.3f} without purification (all) and {purified:.3f} with it"
+    if values["reviewed"] is not None:
+        line += f", {values['reviewed']:.3f} with what a person marked (reviewed)"
     if clean is None:
         return f"{line}. Training on clean would show how much there is to gain."
     line += f"; with the labels (clean) it would be {clean:.3f}"
@@ -299,6 +301,12 @@ def shown_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
     return rows
 
 
+def review_command(run: Path, simulated: dict[str, Any] | None = None) -> str:
+    """The command that takes the marks; simulated: what config.json says of marks by the labels."""
+    marks = " ".join(f"--{name} {value}" for name, value in simulated.items()) if simulated else "marks.csv"
+    return f"python -m llb.review --run {shlex.quote(run.as_posix())} {marks}"
+
+
 def commands(run: Path, config: dict[str, Any]) -> list[str]:
     """The commands that make this run again; the settings of stage 2 are written out."""
     place = shlex.quote(run.as_posix())
@@ -309,5 +317,7 @@ def commands(run: Path, config: dict[str, Any]) -> list[str]:
         given = {"train_on": final} | given
         given["set"] = ",".join(f"{name}={value}" for name, value in given.get("set", {}).items() if value is not None)
         flags = (f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value)
+        if final.startswith("reviewed"):
+            lines.append(review_command(run, config.get("review")))
         lines.append(f"python stage2_train.py --run {place} {' '.join(flags)}")
     return lines + [f"python evaluate.py --run {place}"]
