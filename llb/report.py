@@ -19,6 +19,7 @@ from llb.data import reading_line
 from llb.files import read_json, write_text
 from llb.metrics import ranks, why_undefined
 from llb.pictures import PALETTE
+from llb.review import simulated_line
 from llb.sheet import exact, fit_pages, marks_key, review_facts, scale_of, suspect_facts, tile_facts
 from llb.tiles import LARGEST, LOOKED_AT, OUTLINE, outcome, read_tiles, shown_tests, tiles_file
 from llb.times import read_times
@@ -41,11 +42,12 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
     most = LARGEST if len(names) <= FEW else LARGEST // 2 if len(names) <= MANY else LARGEST // 4
     scores = {name: read_scores(run / name) for name in names}
     seed = config.get("seed", 0)
-    categories = [
-        category_facts(run / name, scores[name], metrics.get(name, {}), notes[name], most)
-        | suspect_facts(run / name, scores[name], seed, most)
-        for name in names
-    ]
+    categories = []
+    for name in names:
+        facts = category_facts(run / name, scores[name], metrics.get(name, {}), notes[name], most)
+        finals = [detector["name"] for detector in facts["detectors"]]
+        facts["review"] = review_facts(run / name, scores[name], seed, finals)
+        categories.append(facts | suspect_facts(run / name, scores[name], seed, most))
     fit_pages(categories)
     shown = tables.shown_metrics(tables.detector_entries(metrics))
     rows, reasons = metric_rows(categories, metrics.get("mean", {}), shown)
@@ -73,6 +75,7 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
         palette=", ".join(f"#{bytes(colour).hex()}" for colour in (*PALETTE[::32], PALETTE[-1])),
         marks_key=marks_key(run.name, seed, scores),
         review=review_command(run),
+        simulated=simulated_line(config["review"]) if config.get("review") else None,
         side=LOOKED_AT,
         listed=LISTED,
         script=Markup(script),
@@ -111,7 +114,6 @@ def category_facts(
         "ranked": sorted(scores, key=lambda row: -row["score"])[:LISTED],
         "detectors": detectors,
         "kinds": kind_rows(folder, finals),
-        "review": review_facts(folder, scores, finals),
     }
 
 

@@ -64,9 +64,10 @@ def review(settings: Review) -> None:
         with hold(run, "review", against=("",)):
             simulate(run, datasets, settings) if settings.simulate is not None else merge(run, datasets, settings.file)
     if about := read_config(run, f"--run {run}", "make the run again").get("review"):
-        say(f"SIMULATED by the labels, as who looks at {about['simulate']} images and errs in {about['errors']:.0%}")
+        say(simulated_line(about))
     for dataset in datasets:
-        say_of(run, dataset, config["seed"])
+        for line in findings(run / dataset.category, dataset, config["seed"]):
+            say(f"{dataset.category}: {line}")
     marked = any((run / dataset.category / MARKS_FILE).is_file() for dataset in datasets)
     look = f"open {run / 'report.html'}, mark and save, then: python -m llb.review --run {typed(run)} marks.csv"
     train = f"python stage2_train.py --run {typed(run)} --train-on reviewed"
@@ -156,7 +157,7 @@ def simulate(run: Path, datasets: Sequence[Dataset], settings: Review) -> None:
             raise UserError(f"--simulate: {file} is a person's, and is not overwritten: move it away first")
     record(run, {"simulate": settings.simulate, "errors": settings.errors})
     for dataset in datasets:
-        _, pages = pages_of(run, dataset, config["seed"])
+        _, pages = pages_of(run / dataset.category, config["seed"])
         seen = np.concatenate([page.images for page in pages])[: settings.simulate]
         generator = np.random.default_rng((config["seed"], SIMULATED))
         wrong = generator.choice(len(seen), round(settings.errors * len(seen)), replace=False)
@@ -179,37 +180,40 @@ def record(run: Path, about: dict[str, Any] | None) -> None:
 # ---- what they say ----
 
 
-def pages_of(run: Path, dataset: Dataset, seed: int) -> tuple[np.ndarray, list[Page]]:
+def simulated_line(about: dict[str, Any]) -> str:
+    """about: what config.json says of simulated marks."""
+    return f"SIMULATED by the labels, as who looks at {about['simulate']} images and errs in {about['errors']:.0%}"
+
+
+def pages_of(folder: Path, seed: int) -> tuple[np.ndarray, list[Page]]:
     """Ranks of the training images, and the pages of all of them: the report shows the first pages."""
-    rows = read_table(run / dataset.category / "scores.csv", ["score"])
+    rows = read_table(folder / "scores.csv", ["score"])
     rank = ranks(np.array([row["score"] for row in rows], np.float32))
     return rank, suspect_pages(rank, seed, len(rank))
 
 
-def say_of(run: Path, dataset: Dataset, seed: int) -> None:
-    """Two lines: what was found and how much is left, and what that means."""
-    name, marks = dataset.category, read_marks(run / dataset.category, dataset)
+def findings(folder: Path, dataset: Dataset, seed: int) -> list[str]:
+    """Two lines: what was found and how much is left, and what that means. folder: RUN/<category>."""
+    marks = read_marks(folder, dataset)
     if (marks == UNSAID).all():
-        say(f"{name}: no image is marked")
-        return
-    rank, pages = pages_of(run, dataset, seed)
+        return ["no image is marked"]
+    rank, pages = pages_of(folder, seed)
     looked = [page.images for page in pages if (marks[page.images] != UNSAID).any()]
     found = ", ".join(str((marks[images] == DEFECT).sum()) for images in looked)
-    seen = f"{name}: {(marks != UNSAID).sum()} seen, {(marks == DEFECT).sum()} defects ({found} by page)"
+    seen = f"{(marks != UNSAID).sum()} seen, {(marks == DEFECT).sum()} defects ({found} by page)"
     left = unseen_defects(pages, rank, marks)
     if left is None:
-        say(f"{seen}; {(marks == UNSAID).sum()} unseen")
-        say(f"{name}: mark all images of the first page: they tell how many defects are left")
-        return
-    say(f"{seen}; about {left.defects} more among the {left.images} unseen ({left.low} to {left.high})")
+        advice = "mark all images of the first page: they tell how many defects are left"
+        return [f"{seen}; {(marks == UNSAID).sum()} unseen", advice]
     if not left.images:
-        say(f"{name}: enough: every image is seen")
+        advice = "enough: every image is seen"
     elif left.last > FEW:
-        say(f"{name}: one more page is worth a look: the last whole one held {left.last} defects")
+        advice = f"one more page is worth a look: the last whole one held {left.last} defects"
     elif left.high > MANY * left.images:
-        say(f"{name}: one more page is worth a look: what is seen leaves room for {left.high} defects")
+        advice = f"one more page is worth a look: what is seen leaves room for {left.high} defects"
     else:
-        say(f"{name}: enough: the last whole page held {left.last}, and at most {left.high / left.images:.0%} are left")
+        advice = f"enough: the last whole page held {left.last}, and at most {left.high / left.images:.0%} are left"
+    return [f"{seen}; about {left.defects} more among the {left.images} unseen ({left.low} to {left.high})", advice]
 
 
 if __name__ == "__main__":

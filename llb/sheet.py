@@ -16,6 +16,7 @@ from llb.files import UserError, read_json
 from llb.marks import UNSAID, VERDICTS, read_marks, training_set
 from llb.metrics import ranks
 from llb.pages import PAGE, Page, suspect_pages
+from llb.review import findings
 from llb.tables import read_table, read_threshold
 from llb.tiles import outcome, read_tiles, shown_suspects, tiles_file
 
@@ -122,12 +123,13 @@ def exact(text: str) -> Markup:
 # ---- what became of the marks ----
 
 
-def review_facts(folder: Path, scores: Scores, finals: list[str]) -> dict[str, Any] | None:
+def review_facts(folder: Path, scores: Scores, seed: int, finals: list[str]) -> dict[str, Any] | None:
     """What was marked, and what the detectors trained on `reviewed` made of it; None without marks.
 
     finals: names of final detectors, see `llb.run.final_name`.
     """
-    marks = read_marks(folder, training_set(folder))
+    dataset = training_set(folder)
+    marks = read_marks(folder, dataset)
     if not (marks != UNSAID).any():
         return None
     labels = [row["label"] for row in scores]
@@ -139,9 +141,8 @@ def review_facts(folder: Path, scores: Scores, finals: list[str]) -> dict[str, A
         if other := next((name for name in before if name in finals), None):
             changed[final] = (other, changes(folder, other, final))
     return {
-        "seen": int((marks != UNSAID).sum()),
+        "lines": findings(folder, dataset, seed),
         "defects": len(named),
-        "lines": [],
         "labelled": None if None in labels else sum(named),
         "heads": {final: facts for final, facts in heads.items() if facts},
         "changed": {final: pair for final, pair in changed.items() if pair[1]},

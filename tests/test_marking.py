@@ -27,7 +27,7 @@ def marks_of(file: Path) -> dict[str, int]:
 
 
 @needs_browser
-def test_a_person_marks_96_images_by_keys_and_closes_the_page_in_between(tmp_path):
+def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_with_them(tmp_path):
     data, run = draw_mvtec(tmp_path / "data", good=80), tmp_path / "run"
     for i in range(30):  # hidden defects
         draw(data / "tile" / "train" / "good" / f"bad{i}.png", 300 + i, defect=True)
@@ -53,6 +53,18 @@ def test_a_person_marks_96_images_by_keys_and_closes_the_page_in_between(tmp_pat
                 saved = page.saved(tmp_path / "saved", "document.querySelector('[data-do=save]').click()")
         assert page.complaints() == []
     assert marks_of(saved) == {path: int(verdict == "defect") for path, verdict in marked.items()}
+    named = sum("bad" in path for path in marked)
+    assert f"96 new marks\ntile: 96 seen, {named} defects" in succeed("llb.review", "--run", run, saved)
+    for train_on in ("all", "reviewed"):
+        succeed("stage2_train", "--run", run, "--train-on", train_on)
+    succeed("evaluate", "--run", run)
+    with Browser(tmp_path / "other", run / "report.html") as page:
+        assert dict(page.value(SAID)) == marked, "another browser shows what the run knows"
+        told = page.value("document.body.innerText")
+        for part in ("reviewed beside all, each by its threshold", f"Of the {named} marked as defects {named} are"):
+            assert part in told
+        assert re.search(r"\nreviewed\t[01]\.\d", told) and "reviewed: λ = " in told
+        assert page.complaints() == []
 
 
 def small_run(folder: Path, paths: list[str], seed: int = 0, category: str = '=bolt, "4"') -> Path:
@@ -97,7 +109,7 @@ def test_marks_of_the_run_stand_on_the_page_and_damaged_ones_are_named(tmp_path)
     page = (run / "report.html").read_text(encoding="utf-8")
     shown = page[page.index('class="suspects"') : page.index("</section>", page.index('class="suspects"'))]
     assert re.findall('data-path="(.)[^>]* data-verdict="(\\w+)"', shown) == [("b", "fine"), ("c", "defect")]
-    assert "2 images were looked at, 1 of them marked as defects" in page
+    assert "2 seen, 1 defects (1 by page); 1 unseen. Mark all images of the first page" in page
     write_csv(run / "bolt" / "marks.csv", ["path", "verdict"], [["d.png", "fine"]])
     with pytest.raises(UserError, match="d.png is not a training image"):
         write_report(run)

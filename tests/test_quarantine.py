@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import LATER, command, refuse, rows_of, succeed
+from helpers import LATER, TILE, command, refuse, rows_of, succeed
 
 from llb.files import write_csv
 from llb.runfiles import read_config, write_config
@@ -18,12 +18,20 @@ class Killed(BaseException):
     """What no handler stops, as of a signal 9."""
 
 
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory, finished, data):
+    """The finished run with a share of the images dropped."""
+    run = shutil.copytree(finished, tmp_path_factory.mktemp("dropping") / "run")
+    succeed("stage1_partition", "--data", data, "--out", run, *TILE, "--keep", "0.7")
+    return run
+
+
 @pytest.fixture
-def own(tmp_path, finished, data):
-    """The finished run, and its images, as copies of which the run knows."""
+def own(tmp_path, dropping, data):
+    """The run, and its images, as copies of which the run knows."""
     run, images = tmp_path / "run", tmp_path / "my images"
     shutil.copytree(data, images)
-    shutil.copytree(finished, run)
+    shutil.copytree(dropping, run)
     write_config(run, read_config(run, "", "") | {"data": str(images)})
     return run, images
 
