@@ -59,7 +59,7 @@ def unseen_defects(pages: Sequence[Page], rank: np.ndarray, marks: np.ndarray) -
     low, high = int(possible[0]), int(possible[-1])
     share = (k + 0.5) / (n + 1)
     if k * m <= extra * n:
-        likely = hypergeom.cdf(k + extra, n + seen + unseen + m, k + found + extra + left, n + m)
+        likely = _chance(n + seen + unseen + m, k + found + extra + left, n + m)[:, : k + extra + 1].sum(1)
         high = min(high, int(np.flatnonzero(likely > MISSED / 2)[-1]))
         share = min(share, (k + extra + 0.5) / (n + m + 1))
     high = max(low, high)
@@ -70,11 +70,16 @@ def _defects(marks: np.ndarray) -> int:
     return int((marks == DEFECT).sum())
 
 
+def _chance(images: int, defects: np.ndarray, n: int) -> np.ndarray:
+    """How likely 0 … n defects among n drawn images are, for each number of defects among all: (defects, n + 1)."""
+    return np.exp(hypergeom.logpmf(np.arange(n + 1), images, defects[:, None], n))  # pmf's time is quadratic in images
+
+
 def _acceptable(images: int, defects: np.ndarray, n: int, k: int) -> np.ndarray:
     """Whether k defects among n drawn images are no surprise, for each number of defects among all: bool, as `defects`.
 
     Blaker: so many, or any number that is as far out in its tail, must have a chance above MISSED.
     """
-    chance = hypergeom.pmf(np.arange(n + 1), images, defects[:, None], n)  # (defects, 0 … n)
+    chance = _chance(images, defects, n)
     tail = np.minimum(chance.cumsum(1), chance[:, ::-1].cumsum(1)[:, ::-1])
     return (chance * (tail <= tail[:, [k]] * (1 + 1e-9))).sum(1) > MISSED
