@@ -5,8 +5,9 @@
     python -m llb.ablate --preset submodels --print              the commands of each run, for a scheduler
 
 Each cell of the grid is a run in its own folder, as the three scripts make it. Flags of stage 1 hold for all of them;
---vary takes their names, final.NAME for stage 2's, set.NAME for the detector's own settings. What runs have in common
-is done once: features (--cache), sub-models if the selection alone differs, final detectors on the same images.
+--vary takes their names, final.NAME for stage 2's, set.NAME for the detector's own settings; review.simulate and
+review.errors put a simulated look between the stages (llb.review). What runs have in common is done once: features
+(--cache), sub-models if the selection alone differs, final detectors on the same images.
 """
 
 import dataclasses
@@ -31,26 +32,14 @@ from llb.files import UserError, check_writable, is_writer
 from llb.flags import SEVERAL, flag, parse_flags, real, typed_flags, whole
 from llb.lock import hold
 from llb.manifest import clear_run
+from llb.presets import PRESETS
+from llb.processes import process_0_first
+from llb.review import Review, run_review
 from llb.run import place_run
 from llb.runfiles import own_config
 from stage1_partition import run_stage1
 from stage2_train import run_stage2
 
-PRESETS = {
-    "readme": "--single --detector padim --train-on purified,all,clean --vary submodels=1,2,5,8 --vary keep=0.6,0.8,0.9"
-    " --vary aggregate=max,out-of-fold --vary noise_ratio=0,0.1,0.4 --vary detector=subspace,patchcore",
-    "paper-table": "--vary noise_ratio=0,0.1,0.2,0.4 --vary detector=dinomaly,padim,rd --train-on purified,all,clean",
-    "noise": "--vary noise_ratio=0,0.1,0.2,0.3,0.4 --train-on purified,all,clean",
-    "submodels": "--vary submodels=1,2,3,5,8 --train-on none --lowest 0.4",
-    "aggregates": "--vary aggregate=mean,median,max,out-of-fold,max-var --train-on none",
-    "keep": "--vary keep=auto,0.6,0.7,0.8,0.9,1.0",
-    "purification": "--vary noise_ratio=0,0.1,0.2,0.4 --vary detector=dinomaly,padim,patchcore"
-    " --vary keep=auto,mirror,0.95,0.9,0.8,0.7,0.6 --train-on purified,all,clean",
-    "steps": "--vary steps=25,50,100,200,400 --train-on none",
-    "recipe": "--vary recipe=dinomaly,llbnad --train-on none",
-    "dinomaly": "--single --vary set.attention=softmax --vary set.groups=one --vary set.noise=jitter --train-on none "
-    "--vary set.class_token=subtract --vary set.easy_factor=1 --vary dropout=0",
-}
 CARRIED = ("cache", "cache_limit", "cache_gib", "no_cache", "verify")  # from the grid to the later stages
 ALONE = "none"
 
@@ -59,7 +48,9 @@ ALONE = "none"
 class Ablate(Stage1):
     """Make a grid of runs and compare them. Flags of stage 1 hold for all of them."""
 
-    vary: Any = flag(SEVERAL, "NAME=A,B,… of a flag, final.NAME of stage 2's, set.NAME of the detector's; repeatable")
+    vary: Any = flag(
+        SEVERAL, "NAME=A,B,… of a flag, final.NAME of stage 2's, set.NAME of the detector's, review.NAME; repeatable"
+    )
     single: bool = flag(False, "vary one setting at a time, beside a run with none varied; else all combinations")
     preset: str | None = flag(None, "a grid by name; given flags come after its own", choices=PRESETS, shown="–")
     seeds: int = flag(3, "number of seeds, from --seed on", whole(1))
@@ -98,8 +89,8 @@ def grid(settings: Ablate, out: Path) -> tuple[list[str], list[Cell]]:
     varied = {}
     for text in settings.vary:
         name, _, values = text.partition("=")
-        if not all(values.split(",")) or name.rpartition(".")[0] not in ("", "final", "set"):
-            raise UserError(f"--vary {text}: give NAME=A,B,… of a flag, final.NAME=… or set.NAME=…")
+        if not all(values.split(",")) or name.rpartition(".")[0] not in ("", "final", "set", "review"):
+            raise UserError(f"--vary {text}: give NAME=A,B,… of a flag, final.NAME=…, set.NAME=… or review.NAME=…")
         varied[name.replace("-", "_")] = values.split(",")
     grids = [{}, *({name: values} for name, values in varied.items())] if settings.single else [varied]
     owns = [dict(zip(each, values)) for each in grids for values in itertools.product(*each.values())]
@@ -110,10 +101,10 @@ def grid(settings: Ablate, out: Path) -> tuple[list[str], list[Cell]]:
 def cell_of(settings: Ablate, out: Path, own: dict[str, str]) -> Cell:
     """own: a value for each name that is varied."""
     run = str(out / re.sub(r"[^\w.,=@+~-]", "_", ",".join(f"{name}={own[name]}" for name in sorted(own))))
-    first, last, sets = [], [], [settings.set] * bool(settings.set)
+    first, last, looks, sets = [], [], [], [settings.set] * bool(settings.set)
     for name, value in own.items():
         place, _, rest = name.rpartition(".")
-        words = {"": first, "final": last, "set": sets}[place]
+        words = {"": first, "final": last, "review": looks, "set": sets}[place]
         words += [f"{rest}={value}"] if place == "set" else ["--" + rest.replace("_", "-"), value]
     common = {each.name: getattr(settings, each.name) for each in dataclasses.fields(Stage1)}
     common |= {"out": run, "set": ",".join(sets) or None, "overwrite": False}
@@ -123,14 +114,16 @@ def cell_of(settings: Ablate, out: Path, own: dict[str, str]) -> Cell:
         parse_flags(Stage1, typed_flags(Stage1(**common)) + first),
         [parse_flags(Stage2, [*typed_flags(Stage2(**carried)), *last, "--train-on", final]) for final in finals],
         Evaluate(**carried),
+        parse_flags(Review, ["--run", run, *looks]) if looks else None,
     )
 
 
 def commands(cell: Cell) -> str:
     """The three scripts' commands, in a line."""
-    lines = [("stage1_partition.py", cell.stage1), *(("stage2_train.py", final) for final in cell.finals)]
+    lines = [("stage1_partition.py", cell.stage1), *(("-m llb.review", look) for look in [cell.review] if look)]
+    lines += [("stage2_train.py", final) for final in cell.finals]
     lines += [("evaluate.py", cell.evaluate)] * bool(cell.finals)
-    return " && ".join(shlex.join(["python", script, *typed_flags(settings)]) for script, settings in lines)
+    return " && ".join(shlex.join(["python", *script.split(), *typed_flags(settings)]) for script, settings in lines)
 
 
 # ---- one run after another ----
@@ -165,6 +158,9 @@ def make(cell: Cell, done: Sequence[Cell], device: str) -> None:
     run = place_run(cell.stage1)
     with hold(run, "stage1", against=("",)):
         run_stage1(run, cell.stage1, device)
+        if cell.review:
+            with process_0_first("review"):
+                run_review(run, own_config(run, str(run)), cell.review)
         for final in cell.finals:
             borrow_detector(cell, final, done)
             run_stage2(run, final)

@@ -1,6 +1,7 @@
 """What a new run takes over from finished ones, instead of training it again: copies, so each run stays whole."""
 
 import dataclasses
+import filecmp
 import itertools
 import os
 import shutil
@@ -9,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llb.config import SELECTING, Evaluate, Stage1, Stage2
-from llb.files import writing
+from llb.files import write_json, writing
 from llb.head import head_file, review_file
-from llb.manifest import stage2_folder
+from llb.manifest import evaluation_files, stage2_folder
 from llb.marks import MARKS_FILE
 from llb.processes import process_0_first
+from llb.review import Review
 from llb.run import command_line, final_name
 from llb.runfiles import IMAGES_FILE, read_config, write_config
-from llb.tables import read_metrics, stage1_finished
+from llb.tables import METRICS_FILE, read_metrics, stage1_finished
 from llb.tiles import tiles_file
 
 STAGE1_FILES = (
@@ -39,6 +41,7 @@ class Cell:
     stage1: Stage1
     finals: list[Stage2]
     evaluate: Evaluate
+    review: Review | None = None  # a simulated look between the stages
 
     @property
     def run(self) -> Path:
@@ -70,6 +73,7 @@ def borrow_submodels(cell: Cell, done: Sequence[Cell]) -> None:
         shutil.rmtree(new, ignore_errors=True)
         for name in itertools.product(config["categories"], STAGE1_FILES):
             copy(lender.run.joinpath(*name), new.joinpath(*name))
+        config.pop("review", None)  # its marks are not copied
         write_config(new, config | {"stage2": {}, "command": command_line(cell.stage1)})
         with writing(cell.run):
             os.replace(new, cell.run)
@@ -77,17 +81,40 @@ def borrow_submodels(cell: Cell, done: Sequence[Cell]) -> None:
 
 @process_0_first("borrowed detector")
 def borrow_detector(cell: Cell, final: Stage2, done: Sequence[Cell]) -> None:
-    """Copy a final detector that a finished run has trained with the same settings on the same images."""
+    """Copy a final detector that a finished run has trained with the same settings on the same images.
+
+    So with its head, if that is learned alike; and so with its evaluation, if the run has the same stage 1.
+    """
     config = read_config(cell.run, str(cell.run), DELETE)
     name = final_name(final.train_on, final.detector or config["detector"], config)
     for lender in lenders(cell, done, OF_SUBMODELS):
         places = [(lender.run / category, cell.run / category) for category in config["categories"]]
         same = all(list_of(final, source) == list_of(final, target) for source, target in places)
-        same &= dataclasses.replace(final, run=str(lender.run)) in lender.finals
-        if same and config["sources"] == read_config(lender.run, str(lender.run), DELETE)["sources"]:
-            files = (f"loss-{name}.csv", stage2_folder(name), head_file(name), review_file(name))
+        own = [other for other in lender.finals if trained(other) == trained(final)]
+        if own and same and config["sources"] == read_config(lender.run, str(lender.run), DELETE)["sources"]:
+            whole = final.train_on != "reviewed" or own[0].head == final.head
+            files = (f"loss-{name}.csv", stage2_folder(name), *(whole * (head_file(name), review_file(name))))
             for (source, target), each in itertools.product(places, files):
                 copy(source / each, target / each)
+            if whole and dataclasses.replace(lender.stage1, out="") == dataclasses.replace(cell.stage1, out=""):
+                borrow_evaluation(places, name)
+
+
+def trained(final: Stage2) -> Stage2:
+    """The settings that a final detector is trained with, apart from its head."""
+    return dataclasses.replace(final, run="", head="")
+
+
+def borrow_evaluation(places: Sequence[tuple[Path, Path]], name: str) -> None:
+    """Copy what evaluate.py wrote of a final detector. places: RUN/<category> of the lender, and of the new run."""
+    for source, target in places:
+        theirs, own = read_metrics(source.parent).get(source.name, {}), read_metrics(target.parent)
+        threshold_of = [folder / "purified.txt" for folder in (source, target)]
+        if name in theirs and name not in own.get(target.name, {}) and filecmp.cmp(*threshold_of, shallow=False):
+            for each in evaluation_files(name):
+                copy(source / each, target / each)
+            entry = {each: theirs[each] for each in (name, "missing_masks") if each in theirs}
+            write_json(target.parent / METRICS_FILE, own | {target.name: own.get(target.name, {}) | entry})
 
 
 def list_of(final: Stage2, folder: Path) -> bytes | None:

@@ -118,9 +118,10 @@ def stage1_figures(folder: Path, lowest: float | None) -> dict[str, float | None
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings in a part of config.json by name; one of a detector's own is called set.NAME."""
+    """The settings in a part of config.json by name; one of a detector's own is set.NAME, of a look review.NAME."""
     settings = {name: value for name, value in config.items() if name not in NO_SETTINGS}
-    settings |= {f"set.{name}": value for name, value in (settings.pop("set", None) or {}).items()}
+    for part in ("set", "review"):
+        settings |= {f"{part}.{name}": value for name, value in (settings.pop(part, None) or {}).items()}
     return {prefix + name: value for name, value in settings.items()}
 
 

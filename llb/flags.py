@@ -116,7 +116,7 @@ def typed_flags(settings) -> list[str]:
     words = []
     for item in dataclasses.fields(settings):
         name, value = "--" + item.name.replace("_", "-"), getattr(settings, item.name)
-        if value != item.default:
+        if value != item.default and value != []:
             words += [name] if value is True else [name, str(value)]
     return words
 

@@ -200,8 +200,13 @@ def clear_detector(folder: Path, final: str) -> None:
         paths |= {row["path"] for row in read_table(folder / f"predictions-{final}.csv", ["path"])}
     for maps in (f"maps-{final}", f".maps-{final}.tmp"):
         discard_files(folder / maps, (f"{path}.png" for path in paths))
-    tables = (f"predictions-{final}.csv", threshold_file(final), kinds_file(final), loss_file(final))
-    discard_files(folder, (*tables, head_file(final), review_file(final), f"examples-{final}.png", tiles_file(final)))
+    discard_files(folder, (*evaluation_files(final), loss_file(final), head_file(final), review_file(final)))
+
+
+def evaluation_files(final: str) -> tuple[str, ...]:
+    """What evaluate.py writes of a final detector into RUN/<category>, without its maps."""
+    tables = (f"predictions-{final}.csv", threshold_file(final), kinds_file(final))
+    return (*tables, f"examples-{final}.png", tiles_file(final))
 
 
 def stage2_folder(final: str) -> str:

@@ -11,6 +11,7 @@ RUN/report.html shows the suspects and saves marks.csv: category, path, verdict 
 
 import csv
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from llb.unseen import unseen_defects
 
 COLUMNS = ["category", "path", "verdict"]
 FEW, MANY = 1, 0.1  # defects on the last page, and share of the unseen images: with no more a look is enough
+AGAIN = "make the run again"
 SIMULATED = 1  # a stream of random numbers: the pages draw from another one
 
 
@@ -48,22 +50,26 @@ class Review:
 
 
 def main() -> None:
-    review(parse_flags(Review))
-
-
-def review(settings: Review) -> None:
-    """What the command does."""
-    run = Path(settings.run)
-    config = read_config(run, f"--run {run}", "make the run again")
+    settings = parse_flags(Review)
     if settings.errors and settings.simulate is None:
         raise UserError("--errors belongs to --simulate: give both")
     if settings.simulate is not None and settings.file:
         raise UserError("--simulate and files of marks exclude each other: give one")
+    run = Path(settings.run)
+    config = read_config(run, f"--run {run}", AGAIN)
+    changes = settings.simulate is not None or settings.file
+    with hold(run, "review", against=("",)) if changes else nullcontext():
+        run_review(run, config, settings)
+
+
+def run_review(run: Path, config: dict[str, Any], settings: Review) -> None:
+    """Take marks if there are any, and say what all of them say."""
     datasets = [training_set(run, config, name) for name in config["categories"]]
-    if settings.simulate is not None or settings.file:
-        with hold(run, "review", against=("",)):
-            simulate(run, datasets, settings) if settings.simulate is not None else merge(run, datasets, settings.file)
-    if about := read_config(run, f"--run {run}", "make the run again").get("review"):
+    if settings.simulate is not None:
+        simulate(run, config, datasets, settings)
+    elif settings.file:
+        merge(run, config, datasets, settings.file)
+    if about := read_config(run, f"--run {run}", AGAIN).get("review"):
         say(simulated_line(about))
     for dataset in datasets:
         for line in findings(run / dataset.category, dataset, config["seed"]):
@@ -87,13 +93,11 @@ def training_set(run: Path, config: dict[str, Any], name: str) -> Dataset:
 # ---- marks ----
 
 
-def merge(run: Path, datasets: Sequence[Dataset], files: Sequence[str]) -> None:
+def merge(run: Path, config: dict[str, Any], datasets: Sequence[Dataset], files: Sequence[str]) -> None:
     """Merge files of marks, the later over the earlier. A UserError is raised, and nothing changed, if one is wrong."""
     places = {d.category: {record.path: i for i, record in enumerate(d.train)} for d in datasets}
     marks = {d.category: read_marks(run / d.category, d) for d in datasets}
-    if "review" in read_config(run, f"--run {run}", "make the run again") and any(
-        (m != UNSAID).any() for m in marks.values()
-    ):
+    if "review" in config and any((m != UNSAID).any() for m in marks.values()):
         drop = " ".join(typed(run / name / MARKS_FILE) for name in marks)
         raise UserError(f"--run {run}: its marks are simulated; a person's do not mix with them: first delete {drop}")
     new = changed = 0
@@ -143,12 +147,11 @@ def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, 
     return marks
 
 
-def simulate(run: Path, datasets: Sequence[Dataset], settings: Review) -> None:
+def simulate(run: Path, config: dict[str, Any], datasets: Sequence[Dataset], settings: Review) -> None:
     """Mark by the labels, as one who looks at the first images of the pages and errs in some, drawn by the run's seed.
 
     A UserError is raised if labels are unknown, or a person's marks are there.
     """
-    config = read_config(run, f"--run {run}", "make the run again")
     for dataset in datasets:
         if any(record.label is None for record in dataset.train):
             raise UserError(f"--simulate needs labels, and the images of {dataset.category} have none")
@@ -171,7 +174,7 @@ def simulate(run: Path, datasets: Sequence[Dataset], settings: Review) -> None:
 def record(run: Path, about: dict[str, Any] | None) -> None:
     """Say in config.json that marks are simulated, and how; None: they are a person's."""
     with turn(run):
-        config = read_config(run, f"--run {run}", "make the run again")
+        config = read_config(run, f"--run {run}", AGAIN)
         if config.get("review") != about:
             config.pop("review", None)
             write_config(run, config | ({"review": about} if about else {}))

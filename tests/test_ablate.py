@@ -1,6 +1,8 @@
 """A grid is made of ordinary runs, as the three scripts make them; what they have in common is done once."""
 
+import json
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -8,8 +10,12 @@ from helpers import TILE, command, contents, dates, refuse, rows_of, succeed
 
 import evaluate
 from llb import ablate, compare
+from llb.borrow import STAGE1_FILES, Cell, borrow_detector, borrow_submodels
 from llb.config import Evaluate, Stage1, Stage2
+from llb.files import write_json
 from llb.flags import parse_flags
+from llb.runfiles import read_config, write_config
+from llb.tables import read_metrics
 
 CELLS = [f"keep={keep},seed=0,submodels=3" for keep in ("auto", "0.5")]
 
@@ -65,6 +71,68 @@ def test_the_commands_of_a_grid_are_the_scripts_own(tmp_path):
     assert len(set(given)) == len(lines) and {seed for seed, *_ in given} == {0, 1}
     varied = [each[1:4] for each in given if each[0] == 0]
     assert {(None, 0.1, None), ("attention=softmax", 0.1, None), (None, 0.0, None), (None, 0.1, 7)} < set(varied)
+
+
+def test_a_look_stands_between_the_stages(tmp_path):
+    line = ["--vary", "review.simulate=24,48", "--vary", "review.errors=0.1", "--vary", "final.head=none"]
+    lines = succeed("llb.ablate", *line, "--train-on", "reviewed,all", "--seeds", 1, "--out", tmp_path, "--print")
+    for each, simulate in zip(lines.splitlines(), (24, 48), strict=True):
+        _, look, *finals, _ = [shlex.split(part) for part in each.split(" && ")]
+        assert look[:3] == ["python", "-m", "llb.review"] and look[5:] == [
+            "--simulate",
+            str(simulate),
+            "--errors",
+            "0.1",
+        ]
+        assert [final[4:6] for final in finals] == [["--train-on", "reviewed"], ["--train-on", "all"]]
+        assert look[4] == finals[0][3] and all("none" in final for final in finals)
+
+
+@pytest.fixture
+def lent(finished, data, tmp_path):
+    """A finished run with simulated marks and a detector on `reviewed`, and a new one with the same stage 1."""
+    old, new = (tmp_path / name for name in ("old", "new"))
+    shutil.copytree(finished, old)
+    tile = old / "tile"
+    shutil.copytree(tile / "stage2-all", tile / "stage2-reviewed")
+    shutil.copy(tile / "predictions-all.csv", tile / "predictions-reviewed.csv")
+    for name in ("marks.csv", "head-reviewed.json", "review-reviewed.json"):
+        (tile / name).write_text("")
+    metrics = json.loads((old / "metrics.json").read_text())
+    metrics["tile"]["reviewed"] = metrics["tile"]["all"]
+    write_json(old / "metrics.json", metrics)
+    write_config(old, read_config(old, "", "") | {"review": {"simulate": 3, "errors": 0.0}})
+
+    def cell(run, head="auto"):
+        stage1 = parse_flags(Stage1, ["--data", str(data), "--out", str(run), *map(str, TILE)])
+        finals = [Stage2(run=str(run), train_on=train_on, head=head) for train_on in ("reviewed", "all")]
+        return Cell(stage1, finals, Evaluate(run=str(run)))
+
+    borrow_submodels(cell(new), [cell(old)])
+    return new, cell(old), cell
+
+
+def borrowed(lent, head: str) -> set[str]:
+    new, old, cell = lent
+    for final in cell(new, head).finals:
+        borrow_detector(cell(new, head), final, [old])
+    return {path.name for path in (new / "tile").iterdir()} - {*STAGE1_FILES}
+
+
+def test_the_marks_of_another_run_are_not_taken_over(lent):
+    assert "review" not in read_config(lent[0], "", "") and not (lent[0] / "tile" / "marks.csv").exists()
+    taken = borrowed(lent, "auto")
+    assert "stage2-all" in taken and not any("reviewed" in name for name in taken), "without marks: another list"
+    assert read_metrics(lent[0])["tile"].keys() == {"all"} and "predictions-all.csv" in taken
+
+
+def test_with_the_same_marks_a_detector_is_taken_over_but_with_another_head_neither_head_nor_evaluation(lent):
+    (lent[0] / "tile" / "marks.csv").write_text("")
+    taken = borrowed(lent, "none")
+    assert {"stage2-reviewed", "stage2-all", "predictions-all.csv"} < taken
+    assert not {"head-reviewed.json", "review-reviewed.json", "predictions-reviewed.csv"} & taken
+    assert {"head-reviewed.json", "review-reviewed.json", "predictions-reviewed.csv"} < borrowed(lent, "auto")
+    assert read_metrics(lent[0])["tile"].keys() == {"reviewed", "all"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs that differ in the seed alone are one row; what differs is named; differences are paired by seed."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -9,7 +10,10 @@ from PIL import Image
 
 from llb.compare import differing, main, read_groups, report
 from llb.data import Record
+from llb.figures import house
 from llb.files import UserError, write_json
+from llb.looks import looks_figure
+from llb.looks import main as looks_main
 from llb.metrics import lowest_contamination
 from llb.runfiles import VERSION, write_config
 from llb.tables import Stage1Result, write_scores
@@ -23,10 +27,12 @@ def made(run, seed=0, auroc=0.9, sources="old", finals=("purified", "all"), **se
     records = [Record(f"{i}.png", label, (), "") for i, label in enumerate(LABELS)]
     kept = np.array([True, True, True, True, False])
     write_scores(run / "part", records, Stage1Result(np.zeros(5, int), SCORES, SCORES.mean(axis=1), kept))
-    values = {"purified": auroc, "all": auroc - 0.1}
+    values = dict.fromkeys(finals, auroc) | {"all": auroc - 0.1}
     metrics = {final: {"image_auroc": values[final], "pixel_aupro": None} for final in finals}
     write_json(run / "metrics.json", {"part": metrics, "mean": metrics})
     stage2 = {final: {"train_on": final, "set": {}, "category_steps": {"part": seed}} for final in finals}
+    for each in stage2.values():
+        each["head"] = settings.get("head", "auto")
     own = {"submodels": 2, "set": {"power": 2.0}, "data": None} | settings
     facts = {"categories": ["part"], "sources": [sources], "stage2": stage2, "command": f"python … {run}"}
     write_config(run, {"llb": VERSION, "seed": seed} | own | facts)
@@ -80,6 +86,28 @@ def test_runs_of_stage_1_alone_are_compared_and_others_are_refused(tmp_path):
     for run, problem in (("a", "finish stage 1"), ("b", "config.json cannot be read")):
         with pytest.raises(UserError, match=problem):
             read_groups([tmp_path / run])
+
+
+def test_simulated_looks_are_settings_and_are_drawn(tmp_path, capsys, monkeypatch):
+    finals, common = ("reviewed", "all", "clean"), {"detector": "padim", "noise_ratio": 0.2}
+    for simulate, head in itertools.product((24, 96), ("auto", "none")):
+        look = {"simulate": simulate, "errors": 0.1}
+        made(tmp_path / f"{simulate}{head}", 0, 0.8 + simulate / 1000, finals=finals, head=head, review=look, **common)
+    groups = results(*sorted(tmp_path.iterdir()))
+    assert differing(groups)[0] == ["final.head", "review.simulate"] and "image AUROC reviewed" in report(groups)
+    with house():
+        (axis,) = looks_figure(groups).axes
+    lines = {line.get_label(): line for line in axis.lines}
+    assert axis.get_title() == "padim, 20% defects" and lines.keys() == {
+        "all",
+        "clean",
+        "use, 10% errors",
+        "drop, 10% errors",
+    }
+    assert lines["use, 10% errors"].get_xydata().tolist() == [[24, 0.824], [96, 0.896]]
+    monkeypatch.setattr(sys, "argv", ["looks", "--grid", str(tmp_path)])
+    looks_main()
+    assert (tmp_path / "looks.svg").stat().st_size and "looks.png" in capsys.readouterr().out
 
 
 def test_the_papers_statistic_counts_defects_among_the_lowest_scores():

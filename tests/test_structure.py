@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = """
     files flags console processes lock times runfiles device
     cache metrics keep threshold pictures pages tiles charts tree pairing layouts lists images masks data demo maps
+<<<<<<< HEAD
     tables marks unseen learning figures compare quarantine review sheet
+=======
+    tables marks unseen learning figures compare looks quarantine review
+>>>>>>> 7ba9314 (Ablation of simulated looks: review.simulate, review.errors; preset review; their figure; a lesson on looking)
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
     detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released
     detectors.padim detectors.student detectors.subspace detectors.banks detectors.patchcore detectors.softpatch
@@ -27,6 +31,7 @@ ORDER = [
     "stage1_partition",
     "stage2_train",
     "evaluate",
+    "llb.presets",
     "llb.ablate",
     "llb.dropping",
 ]

@@ -1,0 +1,87 @@
+"""What a look at the suspects is worth: AUROC against the images that were looked at. No JAX.
+
+    python -m llb.ablate --preset review
+    python -m llb.looks --grid runs/review            draws runs/review/looks.png and .svg
+
+A panel for each detector and noise ratio. The points are means over the seeds; "use": what was called defective
+teaches a head, too (`--head auto`); "drop": it is only left out (`--head none`). The level lines are of detectors on
+all images and on the clean ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llb.compare import Group, read_groups
+from llb.console import run_script, say
+from llb.figures import COLOURS, INK, house, new_figure, save
+from llb.files import UserError
+from llb.flags import flag, parse_flags
+
+WAYS = {"auto": ("use", "-"), "none": ("drop", "--")}
+LEVELS = {"clean": ":", "all": "-."}
+
+
+@dataclass
+class Looks:
+    """Draw AUROC against the images that were looked at."""
+
+    grid: str = flag("runs/review", "folder of a finished grid with review.simulate")
+
+
+def main() -> None:
+    grid = Path(parse_flags(Looks).grid)
+    groups = [each for each in read_groups(runs_in(grid)) if each.settings.get("review.simulate")]
+    if not groups:
+        raise UserError(f"--grid {grid} holds no run with a simulated look: python -m llb.ablate --preset review")
+    with house():
+        save(looks_figure(groups), grid / "looks.png", grid / "looks.svg")
+    say(f"{grid / 'looks.png'}, {grid / 'looks.svg'}")
+
+
+def runs_in(grid: Path) -> list[Path]:
+    """The runs of a grid, those that are not evaluated left out."""
+    return sorted(file.parent for file in grid.glob("*/metrics.json"))
+
+
+def looks_figure(groups: Sequence[Group]):
+    """The figure; call it in `house`. groups: of runs with simulated looks."""
+    detectors, ratios = (
+        sorted({each.settings[name] for each in groups}, key=lambda value: (str(type(value)), value))
+        for name in ("detector", "noise_ratio")
+    )
+    shape = {"width": 2.6 * len(ratios), "height": 2.2 * len(detectors)}
+    figure, panels = new_figure(len(detectors), len(ratios), **shape, sharex=True, sharey="row")
+    known = {}
+    for group in groups:
+        settings, figures = group.settings, group.figures
+        axis = panels[detectors.index(settings["detector"]), ratios.index(settings["noise_ratio"])]
+        axis.set_title(f"{settings['detector']}, {settings['noise_ratio']:.0%} defects")
+        word, line = WAYS[settings["final.head"]]
+        curve = (f"{word}, {settings['review.errors']:.0%} errors", line, settings["review.errors"])
+        known.setdefault(axis, {}).setdefault(curve, {})[settings["review.simulate"]] = figures["image AUROC reviewed"]
+        for final in LEVELS:
+            known[axis].setdefault(final, {}).update(figures[f"image AUROC {final}"])
+    errors = sorted({curve[2] for curves in known.values() for curve in curves if curve not in LEVELS})
+    for axis, curves in known.items():
+        for final, kind in LEVELS.items():
+            if values := curves.pop(final):
+                axis.axhline(np.mean(list(values.values())), color=INK, linestyle=kind, linewidth=1, label=final)
+        for (name, kind, wrong), points in sorted(curves.items()):
+            seen = sorted(points)
+            means = [np.mean(list(points[each].values())) for each in seen]
+            axis.plot(seen, means, kind, color=COLOURS[errors.index(wrong)], marker="o", markersize=3, label=name)
+        axis.set_xticks(seen)
+    for axis in panels[-1]:
+        axis.set_xlabel("images looked at")
+    for axis in panels[:, 0]:
+        axis.set_ylabel("image AUROC")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+if __name__ == "__main__":
+    run_script(main, resumable=False)
