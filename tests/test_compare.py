@@ -31,8 +31,8 @@ def made(run, seed=0, auroc=0.9, sources="old", finals=("purified", "all"), **se
     metrics = {final: {"image_auroc": values[final], "pixel_aupro": None} for final in finals}
     write_json(run / "metrics.json", {"part": metrics, "mean": metrics})
     stage2 = {final: {"train_on": final, "set": {}, "category_steps": {"part": seed}} for final in finals}
-    for each in stage2.values():
-        each["head"] = settings.get("head", "auto")
+    head = settings.pop("head", "auto")
+    stage2 = {final: own | {"head": head} for final, own in stage2.items()}
     own = {"submodels": 2, "set": {"power": 2.0}, "data": None} | settings
     facts = {"categories": ["part"], "sources": [sources], "stage2": stage2, "command": f"python … {run}"}
     write_config(run, {"llb": VERSION, "seed": seed} | own | facts)
