@@ -52,7 +52,7 @@ def looks_figure(groups: Sequence[Group]):
         sorted({each.settings[name] for each in groups}, key=lambda value: (str(type(value)), value))
         for name in ("detector", "noise_ratio")
     )
-    shape = {"width": 2.6 * len(ratios), "height": 2.2 * len(detectors)}
+    shape = {"width": max(5.5, 2.6 * len(ratios)), "height": 1 + 1.9 * len(detectors)}
     figure, panels = new_figure(len(detectors), len(ratios), **shape, sharex=True, sharey="row")
     known = {}
     for group in groups:
@@ -70,10 +70,11 @@ def looks_figure(groups: Sequence[Group]):
             if values := curves.pop(final):
                 axis.axhline(np.mean(list(values.values())), color=INK, linestyle=kind, linewidth=1, label=final)
         for (name, kind, wrong), points in sorted(curves.items()):
-            seen = sorted(points)
-            means = [np.mean(list(points[each].values())) for each in seen]
-            axis.plot(seen, means, kind, color=COLOURS[errors.index(wrong)], marker="o", markersize=3, label=name)
-        axis.set_xticks(seen)
+            means = [np.mean(list(points[each].values())) for each in sorted(points)]
+            axis.plot(
+                sorted(points), means, kind, color=COLOURS[errors.index(wrong)], marker="o", markersize=3, label=name
+            )
+        axis.set_xticks(sorted({each.settings["review.simulate"] for each in groups}))
     for axis in panels[-1]:
         axis.set_xlabel("images looked at")
     for axis in panels[:, 0]:

@@ -100,7 +100,7 @@ def test_simulated_looks_are_settings_and_are_drawn(tmp_path, capsys, monkeypatc
     lines = {line.get_label(): line for line in axis.lines}
     names = {"all", "clean", "use, 10% errors", "drop, 10% errors"}
     assert axis.get_title("left") == "padim, 20% defects" and lines.keys() == names
-    assert lines["use, 10% errors"].get_xydata().tolist() == [[24, 0.824], [96, 0.896]]
+    assert lines["use, 10% errors"].get_xydata() == pytest.approx(np.array([[24, 0.824], [96, 0.896]]))
     monkeypatch.setattr(sys, "argv", ["looks", "--grid", str(tmp_path)])
     looks_main()
     assert (tmp_path / "looks.svg").stat().st_size and "looks.png" in capsys.readouterr().out
