@@ -32,6 +32,7 @@ from llb.files import UserError, check_writable, is_writer
 from llb.flags import SEVERAL, flag, parse_flags, real, typed_flags, whole
 from llb.lock import hold
 from llb.manifest import clear_run
+from llb.pages import PAGE
 from llb.presets import PRESETS
 from llb.processes import process_0_first
 from llb.review import Review, run_review
@@ -55,6 +56,7 @@ class Ablate(Stage1):
     preset: str | None = flag(None, "a grid by name; given flags come after its own", choices=PRESETS, shown="–")
     seeds: int = flag(3, "number of seeds, from --seed on", whole(1))
     train_on: str = flag("purified", f"final detectors, with commas; {ALONE}: stage 1 alone")
+    suspects: int = flag(PAGE, "as stage 1's; few, since nobody marks the images of a grid", whole(1), affects=False)
     lowest: float | None = flag(None, "as of llb.compare", real(0, 1), shown="–")
     out: str | None = flag(None, "folder of the grid", shown="runs/PRESET or runs/ablate")
     print: bool = flag(False, "print the commands of each run, and do nothing")

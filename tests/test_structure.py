@@ -12,11 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = """
     files flags console processes lock times runfiles device
     cache metrics keep threshold pictures pages tiles charts tree pairing layouts lists images masks data demo maps
-<<<<<<< HEAD
-    tables marks unseen learning figures compare quarantine review sheet
-=======
-    tables marks unseen learning figures compare looks quarantine review
->>>>>>> 7ba9314 (Ablation of simulated looks: review.simulate, review.errors; preset review; their figure; a lesson on looking)
+    tables marks unseen learning figures compare looks quarantine review sheet
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
     detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released
     detectors.padim detectors.student detectors.subspace detectors.banks detectors.patchcore detectors.softpatch
