@@ -64,6 +64,7 @@ def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_
         told = page.value("document.body.innerText")
         for part in ("reviewed beside all, each by its threshold", f"Of the {named} marked as defects 0 are labelled"):
             assert part in told
+        assert page.value("document.querySelector('.desk code').textContent").endswith(f"--run {run} marks.csv")
         assert re.search(r"\nreviewed\t[01]\.\d", told) and "reviewed: λ = " in told
         assert page.complaints() == []
 
@@ -75,7 +76,7 @@ def small_run(folder: Path, paths: list[str], seed: int = 0, category: str = '=b
     write_csv(folder / category / "scores.csv", ["path", "subset", "model_0", "score", "kept", "label"], rows)
     picture, heat = np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=np.float32)
     write_tiles(folder / category / tiles_file("suspects"), [(path, picture, heat, None) for path in paths])
-    write_report(folder)
+    write_report(folder, {category: ["one_long_name/" * 9]})
     return folder
 
 
