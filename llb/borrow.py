@@ -117,10 +117,10 @@ def borrow_evaluation(places: Sequence[tuple[Path, Path]], name: str) -> None:
             write_json(target.parent / METRICS_FILE, own | {target.name: own.get(target.name, {}) | entry})
 
 
-def list_of(final: Stage2, folder: Path) -> bytes | None:
-    """What a person may change of the images that a final detector is trained on. folder: RUN/<category>."""
-    name = {"purified": "purified.txt", "reviewed": MARKS_FILE}.get(final.train_on)
-    return (folder / name).read_bytes() if name and (folder / name).exists() else None
+def list_of(final: Stage2, folder: Path) -> list[bytes | None]:
+    """What the list of a final detector, and its head, depend on besides settings. folder: RUN/<category>."""
+    names = {"purified": ["purified.txt"], "reviewed": [MARKS_FILE, "scores.csv"]}.get(final.train_on, [])
+    return [(folder / name).read_bytes() if (folder / name).exists() else None for name in names]
 
 
 def copy(source: Path, target: Path) -> None:

@@ -1,8 +1,8 @@
 """A head: a linear classifier on the encoder's features that learns from the images a person called defective.
 
-    maps      (B, h, w, C)   the encoder's maps side by side, on the grid on which the detector's distance lies
-    patch     (C,)           of one position
-    positive  (n, C)         of each image called defective, the WORST positions for the detector: where the defect is
+    patch     (C,)           of one position: the encoder's maps side by side, on the grid of the detector's distance
+                             or on that of the finest map, whichever is coarser
+    positive  (n, C)         of each image called defective, the worst positions for the detector: where the defect is
     negative  (m, C)         positions drawn from all images in training, and the worst ones of images called fine
     own       (B, h, w)      weight · patch + bias, of a class-balanced logistic regression on standardised features
     distance  (B, h, w)      above(detector's distance) + λ · above(own)
@@ -10,14 +10,17 @@
     above(x) = √max(0, (x − median) / MAD), both over the positions of the training images
 
 A detector sees that a patch is unusual; the head knows what unusual patches a person minds. It knows no detector by
-name. Features come in batches, and only patches that are learned from stay in memory.
+name. Features come in batches, and only patches that are learned from stay in memory: some of each image that was
+looked at, and of IMAGES others.
 
 λ comes from evidence: 0 unless MARKS images of each verdict were given, since of few marks only the loudest defects
-are known; else 2 (L − ½) within 0 … 1. L is the lower bound of the AUROC that heads reach on the images of a person's
-look which they have not learned from (FOLDS folds). With λ = 0 the detector is as it was.
+are known; else (L − ½) / (R − ½) within 0 … LARGEST. L is the lower bound of the AUROC that heads reach on the images
+of a person's look which they have not learned from (FOLDS folds); R is that of stage 1's ranking on the same images,
+which were picked by it. So a head counts as much as it adds where the ranking ends: less if the ranking has put all
+defects first. With λ = 0 the detector is as it was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
 
 from llb.checkpoint import Params
 from llb.console import progress
@@ -37,10 +41,13 @@ from llb.files import UserError, read_json
 from llb.marks import DEFECT, FINE
 from llb.metrics import image_metrics
 
-MARKS = 15  # images of each verdict without which there is no head
-WORST, DRAWN = 8, 20_000  # positions of an image that was looked at; of all training images together
-FOLDS, LARGEST = 5, 1.0  # of the cross-validation; λ
-CONFIDENCE = 0.95
+MARKS = 10  # images of each verdict without which there is no head
+# worst positions of an image that was called defective, and of one called fine: so many, at most this share of all
+OF_DEFECT, OF_FINE = (24, 0.125), (60, 0.3)
+DRAWN, LEARNED = 20, 2  # positions of an image in training that say what is usual; those of them that are learned from
+IMAGES = 1000  # training images besides those that were looked at
+FOLDS, CONFIDENCE = 5, 0.95  # of the cross-validation; of L
+LEAST, LARGEST = 0.02, 1.5  # R − ½ in the quotient; λ
 BATCH = 16  # images
 LOGISTIC = {"C": 1.0, "class_weight": "balanced", "max_iter": 1000}
 Heads = dict[str, np.ndarray]  # leading axis K: weight (K, C), bias (K,); of a final detector also lambda (K,) and
@@ -72,19 +79,27 @@ def distance_of(setup: Setup, params: Params | Headed, features: Any) -> jax.Arr
     if not isinstance(params, Headed):
         return measure(setup, params, features)
     distance, head = measure(setup, params.detector, features), params.head
-    own = encoder_maps(setup, features, distance.shape[1:]) @ head["weight"] + head["bias"]
+    own = own_of(head, encoder_maps(setup, features), distance.shape[1:])
     return above(distance, *head["detector"]) + head["lambda"] * above(own, *head["own"])
 
 
-def encoder_maps(setup: Setup, features: Any, grid: tuple[int, int]) -> jax.Array:
-    """All maps of the encoder on one grid, float32 (B, h, w, C); finer ones are averaged, coarser ones interpolated."""
+def encoder_maps(setup: Setup, features: Any) -> tuple[jax.Array, ...]:
     if isinstance(features, tuple):  # images, of a detector that encodes itself
         images, frozen = features
-        maps = setup.encode(frozen, normalise(images))
-    else:
-        maps = maps_of(setup, features)
-    shapes = [(len(one), *grid, one.shape[-1]) for one in maps]
-    return jnp.concatenate([jax.image.resize(one, shape, "linear") for one, shape in zip(maps, shapes)], axis=-1)
+        return setup.encode(frozen, normalise(images))
+    return maps_of(setup, features)
+
+
+def on_grid(maps: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """(B, h, w, C) → (B, *grid, C): averaged if the grid is coarser, interpolated if it is finer."""
+    return jax.image.resize(maps, (len(maps), *grid, maps.shape[-1]), "linear")
+
+
+def own_of(head: Heads, maps: tuple[jax.Array, ...], grid: tuple[int, int]) -> jax.Array:
+    """What a head says of every position, float32 (B, h, w): weight · patch + bias. Each map is multiplied on its own
+    grid, which is the same, since resizing is linear, and needs less memory."""
+    weights = jnp.split(head["weight"], np.cumsum([one.shape[-1] for one in maps])[:-1])
+    return sum(on_grid(one @ weight[:, None], grid) for one, weight in zip(maps, weights))[..., 0] + head["bias"]
 
 
 def above(values: jax.Array, middle: jax.Array, width: jax.Array) -> jax.Array:
@@ -103,46 +118,51 @@ def usual(values: np.ndarray) -> np.ndarray:
 
 
 class Look(NamedTuple):
-    """What is taken of a batch of images."""
+    """What is taken of n images."""
 
-    distance: np.ndarray  # float32 (b, h, w), the detector's
-    drawn: np.ndarray  # float32 (b, r, C), patches at the places that were drawn
-    worst: np.ndarray  # float32 (b, WORST, C), patches where the distance is largest, largest first
+    drawn: np.ndarray  # float32 (n, DRAWN, C), patches of random positions
+    distance: np.ndarray  # float32 (n, DRAWN), the detector's, there
+    defect: np.ndarray  # float32 (n, w, C): patches where the distance is largest, as many as of OF_DEFECT
+    fine: np.ndarray  # float32 (n, w', C): and as of OF_FINE
 
 
 @partial(jax.jit, static_argnames="setup")
-def look_step(params: Params, features: jax.Array, places: jax.Array, setup: Setup, frozen: Params | None) -> Look:
-    """params: of one sub-model; features: (b, …); places: int (b, r), positions of the grid; frozen: of `Features`."""
-    inputs = features if frozen is None else (features, frozen)
-    distance = distance_of(setup, params, inputs)
-    flat = distance.reshape(len(distance), -1)
-    patches = encoder_maps(setup, inputs, distance.shape[1:])
-    patches = patches.reshape(*flat.shape, -1)
-    worst = jax.lax.top_k(flat, min(WORST, flat.shape[1]))[1]
-    return Look(distance, *(jnp.take_along_axis(patches, at[..., None], axis=1) for at in (places, worst)))
+def look_step(params: Params, inputs: Any, random: jax.Array, setup: Setup) -> Look:
+    """params: of one sub-model; inputs: of `distance_of`; random: float32 (b, DRAWN), within 0 … 1."""
+    distance, maps = distance_of(setup, params, inputs), encoder_maps(setup, inputs)
+    grid = tuple(map(min, distance.shape[1:], maps[0].shape[1:3]))
+    flat = on_grid(distance[..., None], grid).reshape(len(distance), -1)
+    patches = jnp.concatenate([on_grid(one, grid) for one in maps], axis=-1).reshape(*flat.shape, -1)
+    places = (random * flat.shape[1]).astype(np.int32)
+    counts = [min(most, max(1, round(share * flat.shape[1]))) for most, share in (OF_DEFECT, OF_FINE)]
+    worst = jax.lax.top_k(flat, max(counts))[1]
+    taken = (jnp.take_along_axis(patches, at[..., None], axis=1) for at in (places, *(worst[:, :n] for n in counts)))
+    drawn, defect, fine = taken
+    return Look(drawn, jnp.take_along_axis(flat, places, axis=1), defect, fine)
 
 
-@partial(jax.jit, static_argnames=("setup", "grid"))
-def own_step(
-    heads: Heads, features: jax.Array, setup: Setup, frozen: Params | None, grid: tuple[int, int]
-) -> jax.Array:
-    """What K heads say of the same images, apart from any detector: scores float32 (b, K)."""
-    maps = encoder_maps(setup, features if frozen is None else (features, frozen), grid)
+@partial(jax.jit, static_argnames="setup")
+def own_step(heads: Heads, params: Params, inputs: Any, setup: Setup) -> jax.Array:
+    """What F heads say of the same images, apart from the detector: scores float32 (b, F)."""
+    grid = jax.eval_shape(partial(distance_of, setup), params, inputs).shape[1:]
+    maps = encoder_maps(setup, inputs)
 
     def of_one(head: Heads) -> jax.Array:
-        own = above(maps @ head["weight"] + head["bias"], *head["own"])
+        own = above(own_of(head, maps, grid), *head["own"])
         return SCORES[setup.score](own, anomaly_map(own, setup.image_size, setup.map_rule))
 
     return jax.lax.map(of_one, heads).T
 
 
-def in_batches(features: Features, images: np.ndarray, title: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Places in `images`, int (BATCH,), and the features there; the last batch is filled by repetition."""
-    starts = range(0, len(images), BATCH)
-    batches = [np.resize(np.arange(start, min(start + BATCH, len(images))), BATCH) for start in starts]
-    return progress(
-        prefetch(lambda at: features.fetch(images[at]), batches), total=len(batches), desc=title, unit="batch"
-    )
+def by_batches(step: Callable, features: Features, images: np.ndarray, title: str) -> Any:
+    """A tree of arrays (n, …): what `step(inputs, places in images)` makes of all images, batch by batch."""
+    starts, parts = range(0, len(images), BATCH), []
+    batches = [np.resize(np.arange(start, min(start + BATCH, len(images))), BATCH) for start in starts]  # by repetition
+    fetched = prefetch(lambda at: features.fetch(images[at]), batches)
+    for at, batch in progress(fetched, total=len(batches), desc=title, unit="batch"):
+        inputs = batch if features.frozen is None else (batch, features.frozen)
+        parts.append(jax.tree.map(np.asarray, step(inputs, at)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(images)], *parts)
 
 
 # ---- learning ----
@@ -160,25 +180,21 @@ def fit_head(positive: np.ndarray, negative: np.ndarray, drawn: np.ndarray) -> H
     return {"weight": weight, "bias": bias, "own": usual(drawn @ weight + bias)}
 
 
+def rows(patches: np.ndarray) -> np.ndarray:
+    """(n, w, C) → (n · w, C)."""
+    return patches.reshape(-1, patches.shape[-1])
+
+
 def lower_bound(auroc: float, defective: int, fine: int) -> float:
-    """The lower end of the two-sided 95 % interval of an AUROC of so many images of each kind: Hanley and McNeil, "The
+    """The lower end of the one-sided 95 % interval of an AUROC of so many images of each kind: Hanley and McNeil, "The
     meaning and use of the area under a receiver operating characteristic (ROC) curve" (Radiology 143, 1982)."""
     q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
     spread = auroc * (1 - auroc) + (defective - 1) * (q1 - auroc**2) + (fine - 1) * (q2 - auroc**2)
-    return float(auroc - norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(spread / (defective * fine)))
-
-
-def folds_of(marks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """int (n,): the fold of each image; of each verdict as many as of the other, up to one. marks: DEFECT or FINE."""
-    fold = np.empty(len(marks), int)
-    for verdict in (DEFECT, FINE):
-        own = np.flatnonzero(marks == verdict)
-        fold[own] = generator.permutation(len(own)) % FOLDS
-    return fold
+    return float(auroc - norm.ppf(CONFIDENCE) * np.sqrt(spread / (defective * fine)))
 
 
 def learn_head(
-    setup: Setup, features: Features, params: Params, marks: np.ndarray, seed: int, title: str
+    setup: Setup, features: Features, params: Params, marks: np.ndarray, ranking: np.ndarray, seed: int
 ) -> tuple[Heads | None, dict[str, Any]]:
     """The head of a final detector, and what speaks for it.
 
@@ -186,10 +202,12 @@ def learn_head(
         features: of all N training images.
         params: host tree of the final detector, K = 1, trained on the images that are not called defective.
         marks: int8 (N,), of `read_marks`.
+        ranking: float (N,), stage 1's scores.
 
     Returns:
         The head, K = 1; None if λ is 0.
-        The review: "defect" and "fine", images; "auroc" and "lower" of the cross-validated heads; "lambda"; "why".
+        The review: "defect" and "fine", images; "auroc" and "lower" (L) of the cross-validated heads; "ranking" (R);
+        "lambda"; "why".
     """
     review = evidence(marks)
     defect, fine = review["defect"], review["fine"]
@@ -197,51 +215,59 @@ def learn_head(
         return None, review | {"why": f"no head: it needs {MARKS} images of each verdict"}
     generator, own = np.random.default_rng((seed, 3)), jax.tree.map(lambda leaf: leaf[0], params)
 
-    # ---- one look at all images: the detector's distances, and patches ----
-    learned, said = np.flatnonzero(marks != DEFECT), np.flatnonzero(marks >= FINE)
-    everything = np.arange(len(marks))
-    probe = partial(look_step, setup=setup, frozen=features.frozen)
-    whole = jax.ShapeDtypeStruct((BATCH, *features.shape), features.fetch(everything[:1]).dtype)
-    grid = jax.eval_shape(probe, own, whole, jax.ShapeDtypeStruct((BATCH, 1), np.int32)).distance.shape[1:]
-    places = generator.integers(0, grid[0] * grid[1], (len(marks), max(1, DRAWN // len(learned))), np.int32)
-    distance, drawn, worst = np.empty((len(marks), *grid), np.float32), {}, {}
-    for at, batch in in_batches(features, everything, f"{title}, looked at"):
-        look = jax.tree.map(np.asarray, probe(own, batch, places[at]))
-        distance[at] = look.distance
-        drawn |= dict(zip(at.tolist(), look.drawn))
-        worst |= {int(image): patches for image, patches in zip(at, look.worst) if marks[image] >= FINE}
-    background = np.stack([drawn[image] for image in learned])  # (n, r, C)
+    # ---- one look: the detector's distances, and patches ----
+    said, others = np.flatnonzero(marks >= FINE), np.flatnonzero(marks < FINE)
+    others = np.sort(generator.choice(others, min(len(others), IMAGES), replace=False))
+    verdicts = marks[np.concatenate([said, others])]
+    random = generator.random((len(verdicts), DRAWN), np.float32)
+
+    def look_at_said(inputs: Any, at: np.ndarray) -> Look:
+        return look_step(own, inputs, random[at], setup=setup)
+
+    def look_at_others(inputs: Any, at: np.ndarray) -> Look:
+        return look_step(own, inputs, random[len(said) + at], setup=setup)._replace(defect=None, fine=None)
+
+    look: Look = by_batches(look_at_said, features, said, "head, looked at")
+    rest: Look = by_batches(look_at_others, features, others, "head, others")
+    drawn, distance = (np.concatenate([getattr(each, name) for each in (look, rest)]) for name in ("drawn", "distance"))
 
     def head_of(apart: np.ndarray) -> Heads:
-        """Learned from all images but those `apart`."""
-        of = {v: [worst[i] for i in said if marks[i] == v and i not in apart] for v in (DEFECT, FINE)}
-        rest = background[~np.isin(learned, apart)].reshape(-1, background.shape[-1])
-        return fit_head(np.concatenate(of[DEFECT]), np.concatenate([rest, *of[FINE]]), rest)
+        """Learned from all images but those at the places `apart` of `said`."""
+        here = ~np.isin(np.arange(len(verdicts)), apart)
+        told = here[: len(said)]
+        positive, worst = look.defect[told & (marks[said] == DEFECT)], look.fine[told & (marks[said] == FINE)]
+        patches = drawn[here & (verdicts != DEFECT)]
+        return fit_head(rows(positive), np.concatenate([rows(patches[:, :LEARNED]), rows(worst)]), rows(patches))
 
     # ---- heads on the images that they have not learned from ----
-    fold = folds_of(marks[said], generator)
-    heads = [head_of(said[fold == number]) for number in range(FOLDS)]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *heads)
-    scores = np.empty(len(said), np.float32)
-    for at, batch in in_batches(features, said, f"{title}, tested"):
-        of_all = np.asarray(own_step(stacked, batch, setup=setup, frozen=features.frozen, grid=grid))
-        scores[at] = of_all[np.arange(len(at)), fold[at]]
-    auroc = image_metrics((marks[said] == DEFECT).astype(int).tolist(), scores)["image_auroc"]
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed % 2**32).split(said, marks[said])
+    parts = [part for _, part in folds]
+    heads = jax.tree.map(lambda *leaves: np.stack(leaves), *map(head_of, parts))
+
+    def heads_on(inputs: Any, at: np.ndarray) -> jax.Array:
+        return own_step(heads, own, inputs, setup=setup)
+
+    of_all, scores = by_batches(heads_on, features, said, "head, tested"), np.empty(len(said), np.float32)
+    for number, part in enumerate(parts):
+        scores[part] = of_all[part, number]
+    labels = (marks[said] == DEFECT).astype(int).tolist()
+    auroc, by_rank = (image_metrics(labels, each)["image_auroc"] for each in (scores, ranking[said]))
     lower = lower_bound(auroc, defect, fine)
-    weight = float(np.clip(2 * (lower - 0.5), 0, LARGEST))
-    review |= {"auroc": auroc, "lower": lower, "lambda": weight}
+    weight = float(np.clip((lower - 0.5) / max(by_rank - 0.5, LEAST), 0, LARGEST))
+    review |= {"auroc": auroc, "lower": lower, "ranking": by_rank, "lambda": weight}
     told = f"heads tell the images apart that they have not learned from with an AUROC of {auroc:.3f}"
-    why = f"{told}, at least {lower:.3f}"
+    why = f"{told}, at least {lower:.3f}; stage 1's ranking with {by_rank:.3f}"
     if not weight:
         return None, review | {"why": f"no head: {why}"}
-    head = head_of(np.array([], int)) | {"lambda": np.float32(weight), "detector": usual(distance[learned])}
+    usual_distance = usual(distance[verdicts != DEFECT])
+    head = head_of(np.array([], int)) | {"lambda": np.float32(weight), "detector": usual_distance}
     return jax.tree.map(lambda leaf: np.asarray(leaf)[None], head), review | {"why": why}
 
 
 def evidence(marks: np.ndarray) -> dict[str, Any]:
     """A review without a head. marks: int8 (N,)."""
     counts = {name: int((marks == verdict).sum()) for name, verdict in (("defect", DEFECT), ("fine", FINE))}
-    return counts | {"auroc": None, "lower": None, "lambda": 0.0}
+    return counts | {"auroc": None, "lower": None, "ranking": None, "lambda": 0.0}
 
 
 def repeated(head: Heads, submodels: int) -> Heads:

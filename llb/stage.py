@@ -24,6 +24,7 @@ from llb.manifest import image_digests
 from llb.marks import read_marks
 from llb.processes import agreed
 from llb.protocols import PROTOCOLS
+from llb.tables import read_scores
 from llb.train import check_memory
 
 
@@ -103,7 +104,8 @@ def keep_head(stage: Stage, dataset: Dataset, at: CheckpointFolder, seed: int) -
         with open_checkpoints(at.folder) as checkpoints:
             params = restore_params(checkpoints)
         features = load_features(stage, dataset, "train")
-        head, review = learn_head(stage.setup, features, params, marks, seed, f"{name}, {final}")
+        ranking = read_scores(folder, dataset)["score"]
+        head, review = learn_head(stage.setup, features, params, marks, ranking, seed)
     if head is not None:
         write_json(folder / head_file(final), head_values(head))
     write_json(folder / review_file(final), review)
