@@ -27,8 +27,7 @@ def marks_of(file: Path) -> dict[str, int]:
 
 
 @needs_browser
-def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_with_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("llb.head.DRAWN", 500)  # a quick head
+def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_with_them(tmp_path):
     data, run = draw_mvtec(tmp_path / "data", good=80), tmp_path / "run"
     for i in range(30):  # hidden defects
         draw(data / "tile" / "train" / "good" / f"bad{i}.png", 300 + i, defect=True)
