@@ -5,7 +5,7 @@
 
 A panel for each detector and noise ratio. The points are means over the seeds; "use": what was called defective
 teaches a head, too (`--head auto`); "drop": it is only left out (`--head none`). The level lines are of detectors on
-all images and on the clean ones.
+all images, as after no look, and on the clean ones.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llb.compare import Group, read_groups
+from llb.compare import Group, differing, read_groups
 from llb.console import run_script, say
 from llb.figures import COLOURS, INK, house, new_figure, save
 from llb.files import UserError
@@ -22,6 +22,7 @@ from llb.flags import flag, parse_flags
 
 WAYS = {"auto": ("use", "-"), "none": ("drop", "--")}
 LEVELS = {"clean": ":", "all": "-."}
+SHOWN = ("detector", "noise_ratio", "review.simulate", "review.errors", "final.head")
 
 
 @dataclass
@@ -36,6 +37,8 @@ def main() -> None:
     groups = [each for each in read_groups(runs_in(grid)) if each.settings.get("review.simulate")]
     if not groups:
         raise UserError(f"--grid {grid} holds no run with a simulated look: python -m llb.ablate --preset review")
+    if others := [name for name in differing(groups, SHOWN)[0] if name not in (*SHOWN, "sources")]:
+        raise UserError(f"--grid {grid}: its runs differ in {', '.join(others)}, too; make a grid for each")
     with house():
         save(looks_figure(groups), grid / "looks.png", grid / "looks.svg")
     say(f"{grid / 'looks.png'}, {grid / 'looks.svg'}")
@@ -61,7 +64,8 @@ def looks_figure(groups: Sequence[Group]):
         axis.set_title(f"{settings['detector']}, {settings['noise_ratio']:.0%} defects")
         word, line = WAYS[settings["final.head"]]
         curve = (f"{word}, {settings['review.errors']:.0%} errors", line, settings["review.errors"])
-        known.setdefault(axis, {}).setdefault(curve, {})[settings["review.simulate"]] = figures["image AUROC reviewed"]
+        points = known.setdefault(axis, {}).setdefault(curve, {})
+        points.setdefault(settings["review.simulate"], {}).update(figures["image AUROC reviewed"])
         for final in LEVELS:
             known[axis].setdefault(final, {}).update(figures[f"image AUROC {final}"])
     errors = sorted({curve[2] for curves in known.values() for curve in curves if curve not in LEVELS})

@@ -104,6 +104,9 @@ def test_simulated_looks_are_settings_and_are_drawn(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(sys, "argv", ["looks", "--grid", str(tmp_path)])
     looks_main()
     assert (tmp_path / "looks.svg").stat().st_size and "looks.png" in capsys.readouterr().out
+    made(tmp_path / "other", finals=finals, review=look, encoder="tiny", **common)
+    with pytest.raises(UserError, match="differ in encoder, too"):
+        looks_main()
 
 
 def test_the_papers_statistic_counts_defects_among_the_lowest_scores():
