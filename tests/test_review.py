@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import refuse, rows_of, succeed
 
+from llb.manifest import clear_run
 from llb.marks import DEFECT, UNSAID
 from llb.pages import suspect_pages
 from llb.runfiles import read_config
@@ -89,6 +90,12 @@ def test_simulated_marks_are_the_labels_of_what_is_seen_with_errors_and_said_to_
     (run / "tile" / "marks.csv").unlink()
     assert "SIMULATED" not in succeed(NAME, "--run", run, own)
     assert "review" not in read_config(run, "", "")
+
+
+def test_a_run_that_begins_again_has_no_marks_whose_origin_nobody_knows(run):
+    succeed(NAME, "--run", run, "--simulate", 3)
+    clear_run(run, ["tile"])
+    assert not (run / "tile" / "marks.csv").exists()
 
 
 def test_unknown_labels_cannot_be_looked_up(run):
