@@ -80,9 +80,9 @@ def test_a_head_finds_what_was_named_and_its_map_counts_as_far_as_it_ranks_image
 def test_few_marks_and_marks_without_a_sense_bear_no_head(setup, fitted, images):
     features, defective = images
     few = np.where(defective, DEFECT, UNSAID).astype(np.int8)
-    few[50:59] = FINE
+    few[50:64] = FINE
     head, facts = fit(setup, fitted, features, few)
-    assert head is None and facts["lambda"] == 0 and facts["auroc"] is None and "10 images of each" in facts["why"]
+    assert head is None and facts["lambda"] == 0 and facts["auroc"] is None and "15 images of each" in facts["why"]
     chance = np.random.default_rng(0).choice([DEFECT, FINE], 100).astype(np.int8)
     chance[:40] = UNSAID
     head, facts = fit(setup, fitted, features, chance)
@@ -135,7 +135,7 @@ def test_reviewed_is_a_final_detector_beside_the_others(tmp_path, finished, data
 
     # ---- too few marks: the detector on the list without the named defects, and nothing else ----
     mark(run, 1, 2)
-    assert "10 images of each" in succeed(*train)
+    assert "15 images of each" in succeed(*train)
     assert json.loads((folder / files[1]).read_text())["lambda"] == 0 and not (folder / files[0]).exists()
 
     # ---- marks that bear a head ----
