@@ -17,6 +17,7 @@ from markupsafe import Markup
 from llb import charts, figures, tables
 from llb.data import reading_line
 from llb.files import read_json, write_text
+from llb.keep import KEEP, choose
 from llb.metrics import ranks, why_undefined
 from llb.pictures import PALETTE
 from llb.review import simulated_line
@@ -44,10 +45,11 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
     seed = config.get("seed", 0)
     categories = []
     for name in names:
-        facts = category_facts(run / name, scores[name], metrics.get(name, {}), notes[name], most)
+        said = rule_notes(scores[name], config.get("keep"))
+        facts = category_facts(run / name, scores[name], metrics.get(name, {}), [*notes[name], *said], most)
         finals = [detector["name"] for detector in facts["detectors"]]
         facts["review"] = review_facts(run / name, scores[name], seed, finals)
-        categories.append(facts | suspect_facts(run / name, scores[name], seed, most))
+        categories.append(facts | suspect_facts(run / name, scores[name], seed, most, "review" in config))
     fit_pages(categories)
     shown = tables.shown_metrics(tables.detector_entries(metrics))
     rows, reasons = metric_rows(categories, metrics.get("mean", {}), shown)
@@ -115,6 +117,15 @@ def category_facts(
         "detectors": detectors,
         "kinds": kind_rows(folder, finals),
     }
+
+
+def rule_notes(scores: list[dict[str, Any]], keep: str | float | None) -> list[str]:
+    """What the keep rule said of its choice. keep: as config.json has it."""
+    if not scores or keep not in KEEP:
+        return []
+    kept, said = choose(np.array([row["score"] for row in scores]), keep)
+    made_so = kept.tolist() == [row["kept"] for row in scores]  # not by a rule of another version
+    return [f"--keep {keep}: {said}"] if said and made_so else []
 
 
 def predicted(folder: Path) -> list[str]:

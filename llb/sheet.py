@@ -25,10 +25,11 @@ WORDS = {mark: verdict for verdict, mark in VERDICTS.items()} | {UNSAID: None}
 Scores = list[dict[str, Any]]  # rows of scores.csv
 
 
-def suspect_facts(folder: Path, scores: Scores, seed: int, most: int) -> dict[str, Any]:
+def suspect_facts(folder: Path, scores: Scores, seed: int, most: int, simulated: bool) -> dict[str, Any]:
     """The tiles of training images: the suspects in pages, and the other groups of `shown_suspects`.
 
-    most: tiles of a group; the pages are all that stage 1 has made tiles for.
+    most: tiles of a group; the pages are all that stage 1 has made tiles for. simulated: the marks are made by the
+        labels, so they are not shown to a person, who would save them as their own.
     """
     tiles, labels = read_tiles(folder / tiles_file("suspects")), [row["label"] for row in scores]
     score, kept = (np.array([row[name] for row in scores]) for name in ("score", "kept"))
@@ -39,7 +40,8 @@ def suspect_facts(folder: Path, scores: Scores, seed: int, most: int) -> dict[st
     frames = ["kept" if row["kept"] else "dropped" for row in scores]
 
     def tile(index: int) -> dict[str, Any]:
-        return tile_facts(tiles, scores[index], int(rank[index]), frames[index], WORDS[int(marks[index])])
+        verdict = None if simulated else WORDS[int(marks[index])]
+        return tile_facts(tiles, scores[index], int(rank[index]), frames[index], verdict)
 
     groups = {
         name: [tile(i) for i in indices if scores[i]["path"] in drawn]

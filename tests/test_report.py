@@ -5,6 +5,7 @@ import hashlib
 import html
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from llb.config import Stage2
 from llb.files import UserError, write_csv, write_json
 from llb.flags import parse_flags
 from llb.report import commands, comparison, detector_facts, write_report
+from llb.review import Review, run_review
+from llb.runfiles import read_config, write_config
 from llb.tables import METRICS
 from llb.tiles import tiles_file, write_tiles
 
@@ -228,3 +231,19 @@ def test_submodels_agree_although_each_scores_what_it_has_seen_lower():
     pairs = {(i, j): rho for i, j, rho in charts.agreement(subset, scores)}
     assert pairs[0, 1] == pytest.approx(1) and 0.5 < pairs[0, 2] < 0.9 and len(pairs) == 3
     assert charts.agreement(subset, np.ones((300, 2))) == charts.agreement(subset[:2], scores[:2]) == []
+
+
+def test_the_report_says_what_the_keep_rule_said_of_its_choice(finished):
+    assert "--keep auto: no clear group of outliers: all kept" in (finished / "report.html").read_text(encoding="utf-8")
+
+
+def test_marks_made_by_the_labels_are_not_shown_as_a_persons(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    run_review(run, read_config(run, "", ""), Review(file=[], run=str(run), simulate=8))
+    write_report(run)
+    assert 'data-verdict="' not in (run / "report.html").read_text(encoding="utf-8")
+    config = read_config(run, "", "")
+    config.pop("review")
+    write_config(run, config)
+    write_report(run)
+    assert 'data-verdict="' in (run / "report.html").read_text(encoding="utf-8")
