@@ -36,13 +36,14 @@ from llb.pages import PAGE
 from llb.presets import PRESETS
 from llb.processes import process_0_first
 from llb.review import Review, run_review
-from llb.run import place_run
+from llb.run import place_run, sources_digest
 from llb.runfiles import own_config
 from stage1_partition import run_stage1
 from stage2_train import run_stage2
 
 CARRIED = ("cache", "cache_limit", "cache_gib", "no_cache", "verify")  # from the grid to the later stages
 ALONE = "none"
+OTHER = " (by other sources of llb: --overwrite makes it again)"
 
 
 @dataclass
@@ -146,6 +147,7 @@ def run_cells(cells: Sequence[Cell], out: Path, device: str, overwrite: bool) ->
                         make(cell, done, device)
                 figures = {name: list(values.values()) for name, values in read_groups([cell.run])[0].figures.items()}
                 line = ", ".join(f"{name} {written(name, values)}" for name, values in figures.items() if values)
+                line += OTHER * (own_config(cell.run, "")["sources"][-1] != sources_digest())
                 done.append(cell)
             except UserError as error:
                 line = f"left out: {error}"

@@ -2,7 +2,7 @@
 
 Every rule keeps the lowest scores, and says how many normal images it expects among those that it drops, if it can. A
 wrongly dropped unusual normal image costs a detector about as much as a rightly dropped defect brings. So `auto` drops
-only if there is a clear group of outliers. README.md tells on which sets it was chosen and on which confirmed.
+only if there is a clear group of outliers. llb/RESULTS.md tells on which sets it was chosen and on which confirmed.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import brentq
 
+from llb.files import UserError
 from llb.metrics import ranks
 
 START = 0.6745  # of the flank, in deviations: above it lie 25 % of a normal distribution
@@ -99,7 +100,12 @@ def choose(scores: np.ndarray, keep: str | float) -> tuple[np.ndarray, str | Non
     """The images that stay, bool (N,), by a rule's name or as a share, and what the rule says of it."""
     if not isinstance(keep, str):
         return keep_lowest(scores, keep), None
-    kept, expected = KEEP[keep](scores)
+    try:
+        kept, expected = KEEP[keep](scores)
+        assert kept.shape == np.shape(scores) and kept.dtype == bool and kept.any()
+    except (AssertionError, AttributeError, TypeError, ValueError):
+        gives = "has to return which of the N scores stay, bool (N,), at least one; and a number, or None"
+        raise UserError(f"--keep {keep}: the rule {gives} (llb/keep.py)") from None
     if kept.all():
         return kept, "no clear group of outliers: all kept; look at suspects.png"
     if expected is None:

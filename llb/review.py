@@ -77,6 +77,7 @@ def run_review(run: Path, config: dict[str, Any], settings: Review) -> None:
     marked = any((run / dataset.category / MARKS_FILE).is_file() for dataset in datasets)
     look = f"open {run / 'report.html'}, mark and save, then: python -m llb.review --run {typed(run)} marks.csv"
     train = f"python stage2_train.py --run {typed(run)} --train-on reviewed"
+    train += " --overwrite" * ("reviewed" in config.get("stage2", {}))  # it was trained by other marks
     say(f"next: {train if marked else look}")
 
 

@@ -25,6 +25,7 @@ from llb.images import find_white
 from llb.layouts import read_root
 from llb.lock import turn
 from llb.manifest import check_manifest, clear_run, clear_stage2
+from llb.marks import MARKS_FILE
 from llb.processes import process_0_first
 from llb.runfiles import VERSION, data_of, own_config, read_config, stage1_command, write_config
 from llb.tables import Choice
@@ -98,9 +99,11 @@ def open_run(
     places = {name: now[name] and os.path.abspath(now[name]) for name in ("data", "weights")}
     now |= places
     if settings.overwrite and file.exists():
-        listed = own_config(run, where).get("categories")
+        old = own_config(run, where)
         # a damaged file names no categories: those of this command are cleared
-        clear_run(run, listed if isinstance(listed, list) else now["categories"])
+        listed = old["categories"] if isinstance(old.get("categories"), list) else now["categories"]
+        check_no_marks(run, listed, old)
+        clear_run(run, listed)
     if file.exists():
         config = read_config(run, where, advice)
         for name, new in places.items():  # one place has many spellings, and a project may move: contents decide
@@ -119,6 +122,13 @@ def open_run(
     else:
         raise UserError(f"{where}: process 0 has written it, but this process cannot see it; share the folder")
     return config
+
+
+def check_no_marks(run: Path, categories: list[str], config: dict[str, Any]) -> None:
+    """Raise a UserError if starting again would delete what a person has marked; what the labels marked may go."""
+    for file in (run / str(name) / MARKS_FILE for name in categories):
+        if file.is_file() and "review" not in config:
+            raise UserError(f"{file} is what a person marked, and --overwrite would delete it: move it away first")
 
 
 def as_shown(datasets: list[Dataset], config: dict[str, Any]) -> list[Dataset]:

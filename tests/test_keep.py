@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from llb.files import UserError
 from llb.keep import CUTS, KEEP, START, choose, deviations, expected_above, keep_lowest
 
 RULES = pytest.mark.parametrize("rule", KEEP)
@@ -105,6 +106,13 @@ def test_two_outliers_are_no_group():
 def test_deviations_of_a_normal_distribution_are_its_own():
     z = np.sort(deviations(np.exp(0.1 * stats.norm.ppf((np.arange(2000) + 0.5) / 2000))))
     np.testing.assert_allclose(z, stats.norm.ppf((np.arange(2000) + 0.5) / 2000), atol=0.02)
+
+
+@pytest.mark.parametrize("wrong", (lambda s: s > 0, lambda s: (np.arange(3), None), lambda s: (s < 0, None)))
+def test_an_own_rule_that_returns_something_else_is_named(wrong, monkeypatch):
+    monkeypatch.setitem(KEEP, "own", wrong)
+    with pytest.raises(UserError, match="--keep own: the rule has to return"):
+        choose(np.arange(1.0, 9.0), "own")
 
 
 def test_what_is_said_of_a_choice():

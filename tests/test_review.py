@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from helpers import refuse, rows_of, succeed
 
+from llb.files import UserError
 from llb.manifest import clear_run
 from llb.marks import DEFECT, UNSAID
 from llb.pages import suspect_pages
+from llb.run import check_no_marks
 from llb.runfiles import read_config
 from llb.unseen import unseen_defects
 
@@ -96,6 +98,15 @@ def test_a_run_that_begins_again_has_no_marks_whose_origin_nobody_knows(run):
     succeed(NAME, "--run", run, "--simulate", 3)
     clear_run(run, ["tile"])
     assert not (run / "tile" / "marks.csv").exists()
+
+
+def test_what_a_person_marked_is_not_deleted_by_overwrite(run, tmp_path):
+    succeed(NAME, "--run", run, "--simulate", 3)
+    check_no_marks(run, ["tile"], read_config(run, "", ""))  # made by the labels: may go
+    (run / "tile" / "marks.csv").unlink()
+    succeed(NAME, "--run", run, saved(tmp_path / "own.csv", f"tile,{paths_of(run)[0]},fine"))
+    with pytest.raises(UserError, match="tile/marks.csv is what a person marked.* move it away first"):
+        check_no_marks(run, ["tile"], read_config(run, "", ""))
 
 
 def test_unknown_labels_cannot_be_looked_up(run):

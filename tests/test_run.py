@@ -23,7 +23,7 @@ from llb.runfiles import VERSION, write_config
 from llb.tables import read_purified
 from stage2_train import lists_to_train_on
 
-OWN = ("notes.txt", "tile/marks.csv", "tile/stage1/why.txt", "tile/maps-all/best/000.png", "cache/0.npy", "x/1.png")
+OWN = ("notes.txt", "tile/remarks.csv", "tile/stage1/why.txt", "tile/maps-all/best/000.png", "cache/0.npy", "x/1.png")
 
 
 @pytest.fixture
