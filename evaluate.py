@@ -50,7 +50,7 @@ from llb.threshold import by_kind, threshold_facts
 from llb.tiles import shown_tests, small, tiles_file, united, write_tiles
 from llb.times import timed
 
-PIXEL_ERROR = 1e-4  # a larger error of the pixel metrics could be seen in a table, and is reported
+PIXEL_ERROR = 1e-5  # a larger error of the pixel metrics is reported
 
 
 def main() -> None:
