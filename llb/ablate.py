@@ -135,7 +135,7 @@ def commands(cell: Cell) -> str:
 def run_cells(cells: Sequence[Cell], out: Path, device: str, overwrite: bool) -> list[Cell]:
     """Make the runs, and print a line for each; what the scripts say goes to OUT/ablate.log. Returns those that are
     finished: settings that contradict each other leave a run out."""
-    done = []
+    done, sources = [], sources_digest()
     log = open(out / "ablate.log" if is_writer() else os.devnull, "a", encoding="utf-8")
     with log, progress(total=len(cells), desc="runs", unit="run") as bar:
         for cell in cells:
@@ -147,7 +147,7 @@ def run_cells(cells: Sequence[Cell], out: Path, device: str, overwrite: bool) ->
                         make(cell, done, device)
                 figures = {name: list(values.values()) for name, values in read_groups([cell.run])[0].figures.items()}
                 line = ", ".join(f"{name} {written(name, values)}" for name, values in figures.items() if values)
-                line += OTHER * (own_config(cell.run, "")["sources"][-1] != sources_digest())
+                line += OTHER * (own_config(cell.run, "")["sources"][-1] != sources)
                 done.append(cell)
             except UserError as error:
                 line = f"left out: {error}"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from llb.config import SELECTING, Evaluate, Stage1, Stage2
 from llb.files import write_json, writing
-from llb.head import head_file, review_file
+from llb.head import head_file
 from llb.manifest import evaluation_files, stage2_folder
-from llb.marks import MARKS_FILE
+from llb.marks import MARKS_FILE, review_file
 from llb.processes import process_0_first
 from llb.review import Review
 from llb.run import command_line, final_name

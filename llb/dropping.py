@@ -28,6 +28,7 @@ from llb.files import UserError, check_writable_file
 from llb.fit import learn
 from llb.flags import flag, parse_flags, real, whole
 from llb.keep import choose, deviations, keep_lowest
+from llb.looks import runs_in
 from llb.metrics import image_metrics
 from llb.run import load_datasets, place_run, read_run, run_encoder
 from llb.score import score_all
@@ -58,10 +59,7 @@ def main() -> None:
     settings = parse_flags(Dropping)
     check_writable_file(f"{settings.plot}.png", "--plot")
     if settings.grid:
-        draw_points(
-            [run.parent for each in settings.grid.split(",") for run in sorted(Path(each).glob("*/config.json"))],
-            settings.plot,
-        )
+        draw_points([run for each in settings.grid.split(",") for run in runs_in(Path(each))], settings.plot)
         return
     device, curves = start_jax(Evaluate()), {}
     with tempfile.TemporaryDirectory() as folder, progress(total=len(SETS), desc="sets", unit="set") as bar:

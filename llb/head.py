@@ -59,10 +59,6 @@ def head_file(final: str) -> str:
     return f"head-{final}.json"
 
 
-def review_file(final: str) -> str:
-    return f"review-{final}.json"
-
-
 class Headed(NamedTuple):
     """Parameters of K sub-models with their heads: in place of a detector's own wherever images are scored."""
 

@@ -16,10 +16,10 @@ from llb.data import Dataset, Record
 from llb.detectors import DETECTORS
 from llb.features import prefetch
 from llb.files import UserError, digest_of_file, discard, discard_files, is_writer, write_csv, write_json
-from llb.head import head_file, review_file
+from llb.head import head_file
 from llb.images import load_image
 from llb.learning import LEARNING_FILE, loss_file
-from llb.marks import MARKS_FILE
+from llb.marks import MARKS_FILE, review_file
 from llb.masks import load_masks
 from llb.processes import agreed
 from llb.runfiles import COLUMNS, IMAGES_FILE, State, read_manifest

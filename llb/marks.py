@@ -4,11 +4,12 @@ path, verdict (defect, fine); in the order of the training images; an image that
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llb.data import Dataset, Record
-from llb.files import UserError, write_csv
+from llb.files import UserError, read_json, write_csv
 from llb.tables import TRAIN_ON, Choice, read_purified, read_table
 
 MARKS_FILE = "marks.csv"
@@ -17,6 +18,7 @@ VERDICTS = {"fine": FINE, "defect": DEFECT}
 LISTED = ("purified", "reviewed")  # of TRAIN_ON: a person may change the list, and the detector with it
 THRESHOLD_OF = {"purified": "purified images", "reviewed": "purified images and of those called fine"}
 UNSEEN = tuple(each for each in TRAIN_ON if each != "reviewed")  # for which nobody looks
+TRAIN_AGAIN = "delete it and run stage2_train.py again, with --overwrite"
 ADVICE = "delete it and give llb.review the saved marks again"
 
 
@@ -47,6 +49,24 @@ def write_marks(folder: Path, dataset: Dataset, marks: np.ndarray) -> None:
     word = {verdict: name for name, verdict in VERDICTS.items()}
     said = [[record.path, word[mark]] for record, mark in zip(dataset.train, marks.tolist()) if mark != UNSAID]
     write_csv(folder / MARKS_FILE, ["path", "verdict"], said)
+
+
+def review_file(final: str) -> str:
+    return f"review-{final}.json"
+
+
+def read_review(folder: Path, final: str, advice: str = TRAIN_AGAIN) -> dict[str, Any] | None:
+    """What stage 2 wrote of a detector's head: the evidence for its weight λ, and why; None without the file.
+
+    A damaged file raises a UserError that ends with `advice`.
+    """
+    file = folder / review_file(final)
+    if not file.is_file():
+        return None
+    facts = read_json(file, advice)
+    if not isinstance(facts, dict) or not {"defect", "fine", "auroc", "lower", "lambda", "why"} <= facts.keys():
+        raise UserError(f"{file} is damaged; {advice}")
+    return facts
 
 
 def choose_images(train_on: str, folder: Path, dataset: Dataset) -> Choice:

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 
 from llb.console import run_script, say
-from llb.data import Dataset, Record
+from llb.data import Dataset
 from llb.files import UserError, read_cell, typed
 from llb.flags import MAYBE_WORDS, flag, parse_flags, real, whole
 from llb.lock import hold, turn
-from llb.marks import DEFECT, FINE, MARKS_FILE, UNSAID, VERDICTS, read_marks, write_marks
+from llb.marks import DEFECT, FINE, MARKS_FILE, UNSAID, VERDICTS, read_marks, training_set, write_marks
 from llb.metrics import ranks
 from llb.pages import Page, suspect_pages
 from llb.pictures import printable
-from llb.runfiles import data_of, read_config, stage1_command, write_config
+from llb.runfiles import read_config, stage1_command, write_config
 from llb.tables import read_table, stage1_finished
 from llb.unseen import unseen_defects
 
@@ -63,8 +63,11 @@ def main() -> None:
 
 
 def run_review(run: Path, config: dict[str, Any], settings: Review) -> None:
-    """Take marks if there are any, and say what all of them say."""
-    datasets = [training_set(run, config, name) for name in config["categories"]]
+    """Take marks if there are any, and say what all of them say. A UserError is raised before stage 1 is finished."""
+    for name in config["categories"]:
+        if not stage1_finished(run / name):
+            raise UserError(f"stage 1 is not finished for {name}; continue with: {stage1_command(run, config)}")
+    datasets = [training_set(run / name) for name in config["categories"]]
     if settings.simulate is not None:
         simulate(run, config, datasets, settings)
     elif settings.file:
@@ -79,16 +82,6 @@ def run_review(run: Path, config: dict[str, Any], settings: Review) -> None:
     train = f"python stage2_train.py --run {typed(run)} --train-on reviewed"
     train += " --overwrite" * ("reviewed" in config.get("stage2", {}))  # it was trained by other marks
     say(f"next: {train if marked else look}")
-
-
-def training_set(run: Path, config: dict[str, Any], name: str) -> Dataset:
-    """The training images of a category with their labels, by scores.csv. A UserError is raised before it is there."""
-    if not stage1_finished(run / name):
-        raise UserError(f"stage 1 is not finished for {name}; continue with: {stage1_command(run, config)}")
-    rows = read_table(run / name / "scores.csv", ("path", "label"))
-    return Dataset(
-        Path(data_of(config) or ""), "", name, tuple(Record(r["path"], r["label"], (), "") for r in rows), ()
-    )
 
 
 # ---- marks ----

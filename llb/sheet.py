@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from llb.files import UserError, read_json
-from llb.marks import UNSAID, VERDICTS, read_marks, training_set
+from llb.marks import UNSAID, VERDICTS, read_marks, read_review, training_set
 from llb.metrics import ranks
 from llb.pages import PAGE, Page, suspect_pages
 from llb.review import findings
@@ -149,17 +148,6 @@ def review_facts(folder: Path, scores: Scores, seed: int, finals: list[str]) -> 
         "heads": {final: facts for final, facts in heads.items() if facts},
         "changed": {final: pair for final, pair in changed.items() if pair[1]},
     }
-
-
-def read_review(folder: Path, final: str) -> dict[str, Any] | None:
-    """review-<final>.json, which stage 2 wrote: the evidence for the head's weight; None without it."""
-    file, advice = folder / f"review-{final}.json", "delete it and run stage2_train.py again, with --overwrite"
-    if not file.is_file():
-        return None
-    facts = read_json(file, advice)
-    if not isinstance(facts, dict) or not {"defect", "fine", "auroc", "lower", "lambda", "why"} <= facts.keys():
-        raise UserError(f"{file} is damaged; {advice}")
-    return facts
 
 
 def changes(folder: Path, before: str, after: str) -> dict[str, list[str]] | None:

@@ -17,11 +17,11 @@ from llb.detectors.common import Setup
 from llb.encoders import Encoder
 from llb.encoders.specs import Spec
 from llb.features import Features, Source, cached_features, make_source, streamed_features
-from llb.files import UserError, read_json, typed, write_json
-from llb.head import Headed, evidence, head_file, head_values, learn_head, read_head, review_file
+from llb.files import UserError, typed, write_json
+from llb.head import Headed, evidence, head_file, head_values, learn_head, read_head
 from llb.images import ImageFiles
 from llb.manifest import image_digests
-from llb.marks import read_marks
+from llb.marks import read_marks, read_review, review_file
 from llb.processes import agreed
 from llb.protocols import PROTOCOLS
 from llb.tables import read_scores
@@ -120,8 +120,8 @@ def final_params(stage: Stage, category: str) -> Params | Headed:
     if not final.startswith("reviewed"):
         return params
     command = f"python stage2_train.py --run {typed(stage.run)} --train-on reviewed --detector {stage.setup.detector}"
-    if not (folder / review_file(final)).is_file():
+    again = f"train again with {command} --overwrite"
+    review = read_review(folder, final, again)
+    if review is None:
         raise UserError(f"{folder / review_file(final)} is not there: finish it with {command}")
-    if not read_json(folder / review_file(final), f"train again with {command} --overwrite")["lambda"]:
-        return params
-    return Headed(params, read_head(folder / head_file(final), f"train again with {command} --overwrite"))
+    return Headed(params, read_head(folder / head_file(final), again)) if review["lambda"] else params
