@@ -25,6 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the three scr
 
 from helpers import ROOT, TILE, draw_mvtec, succeed  # noqa: E402
 
+# A worker takes a whole file: one of minutes that begins last would leave the other workers idle.
+LONGEST = ("test_faults.py", "test_detectors.py", "test_whole_run.py", "test_processes.py", "test_bench.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere():

@@ -20,7 +20,7 @@ Differs from the release: UniAD pads block 6 of its EfficientNet-B4 by (2, 2), a
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -183,6 +183,7 @@ def block_sizes(spec: CnnSpec) -> list[tuple[int, int, int, int, int]]:
     ]
 
 
+@cache  # a grid of runs loads the same encoder for each command
 def parameter_shapes(spec: CnnSpec) -> dict:
     """The tree of parameters, a jax.ShapeDtypeStruct for each."""
     images = jax.ShapeDtypeStruct((1, spec.patch, spec.patch, 3), jnp.float32)
