@@ -27,6 +27,7 @@ from llb.images import ImageFiles, load_image
 from llb.lock import hold
 from llb.manifest import check_readable, listed
 from llb.maps import map_names, write_maps
+from llb.marks import LISTED
 from llb.pictures import contact_sheet
 from llb.run import as_shown, final_name, finished_detectors, run_encoder
 from llb.runfiles import read_config
@@ -105,18 +106,23 @@ def score_images(run: Path, settings: Evaluate) -> None:
 
 
 def choose(run: Path, config: dict[str, Any], settings: Evaluate) -> tuple[str, str]:
-    """The category, and the name of the final detector: purified if it is finished, else the only one."""
+    """The category, and the name of the final detector: of those that are finished reviewed, else purified, else the
+    only one."""
     there, name = config["categories"], settings.category
     name = there[0] if name is None and len(there) == 1 else name
     if name not in there:
         raise UserError(f"--category: {run} has {', '.join(there)}; give the one whose detector scores the images")
     finished = finished_detectors(run, config | {"categories": [name]}, settings.train_on)
     finals = [f for f in finished if settings.detector in (None, config["stage2"][f]["detector"])]
-    wanted = final_name(settings.train_on or "purified", settings.detector or config["detector"], config)
-    if wanted not in finals and len(finals) != 1:
+    detector = settings.detector or config["detector"]
+    wanted = [
+        final_name(each, detector, config) for each in ([settings.train_on] if settings.train_on else LISTED[::-1])
+    ]
+    best = [final for final in wanted if final in finals]
+    if not best and len(finals) != 1:
         choice = f"choose one of {', '.join(finished)} with --train-on and --detector"
-        raise UserError(f"--run {run}: {wanted} is not finished for {name}; {choice}")
-    return name, wanted if wanted in finals else finals[0]
+        raise UserError(f"--run {run}: {wanted[-1]} is not finished for {name}; {choice}")
+    return name, (best or finals)[0]
 
 
 def read_folder(given: str, name: str, config: dict[str, Any]) -> Dataset:

@@ -122,7 +122,7 @@ def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, 
                 raise UserError(f"{file} has no columns {', '.join(COLUMNS)}: give the file that the page has saved")
             for row in rows:
                 name, path, word = (read_cell(row[column] or "") for column in COLUMNS)
-                problem = None
+                word, problem = word.strip().lower(), None  # whoever types it means the same
                 if name not in places:
                     problem = f"category {name!r} is not of this run, which has {', '.join(places)}"
                 elif path not in places[name]:

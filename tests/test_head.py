@@ -159,3 +159,10 @@ def test_reviewed_is_a_final_detector_beside_the_others(tmp_path, finished, data
     scores, others = ({row["path"].removeprefix("tile/test/"): row["score"] for row in rows_of(t)} for t in tables)
     shared = scores.keys() & others.keys()
     assert shared and all(float(scores[path]) == pytest.approx(float(others[path]), rel=1e-4) for path in shared)
+
+    # ---- a damaged file is named ----
+    for name in files:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        assert f"{name} is not valid JSON" in refuse(*evaluate, "--overwrite")
+        (folder / name).write_bytes(whole)

@@ -76,10 +76,10 @@ def test_what_cannot_be_scored_is_one_line_and_nothing_is_written(finished, tmp_
     assert state(finished) == before
 
 
-def test_the_detector_is_the_purified_one_or_the_only_one(tmp_path):
+def test_the_detector_is_the_reviewed_or_purified_one_or_the_only_one(tmp_path):
     stage2 = {
         final: {"train_on": final.partition("-")[0], "detector": final.partition("-")[2] or "dinomaly", "steps": 3}
-        for final in ("purified", "all", "all-padim")
+        for final in ("reviewed", "purified", "all", "all-padim")
     }
     config = {"categories": ["nut", "bolt"], "detector": "dinomaly", "stage2": stage2}
     for final in ("all", "all-padim"):
@@ -92,3 +92,6 @@ def test_the_detector_is_the_purified_one_or_the_only_one(tmp_path):
     assert choose(tmp_path, config, Evaluate(category="nut", detector="padim")) == ("nut", "all-padim")
     (tmp_path / "nut" / "stage2-purified" / "3").mkdir(parents=True)
     assert choose(tmp_path, config, Evaluate(category="nut")) == ("nut", "purified")
+    (tmp_path / "nut" / "stage2-reviewed" / "3").mkdir(parents=True)
+    assert choose(tmp_path, config, Evaluate(category="nut")) == ("nut", "reviewed")
+    assert choose(tmp_path, config, Evaluate(category="nut", train_on="purified")) == ("nut", "purified")
