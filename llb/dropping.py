@@ -2,17 +2,22 @@
 
     python -m llb.dropping                  PaDiM on the demo set, whose defects recur, and on one whose defects do not
     python -m llb.dropping --grid DIR,DIR   finished runs as points: what purified gains, over what clean would gain
+    python -m llb.dropping --grid DIR,DIR --best         and what the best threshold on the same ranking would gain
 
-The ranking is stage 1's. It is made better or worse on purpose: the log scores of the defective images are moved up or
-down by some standard deviations of the normal ones. The best threshold is chosen by the test labels. So labels decide
-here; it is for the figure alone, and no rule can do so. All thresholds are one stack of final detectors.
+The ranking is stage 1's. In the first figure it is made better or worse on purpose: the log scores of the defective
+images are moved up or down by some standard deviations of the normal ones. The best threshold is chosen by the test
+labels. So labels decide here; it is for the figures alone, and no rule can do so. All thresholds are one stack of final
+detectors.
 """
 
 import contextlib
+import io
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +26,7 @@ from llb.checkpoint import CheckpointFolder
 from llb.compare import markdown, read_groups
 from llb.config import Evaluate, Stage1
 from llb.console import progress, run_script, say
+from llb.data import Dataset
 from llb.demo import write_demo
 from llb.device import start_jax
 from llb.figures import COLOURS, INK, house, new_figure, save
@@ -40,6 +46,7 @@ from stage1_partition import run_stage1
 MOVES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)  # of the defective images' log scores, in deviations
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # kept; the best threshold is the best of them
 SETS = {"recurring": 1.0, "singular": 0.0}  # share of defects that recur
+VALUES = {"ranking": "ranking AUROC", "auto": "auto − all", "best": "best − all", "clean": "clean − all"}
 GAIN = "gain of image AUROC over all"
 
 
@@ -50,6 +57,8 @@ class Dropping:
     grid: str | None = flag(
         None, "folders of llb.ablate, of runs with purified, all and clean, with commas", shown="the two demo sets"
     )
+    best: bool = flag(False, f"with --grid: train {len(SHARES)} final detectors for the best threshold of each run")
+    cache: str = flag("runs/cache", "with --best: the cache of the runs' features")
     noise_ratio: float = flag(0.2, "share of defective training images of the demo sets", real(0, 1))
     seed: int = flag(0, "of the demo sets' runs", whole(0))
     plot: str = flag("runs/dropping", "draw PLOT.png and PLOT.svg")
@@ -59,7 +68,13 @@ def main() -> None:
     settings = parse_flags(Dropping)
     check_writable_file(f"{settings.plot}.png", "--plot")
     if settings.grid:
-        draw_points([run for each in settings.grid.split(",") for run in runs_in(Path(each))], settings.plot)
+        points = points_of([run for each in settings.grid.split(",") for run in runs_in(Path(each))])
+        if settings.best:
+            start_jax(Evaluate())
+            for point in progress(points, desc="best thresholds", unit="run"):
+                point["best"] = best_threshold(point["run"], settings.cache)
+        say(points_table(points))
+        draw_points(points, settings.plot)
         return
     device, curves = start_jax(Evaluate()), {}
     with tempfile.TemporaryDirectory() as folder, progress(total=len(SETS), desc="sets", unit="set") as bar:
@@ -80,14 +95,27 @@ def main() -> None:
     draw_curves(curves, settings.plot)
 
 
+def stage_of(run: Path, settings: Evaluate) -> tuple[Stage, Dataset, np.ndarray]:
+    """The final detector on all images of a run with one category, its images, and their scores of stage 1."""
+    config = read_run(run)
+    (dataset,) = load_datasets(run, config, settings)
+    stage = make_stage(run, settings, run_encoder(run, config), config | config["stage2"].get("all", {}), "all")
+    return stage, dataset, read_scores(run / dataset.category, dataset)["score"]
+
+
+def best_threshold(run: Path, cache: str) -> float:
+    """Image AUROC by the best of SHARES, less that of all images."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        stage, dataset, score = stage_of(run, Evaluate(run=str(run), cache=cache))
+        others = final_aurocs(stage, dataset, [keep_lowest(score, share) for share in SHARES])
+    return max(others) - others[0]
+
+
 def gains(run: Path, settings: Evaluate) -> np.ndarray:
     """For each of MOVES: ranking AUROC; image AUROC by auto, the best threshold and clean, less that of all; the share
     that auto keeps. float (len(MOVES), 5)."""
-    config = read_run(run)
-    (dataset,) = load_datasets(run, config, settings)
-    stage = make_stage(run, settings, run_encoder(run, config), config, "all")
+    stage, dataset, score = stage_of(run, settings)
     labels = np.array([record.label for record in dataset.train])
-    score = read_scores(run / dataset.category, dataset)["score"]
     deviation = np.log(score).std() / deviations(score).std()
     rows = []
     for move in MOVES:
@@ -100,7 +128,7 @@ def gains(run: Path, settings: Evaluate) -> np.ndarray:
     return np.array(rows)
 
 
-def final_aurocs(stage: Stage, dataset, kept: list[np.ndarray]) -> list[float]:
+def final_aurocs(stage: Stage, dataset: Dataset, kept: list[np.ndarray]) -> list[float]:
     """Image AUROC of a final detector for each choice of training images, all at once. kept: K × bool (N,)."""
     keys = submodel_keys(jax.random.fold_in(jax.random.key(0), 2), 1)
     submodels = Submodels([np.flatnonzero(each) for each in kept], keys[np.zeros(len(kept), int)])
@@ -127,32 +155,57 @@ def draw_curves(curves: dict[str, np.ndarray], plot: str) -> None:
         save(figure, Path(f"{plot}.png"), Path(f"{plot}.svg"))
 
 
-def draw_points(runs: list[Path], plot: str) -> None:
-    """Each finished run a point, its detector as colour."""
-    detectors, points = [], []
+def points_of(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Of each run that is evaluated on purified, all and clean: its settings, seed and folder; "ranking", its AUROC;
+    image AUROC on purified ("auto") and "clean", less that on all; "best" is None."""
+    points = []
     for group in read_groups(runs):
-        for seed in group.runs:
-            clean, purified, base = (
-                group.figures[f"image AUROC {on}"].get(seed) for on in ("clean", "purified", "all")
-            )
-            if None not in (clean, purified, base):
-                detectors.append(group.settings["final.detector"])
-                points.append((clean - base, purified - base))
+        for seed, run in group.runs.items():
+            names = ("ranking AUROC", *(f"image AUROC {on}" for on in ("all", "purified", "clean")))
+            ranking, base, ours, clean = (group.figures[name].get(seed) for name in names)
+            if None not in (base, ours, clean):
+                values = {"ranking": ranking, "auto": ours - base, "best": None, "clean": clean - base}
+                points.append({"settings": group.settings, "seed": seed, "run": Path(run)} | values)
     if not points:
         raise UserError("--grid: no run there is evaluated on purified, all and clean")
-    points, kinds = np.array(points), list(dict.fromkeys(detectors))
+    return points
+
+
+def points_table(points: Sequence[dict[str, Any]]) -> str:
+    """The means over the seeds, and the lowest gain of a seed; a row for each set, detector and noise ratio."""
+    titles, rows = ["set", "detector", "noise ratio", "n", *VALUES.values(), "lowest auto − all"], []
+    groups = {}
+    for point in points:
+        name = Path(point["settings"]["data"] or point["settings"]["layout"]).name
+        key = (name, point["settings"]["final.detector"], f"{point['settings']['noise_ratio']:g}")
+        groups.setdefault(key, []).append(point)
+    for names, own in [*sorted(groups.items()), (("all", "", ""), points)]:
+        cells = []
+        for name, sign in zip(VALUES, ("", "+", "+", "+")):
+            values = [point[name] for point in own if point[name] is not None]
+            cells.append(f"{np.mean(values):{sign}.4f}" if values else "–")
+        rows.append([*names, str(len(own)), *cells, f"{min(point['auto'] for point in own):+.4f}"])
+    return markdown(titles, rows)
+
+
+def draw_points(points: Sequence[dict[str, Any]], plot: str) -> None:
+    """points: of `points_of`; the detector gives the colour, a ring is the best threshold."""
+    kinds = list(dict.fromkeys(point["settings"]["final.detector"] for point in points))
     with house():
         figure, ((axis,),) = new_figure(1, 1, 4.6, 3.6)
         for colour, kind in zip(COLOURS, kinds):
-            own = points[np.array(detectors) == kind]
-            axis.plot(*own.T, "o", color=colour, markersize=4, label=kind)
+            own = [point for point in points if point["settings"]["final.detector"] == kind]
+            axis.plot([p["clean"] for p in own], [p["auto"] for p in own], "o", color=colour, markersize=4, label=kind)
+            if rings := [point for point in own if point["best"] is not None]:
+                style = {"markersize": 5, "fillstyle": "none", "markeredgewidth": 0.7}
+                axis.plot([p["clean"] for p in rings], [p["best"] for p in rings], "o", color=colour, **style)
         axis.axhline(0, color=INK, linewidth=0.8)
         axis.axline((0, 0), slope=1, color=INK, linestyle=":", linewidth=0.8)
         axis.set(xlabel="clean − all, image AUROC", ylabel="purified − all")
         axis.legend()
         save(figure, Path(f"{plot}.png"), Path(f"{plot}.svg"))
-    gains = ", ".join(f"{kind} {points[np.array(detectors) == kind][:, 1].mean():+.3f}" for kind in kinds)
-    say(f"{len(points)} runs; purified − all in the mean: {gains}; the worst: {points[:, 1].min():+.3f}")
+    rings = ": rings are best thresholds" * any(point["best"] is not None for point in points)
+    say(f"{plot}.png, {plot}.svg{rings}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ PRESETS = {
     "aggregates": "--vary aggregate=mean,median,max,out-of-fold,max-var --train-on none",
     "keep": "--vary keep=auto,0.6,0.7,0.8,0.9,1.0",
     "purification": "--vary noise_ratio=0,0.1,0.2,0.4 --vary detector=dinomaly,padim,patchcore"
-    " --vary keep=auto,mirror,0.95,0.9,0.8,0.7,0.6 --train-on purified,all,clean",
+    " --train-on purified,all,clean",  # the best threshold of each run: llb.dropping --grid runs/purification --best
     "review": "--vary noise_ratio=0.1,0.2,0.4 --vary detector=padim,patchcore,dinomaly --vary review.errors=0,0.1"
     " --vary review.simulate=24,48,96,150 --vary final.head=auto,none --train-on reviewed,all,clean",
     "steps": "--vary steps=25,50,100,200,400 --train-on none",

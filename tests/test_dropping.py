@@ -3,6 +3,8 @@
 import sys
 
 import numpy as np
+import pytest
+from helpers import rows_of
 from test_compare import made
 
 from llb import dropping
@@ -38,10 +40,27 @@ def test_finished_runs_are_points_and_those_without_all_three_are_left_out(tmp_p
         write_json(run / "metrics.json", {"mean": {name: {"image_auroc": value} for name, value in entry.items()}})
         config = read_config(run, "", "")
         finals = {name: {"train_on": name, "set": {}, "detector": "padim"} for name in entry}
-        write_config(run, config | {"stage2": finals})
+        write_config(run, config | {"stage2": finals, "layout": "demo", "noise_ratio": 0.2})
     made(grid / "seed=2", 2, detector="padim")
     monkeypatch.setattr(sys, "argv", ["dropping", "--grid", str(grid), "--plot", str(tmp_path / "points")])
     dropping.main()
-    out = capsys.readouterr().out
-    assert "2 runs" in out and "padim +0.005" in out and "the worst: -0.010" in out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    titles, own, everything = rows[0], *(row for row in rows if row[3:4] == ["2"])
+    assert titles[4:] == ["ranking AUROC", "auto − all", "best − all", "clean − all", "lowest auto − all"]
+    assert own[1] == "padim" and own[5:] == everything[5:] == ["+0.0050", "–", "+0.0500", "-0.0100"]
     assert (tmp_path / "points.png").stat().st_size and (tmp_path / "points.svg").stat().st_size
+
+
+def test_the_best_threshold_of_a_finished_run_is_the_best_of_all_on_its_own_ranking(finished, monkeypatch):
+    seen = []
+
+    def aurocs(stage, dataset, kept):
+        assert stage.final == "all" and stage.setup.steps == 3  # those of its final detector, not of its sub-models
+        seen.extend(kept)
+        return [0.8, 0.7, 0.83, *([0.5] * (len(kept) - 3))]
+
+    monkeypatch.setattr(dropping, "final_aurocs", aurocs)
+    gain = dropping.best_threshold(finished, str(finished.parent / "cache"))
+    assert gain == pytest.approx(0.03) and seen[0].all() and len(seen) == len(dropping.SHARES)
+    score = np.array([float(row["score"]) for row in rows_of(finished / "tile" / "scores.csv")])
+    assert all(score[each].max() < score[~each].min() for each in seen[1:])
