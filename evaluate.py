@@ -40,9 +40,11 @@ from llb.metrics import (
     sample_auroc,
 )
 from llb.new_images import check_flags, score_images
+from llb.next_page import scores_of, write_next_page
 from llb.protocols import PROTOCOLS, mask_rule
 from llb.purify import combine
 from llb.report import write_report
+from llb.review import threshold_doubt
 from llb.run import final_checkpoints, find_run, finished_detectors, load_datasets, read_run, run_encoder, steps_in
 from llb.score import heat_maps, score
 from llb.stage import Stage, final_params, load_features, make_stage
@@ -115,7 +117,9 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
         for final in tables.detector_names(metrics[name]):
             threshold = tables.read_threshold(run / name, final)
             if threshold and final.startswith(LISTED):
-                say(f"{name}, {final}: {tables.threshold_line(threshold, THRESHOLD_OF[final.partition('-')[0]])}")
+                train_on = final.partition("-")[0]
+                doubt = threshold_doubt(run / name, datasets[name], config["seed"]) if train_on == "reviewed" else ""
+                say(f"{name}, {final}: {tables.threshold_line(threshold, THRESHOLD_OF[train_on])}{doubt}")
     say(f"report: {run / 'report.html'}")
 
 
@@ -167,6 +171,8 @@ def evaluate(
     tables.write_kinds(folder, final, by_kind([r.kind for r in records], labels, scores, facts["threshold"]))
     shown = united(shown_tests(scores, labels, facts["threshold"]))
     write_test_tiles(stage, dataset, records, heat_maps(params, stage.setup, features, shown, "examples"))
+    if final.startswith("reviewed"):
+        write_next_page(stage, dataset, params, None if dataset.test else scores)
     if stage.settings.save_maps:
         replace_maps(unfinished, maps_folder, records)
     tables.write_predictions(folder, final, records, scores)
@@ -192,15 +198,9 @@ def normal_scores(
         if isinstance(params, Headed):
             with open_checkpoints(stage.run / dataset.category / "stage1") as checkpoints:
                 params = Headed(restore_params(checkpoints), repeated(params.head, config["submodels"]))
-            scores[normal] = scored(stage, dataset, normal, params)
+            scores[normal] = scores_of(stage, dataset, normal, params, "threshold of")
         return combine(scores, subset, config["folds"] == "others", False, "out-of-fold")[normal]
-    return scored(stage, dataset, normal, params)[:, 0]
-
-
-def scored(stage: Stage, dataset: Dataset, indices: np.ndarray, params: Params | Headed) -> np.ndarray:
-    """Training images by K models: float32 (n, K)."""
-    features, title = load_features(stage, dataset, "train"), f"{dataset.category}, threshold of {stage.final}"
-    return np.concatenate([score_k for _, score_k, _ in score(params, stage.setup, features, indices, title)])
+    return scores_of(stage, dataset, normal, params, "threshold of")[:, 0]
 
 
 def scores_out_of_fold(stage: Stage) -> bool:

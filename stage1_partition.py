@@ -34,7 +34,7 @@ from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
 from llb.processes import agreed
 from llb.purify import combine, partition
-from llb.report import write_report
+from llb.report import review_command, write_report
 from llb.run import as_shown, command_line, demo_or_given_root, environment, open_run, place_run
 from llb.runfiles import stage1_command, write_config
 from llb.score import heat_maps, score_all
@@ -98,7 +98,7 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
             say(f"{dataset.category}: stage 2's detector was trained on another list; train it again: {again}")
     if is_writer():
         write_report(run)
-        say(f"look at the suspects, and mark the defects: {run / 'report.html'}")
+        say(f"look at the suspects, and mark the defects: {run / 'report.html'}; then: {review_command(run)}")
     say(f"next: python stage2_train.py --run {typed(run)}")
 
 

@@ -38,10 +38,9 @@ from llb.detectors import DETECTORS
 from llb.detectors.common import SCORES, Setup, anomaly_map, maps_of
 from llb.features import Features, normalise, prefetch
 from llb.files import UserError, read_json
-from llb.marks import DEFECT, FINE
+from llb.marks import DEFECT, FINE, MARKS
 from llb.metrics import image_metrics
 
-MARKS = 15  # images of each verdict without which there is no head
 # worst positions of an image that was called defective, and of one called fine: so many, at most this share of all
 OF_DEFECT, OF_FINE = (24, 0.125), (60, 0.3)
 DRAWN, LEARNED = 20, 2  # positions of an image in training that say what is usual; those of them that are learned from

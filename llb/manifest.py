@@ -24,7 +24,7 @@ from llb.masks import load_masks
 from llb.processes import agreed
 from llb.runfiles import COLUMNS, IMAGES_FILE, State, read_manifest
 from llb.tables import METRICS_FILE, TRAIN_ON, kinds_file, read_metrics, read_table, threshold_file
-from llb.tiles import tiles_file
+from llb.tiles import next_tiles_file, tiles_file
 from llb.times import TIMES_FILE
 
 READERS, AHEAD = 8, 256  # threads, and files that wait for their turn
@@ -206,7 +206,7 @@ def clear_detector(folder: Path, final: str) -> None:
 def evaluation_files(final: str) -> tuple[str, ...]:
     """What evaluate.py writes of a final detector into RUN/<category>, without its maps."""
     tables = (f"predictions-{final}.csv", threshold_file(final), kinds_file(final))
-    return (*tables, f"examples-{final}.png", tiles_file(final))
+    return (*tables, f"examples-{final}.png", tiles_file(final), next_tiles_file(final))
 
 
 def stage2_folder(final: str) -> str:

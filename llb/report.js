@@ -114,6 +114,7 @@ function table() {
 }
 
 function save() {
+  last.section.querySelector(".saved").textContent = `${verdicts().size} marks are saved; then, with the path of the file,`;
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([table()], { type: "text/csv" }));
   link.download = "marks.csv";
@@ -144,18 +145,29 @@ function show(desk) {
   const caption = [...tile.node.querySelector("figcaption").childNodes].filter((part) => part.className !== "path");
   const words = [...caption.map((part) => part.textContent.trim()), tile.path.split("/").pop()]; // folders tell the kind
   text(".what", words.filter(Boolean).join(" "));
-  text(".where", `Page ${desk.page + 1} of ${pages.length}`);
-  text(".count", `${defects + fine} of ${pages.flat().length} seen, ${defects} marked as defects`);
-  text(".advice", advice(counts, pages));
+  if (section.dataset.root) section.querySelector(".what").append(" ", original(section.dataset.root, tile.path));
+  const by = pages[desk.page][0].page.dataset.by;
+  text(".where", `Page ${desk.page + 1} of ${pages.length}${by ? `, suspects of ${by}` : ""}`);
+  text(".count", `${defects + fine} of ${pages.flat().length} seen: ${defects} defects, ${fine} fine`);
+  text(".advice", advice(counts, pages, Math.min(defects, fine) < section.dataset.needed && section.dataset.needed));
   for (const img of (pages[desk.page + 1] || []).flatMap((t) => [...t.node.querySelectorAll("img")])) img.decode().catch(() => {});
 }
 
-function advice(counts, pages) {
+function original(root, path) {
+  const link = document.createElement("a");
+  link.href = [root, ...path.split("/").map(encodeURIComponent)].join("/");
+  link.target = "_blank";
+  link.textContent = "original";
+  return link;
+}
+
+function advice(counts, pages, needed) {
   const open = counts.findIndex(([defect, fine], number) => defect + fine < pages[number].length);
   const done = open < 0 ? pages.length : open; // pages that are seen, from the first on
   if (!done) return "Mark the defects of this page; then say that the rest is fine.";
   const found = `${counts[done - 1][0]} of page ${done}’s ${pages[done - 1].length} are defects: `;
-  return found + (counts[done - 1][0] > 1 && done < pages.length ? "look at one more." : "save; llb.review says if it is enough.");
+  if (done < pages.length && needed) return `${found}look at one more; ${needed} of each verdict can teach the detector.`;
+  return found + (counts[done - 1][0] > 1 && done < pages.length ? "look at one more, or save." : "save; llb.review says if it is enough.");
 }
 
 function perform(name, desk, scroll) {

@@ -6,6 +6,7 @@ and its one script, llb/report.js, are inside it, and it forbids all else (Conte
 
 import base64
 import hashlib
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llb import charts, figures, tables
 from llb.data import reading_line
 from llb.files import read_json, write_text
 from llb.keep import KEEP, choose
+from llb.marks import MARKS
 from llb.metrics import ranks, why_undefined
 from llb.pictures import PALETTE
 from llb.review import simulated_line
@@ -49,7 +51,7 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
         facts = category_facts(run / name, scores[name], metrics.get(name, {}), [*notes[name], *said], most)
         finals = [detector["name"] for detector in facts["detectors"]]
         facts["review"] = review_facts(run / name, scores[name], seed, finals)
-        categories.append(facts | suspect_facts(run / name, scores[name], seed, most, "review" in config))
+        categories.append(facts | suspect_facts(run / name, scores[name], finals, config, most))
     fit_pages(categories)
     shown = tables.shown_metrics(tables.detector_entries(metrics))
     rows, reasons = metric_rows(categories, metrics.get("mean", {}), shown)
@@ -79,6 +81,8 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
         next_command=review_command(run),
         simulated=simulated_line(config["review"]) if config.get("review") else None,
         side=LOOKED_AT,
+        needed=MARKS,
+        root=Path(os.path.abspath(config["data"])).as_uri() if config.get("data") else "",
         listed=LISTED,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

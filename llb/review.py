@@ -195,9 +195,11 @@ def findings(folder: Path, dataset: Dataset, seed: int) -> list[str]:
     if (marks == UNSAID).all():
         return ["no image is marked"]
     rank, pages = pages_of(folder, seed)
-    looked = [page.images for page in pages if (marks[page.images] != UNSAID).any()]
-    found = ", ".join(str((marks[images] == DEFECT).sum()) for images in looked)
-    seen = f"{(marks != UNSAID).sum()} seen, {(marks == DEFECT).sum()} defects ({found} by page)"
+    whole = [int((marks[page.images] == DEFECT).sum()) for page in pages if (marks[page.images] != UNSAID).all()]
+    defects = int((marks == DEFECT).sum())
+    elsewhere = f"; {defects - sum(whole)} elsewhere" * (defects > sum(whole))
+    by_page = f" ({', '.join(map(str, whole))} by page{elsewhere})" * bool(whole)
+    seen = f"{(marks != UNSAID).sum()} seen, {defects} defects{by_page}"
     left = unseen_defects(pages, rank, marks)
     if left is None:
         advice = "mark all images of the first page: they tell how many defects are left"
@@ -211,6 +213,15 @@ def findings(folder: Path, dataset: Dataset, seed: int) -> list[str]:
     else:
         advice = f"enough: the last whole page held {left.last}, and at most {left.high / left.images:.0%} are left"
     return [f"{seen}; about {left.defects} more among the {left.images} unseen ({left.low} to {left.high})", advice]
+
+
+def threshold_doubt(folder: Path, dataset: Dataset, seed: int) -> str:
+    """A sentence beside the threshold of `reviewed`: the unseen images, from which it is taken, have defects, too."""
+    rank, pages = pages_of(folder, seed)
+    left = unseen_defects(pages, rank, read_marks(folder, dataset))
+    if left is None or not left.defects:
+        return ""
+    return f"; about {left.defects} of these images are defective ({left.low} to {left.high}), so it may be too high"
 
 
 if __name__ == "__main__":

@@ -17,28 +17,30 @@ from llb.metrics import ranks
 from llb.pages import PAGE, Page, suspect_pages
 from llb.review import findings
 from llb.tables import read_table, read_threshold
-from llb.tiles import outcome, read_tiles, shown_suspects, tiles_file
+from llb.tiles import next_tiles_file, outcome, read_tiles, shown_suspects, tiles_file
 
 LARGEST_HTML = 40_000_000  # bytes of the report, over all categories
 WORDS = {mark: verdict for verdict, mark in VERDICTS.items()} | {UNSAID: None}
 Scores = list[dict[str, Any]]  # rows of scores.csv
 
 
-def suspect_facts(folder: Path, scores: Scores, seed: int, most: int, simulated: bool) -> dict[str, Any]:
+def suspect_facts(folder: Path, scores: Scores, finals: list[str], config: dict[str, Any], most: int) -> dict[str, Any]:
     """The tiles of training images: the suspects in pages, and the other groups of `shown_suspects`.
 
-    most: tiles of a group; the pages are all that stage 1 has made tiles for. simulated: the marks are made by the
-        labels, so they are not shown to a person, who would save them as their own.
+    The pages are all that stage 1 has made tiles for. Behind those that are marked comes the next page ("asked" is its
+    place, "by" the detector of `finals` that asks), if there is one. Simulated marks are not shown to a person, who
+    would save them as their own. most: tiles of a group.
     """
+    seed, simulated = config.get("seed", 0), "review" in config
     tiles, labels = read_tiles(folder / tiles_file("suspects")), [row["label"] for row in scores]
     score, kept = (np.array([row[name] for row in scores]) for name in ("score", "kept"))
     if not scores or not tiles["tiles"]:
-        return {"pages": [], "groups": {}, "scale": None}
+        return {"pages": [], "groups": {}, "scale": None, "asked": None, "by": None}
     rank, drawn = ranks(score), tiles["tiles"]
     marks = read_marks(folder, training_set(folder))
     frames = ["kept" if row["kept"] else "dropped" for row in scores]
 
-    def tile(index: int) -> dict[str, Any]:
+    def tile(index: int, tiles: dict[str, Any] = tiles) -> dict[str, Any]:
         verdict = None if simulated else WORDS[int(marks[index])]
         return tile_facts(tiles, scores[index], int(rank[index]), frames[index], verdict)
 
@@ -50,9 +52,24 @@ def suspect_facts(folder: Path, scores: Scores, seed: int, most: int, simulated:
         "defects kept": sum(row["kept"] and row["label"] == 1 for row in scores),
         "normal dropped": sum(not row["kept"] and row["label"] == 0 for row in scores),
     }
-    pages = [[tile(i) for i in page] for page in pages_with_tiles(scores, rank, seed, drawn)]
+    pages = pages_with_tiles(scores, rank, seed, drawn)
+    done = next((number for number, page in enumerate(pages) if (marks[page] == UNSAID).any()), len(pages))
+    place, asked, by = {row["path"]: i for i, row in enumerate(scores)}, {"tiles": {}}, None
+    for final in [] if simulated else finals:
+        if final.startswith("reviewed") and not asked["tiles"]:
+            asked, by = read_tiles(folder / next_tiles_file(final)), final
+    again = [place[path] for path in asked["tiles"] if path in place]
+    pages = [[tile(i) for i in page if i not in again] for page in pages]
+    pages[done:done] = [[tile(i, asked) for i in again]]
+    pages = [page for page in pages if page]
     groups = {name: {"tiles": shown[:most], "count": counts.get(name, len(shown))} for name, shown in groups.items()}
-    return {"pages": pages, "groups": groups, "scale": scale_of(tiles)}
+    return {
+        "pages": pages,
+        "groups": groups,
+        "scale": scale_of(tiles),
+        "asked": done if again else None,
+        "by": by if again else None,
+    }
 
 
 def pages_with_tiles(scores: Scores, rank: np.ndarray, seed: int, drawn: dict[str, Any]) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 RUN/<category>/tiles-suspects.json        of training images, by stage 1
 RUN/<category>/tiles-<train-on>.json      of test images, by evaluate.py
+RUN/<category>/tiles-next-<train-on>.json of unseen training images, by evaluate.py (llb/next_page.py)
 
 So the report can be written again without the images. Which images stand in which group is decided here, from what the
 tables say, for who makes the tiles and for who shows them.
@@ -141,3 +142,8 @@ def read_tiles(file: Path) -> dict[str, Any]:
 def tiles_file(name: str) -> str:
     """name: "suspects", or a final detector's."""
     return f"tiles-{name}.json"
+
+
+def next_tiles_file(final: str) -> str:
+    """Of the next page, see llb.next_page."""
+    return tiles_file(f"next-{final}")

@@ -151,7 +151,13 @@ def test_reviewed_is_a_final_detector_beside_the_others(tmp_path, finished, data
     assert "finish it with" in refuse(*evaluate)
     assert "is finished" in succeed(*train)
     assert [(folder / name).read_bytes() for name in files] == one
-    assert "reviewed" in succeed(*evaluate) and contents(run).items() >= old.items()
+    told = succeed(*evaluate)
+    assert "the report has a next page, the 5 unseen images that reviewed suspects most" in told
+    assert contents(run).items() >= old.items()
+    unseen = {row["path"] for row in rows_of(folder / "scores.csv")} - {
+        r["path"] for r in rows_of(folder / "marks.csv")
+    }
+    assert json.loads((folder / "tiles-next-reviewed.json").read_text())["tiles"].keys() == unseen
 
     # ---- other images get the same scores ----
     succeed(*evaluate, "--images", data / "tile" / "test")

@@ -63,7 +63,19 @@ def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_
         assert f"Of the {named} marked as defects 0 are labelled" in told
         assert page.value("document.querySelector('.desk code').textContent").endswith(f"--run {run} marks.csv")
         assert re.search(r"\nreviewed\t[01]\.\d", told) and "reviewed: λ = " in told
+        # ---- the next page: the unseen images, by what the detector has learned from the marks ----
+        assert page.value("document.querySelector('.where').textContent") == "Page 5 of 5, suspects of reviewed"
+        left = page.value(SHOWN)
+        assert len(left) == 14 and not marked.keys() & left
+        hidden = ["bad" in path for path in left]
+        assert hidden == sorted(hidden, reverse=True), "the detector has learned what a defect is"
+        page.press(["d", *("d" if bad else "f" for bad in hidden)])  # the first one leads to the suspects
+        more = page.saved(tmp_path / "more", "document.querySelector('[data-do=save]').click()")
+        assert "110 marks are saved" in page.value("document.querySelector('.saved').textContent")
         assert page.complaints() == []
+    marks = marks_of(more)
+    assert len(marks) == 110 and all(marks[path] == int("bad" in path) for path in marks)
+    assert "14 new marks\n" in succeed("llb.review", "--run", run, more)
 
 
 def small_run(folder: Path, paths: list[str], seed: int = 0, category: str = '=bolt, "4"') -> Path:
@@ -108,7 +120,7 @@ def test_marks_of_the_run_stand_on_the_page_and_damaged_ones_are_named(tmp_path)
     page = (run / "report.html").read_text(encoding="utf-8")
     shown = page[page.index('class="suspects"') : page.index("</section>", page.index('class="suspects"'))]
     assert re.findall('data-path="(.)[^>]* data-verdict="(\\w+)"', shown) == [("b", "fine"), ("c", "defect")]
-    assert "2 seen, 1 defects (1 by page); 1 unseen. Mark all images of the first page" in page
+    assert "2 seen, 1 defects; 1 unseen. Mark all images of the first page" in page
     write_csv(run / "bolt" / "marks.csv", ["path", "verdict"], [["d.png", "fine"]])
     with pytest.raises(UserError, match="d.png is not a training image"):
         write_report(run)

@@ -104,7 +104,7 @@ def test_every_tile_says_what_became_of_its_image_and_is_found_by_path_and_rank(
     first = page[page.index('class="suspects"') : page.index("</section>", page.index('class="suspects"'))]
     assert re.findall(r'data-rank="(\d+)"', first) == list("123456") and 'data-page="1"' in first
     assert "Just above the threshold" in text and "Missed, the lowest score first: 1" in text
-    assert "0.85 . It is taken from the 4 purified" in text and "25.0%" in text
+    assert "0.85 . It is taken from the 4 training images that are not dropped" in text and "25.0%" in text
     assert "<i>dent 1 0.125 50.0%" in text and "hole 1 – –" in text
     few = detector_facts(tmp_path / "bolt", "purified", None, 2)
     assert len(few["groups"]["all"]["tiles"]) == 2 and few["groups"]["all"]["count"] == 6 and few["scale"] == ("0", "1")

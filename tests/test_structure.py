@@ -19,7 +19,7 @@ CORE = """
     detectors.mutual detectors.rd detectors.uniad detectors.simplenet detectors.cflow detectors.damage
     detectors.destseg detectors
     protocols purify config defaults features placement checkpoint train fit head score manifest run
-    borrow selection stage report new_images
+    borrow selection stage report new_images next_page
 """.split()
 ORDER = [
     "llb",
