@@ -3,7 +3,7 @@
 RUN/<category>/tiles-next-<final>.json    PAGE images with the detector's maps, the first suspect first
 
 A head has learned what a person minds, so it ranks what is left better than stage 1 did: on the tiles, after 96 images,
-its next page held two to seven times the defects of the next page by stage 1 (llb/RESULTS.md). The report shows this
+its next page held 1.6 to 2.8 times the defects of the next ones by stage 1 (llb/RESULTS.md). The report shows this
 page behind those that are marked. Its images are picked and not drawn: they are looked at for the defects, and the
 estimate of what is left (llb.unseen) takes them as known.
 """

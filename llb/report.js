@@ -145,9 +145,8 @@ function show(desk) {
   const caption = [...tile.node.querySelector("figcaption").childNodes].filter((part) => part.className !== "path");
   const words = [...caption.map((part) => part.textContent.trim()), tile.path.split("/").pop()]; // folders tell the kind
   text(".what", words.filter(Boolean).join(" "));
-  if (section.dataset.root) section.querySelector(".what").append(" ", original(section.dataset.root, tile.path));
-  const by = pages[desk.page][0].page.dataset.by;
-  text(".where", `Page ${desk.page + 1} of ${pages.length}${by ? `, suspects of ${by}` : ""}`);
+  if (section.dataset.root) section.querySelector(".what").prepend(original(section.dataset.root, tile.path), " ");
+  text(".where", `Page ${desk.page + 1} of ${pages.length}${pages[desk.page][0].page.dataset.by ? " (asked again)" : ""}`);
   text(".count", `${defects + fine} of ${pages.flat().length} seen: ${defects} defects, ${fine} fine`);
   text(".advice", advice(counts, pages, Math.min(defects, fine) < section.dataset.needed && section.dataset.needed));
   for (const img of (pages[desk.page + 1] || []).flatMap((t) => [...t.node.querySelectorAll("img")])) img.decode().catch(() => {});

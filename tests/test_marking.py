@@ -64,7 +64,7 @@ def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_
         assert page.value("document.querySelector('.desk code').textContent").endswith(f"--run {run} marks.csv")
         assert re.search(r"\nreviewed\t[01]\.\d", told) and "reviewed: λ = " in told
         # ---- the next page: the unseen images, by what the detector has learned from the marks ----
-        assert page.value("document.querySelector('.where').textContent") == "Page 5 of 5, suspects of reviewed"
+        assert page.value("document.querySelector('.where').textContent") == "Page 5 of 5 (asked again)"
         left = page.value(SHOWN)
         assert len(left) == 14 and not marked.keys() & left
         hidden = ["bad" in path for path in left]
