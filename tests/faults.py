@@ -2,7 +2,7 @@
 
     python -m tests.faults                        all faults, 150 kills
     python -m tests.faults --only kill --kills 9  fewer; --only may be given again
-    python -m tests.faults --kills 1 --most 1     one fault of each stage, as tests/test_faults.py runs it
+    python -m tests.faults --kills 1 --most 2     two faults of each stage, as tests/test_faults.py runs it
 
 Prints a table; the exit status is 1 if anything is wrong. Linux. How a command is disturbed: tests/disturbed.py.
 
