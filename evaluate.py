@@ -40,13 +40,13 @@ from llb.metrics import (
     sample_auroc,
 )
 from llb.new_images import check_flags, score_images
-from llb.next_page import scores_of, write_next_page
+from llb.next_page import write_next_page
 from llb.protocols import PROTOCOLS, mask_rule
 from llb.purify import combine
 from llb.report import write_report
 from llb.review import threshold_doubt
 from llb.run import final_checkpoints, find_run, finished_detectors, load_datasets, read_run, run_encoder, steps_in
-from llb.score import heat_maps, score
+from llb.score import heat_maps, score, score_some
 from llb.stage import Stage, final_params, load_features, make_stage
 from llb.threshold import by_kind, threshold_facts
 from llb.tiles import shown_tests, small, tiles_file, united, write_tiles
@@ -198,9 +198,15 @@ def normal_scores(
         if isinstance(params, Headed):
             with open_checkpoints(stage.run / dataset.category / "stage1") as checkpoints:
                 params = Headed(restore_params(checkpoints), repeated(params.head, config["submodels"]))
-            scores[normal] = scores_of(stage, dataset, normal, params, "threshold of")
+            scores[normal] = scored(stage, dataset, normal, params)
         return combine(scores, subset, config["folds"] == "others", False, "out-of-fold")[normal]
-    return scores_of(stage, dataset, normal, params, "threshold of")[:, 0]
+    return scored(stage, dataset, normal, params)[:, 0]
+
+
+def scored(stage: Stage, dataset: Dataset, indices: np.ndarray, params: Params | Headed) -> np.ndarray:
+    """Training images by K models: float32 (n, K)."""
+    features, title = load_features(stage, dataset, "train"), f"{dataset.category}, threshold of {stage.final}"
+    return score_some(params, stage.setup, features, indices, title)
 
 
 def scores_out_of_fold(stage: Stage) -> bool:

@@ -24,7 +24,7 @@ from llb.features import Features
 from llb.files import UserError, atomic, is_writer, typed
 from llb.fit import learn
 from llb.flags import parse_flags
-from llb.images import load_image, white_line
+from llb.images import white_line
 from llb.keep import choose
 from llb.layouts import read_root
 from llb.learning import learning_line, write_learning
@@ -40,9 +40,9 @@ from llb.runfiles import stage1_command, write_config
 from llb.score import heat_maps, score_all
 from llb.selection import change_selection, outdated_detectors, read_submodel_scores
 from llb.sheet import lacks_tiles, whole_pages
-from llb.stage import Stage, check_step, load_features, make_stage
+from llb.stage import Stage, check_step, load_features, make_stage, tile_to_judge
 from llb.tables import Stage1Result, purification_line, stage1_finished, write_purified, write_scores
-from llb.tiles import LOOKED_AT, shown_suspects, small, tiles_file, united, write_tiles
+from llb.tiles import LOOKED_AT, shown_suspects, tiles_file, united, write_tiles
 from llb.times import timed
 from llb.train import Submodels, seen_images, submodel_keys
 
@@ -177,20 +177,18 @@ def write_suspects(stage: Stage, dataset: Dataset, result: Stage1Result, params:
 
     Also the tiles of the report, of these and of the other images that it shows.
     """
-    settings, size = stage.settings, stage.setup.image_size
+    settings = stage.settings
     folder, rank = stage.run / dataset.category, ranks(result.aggregated)
     groups = shown_suspects(rank, result.kept, [record.label for record in dataset.train])
     pages = {number: page.images for number, page in enumerate(whole_pages(rank, settings.seed, settings.suspects))}
     shown = united(groups | pages | {"sheet": np.flatnonzero(rank <= SUSPECTS)})
     shown = shown[np.argsort(rank[shown])]
-    resize = dataset.resize and round(dataset.resize * LOOKED_AT / size)  # people see more than small encoders
     sheet, tiles = [], []
     for index, heat in heat_maps(params, stage.setup, features, shown, "suspects"):
-        path = dataset.train[index].path
-        image = load_image(dataset.root / path, LOOKED_AT, dataset.white, resize)
-        tiles.append((path, image, small(heat, LOOKED_AT), None))
+        tiles.append(tile_to_judge(stage, dataset, index, heat))
         if rank[index] <= SUSPECTS:
             verdict = "kept" if result.kept[index] else "dropped"
+            path, image, *_ = tiles[-1]
             sheet.append((image, heat, (f"{rank[index]}. {result.aggregated[index]:.4f} {verdict}", path)))
     write_tiles(folder / tiles_file("suspects"), tiles, LOOKED_AT)
     atomic(folder / "suspects.png", contact_sheet(sheet).save)

@@ -156,8 +156,8 @@ def draw_curves(curves: dict[str, np.ndarray], plot: str) -> None:
 
 
 def points_of(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """Of each run that is evaluated on purified, all and clean: its settings, seed and folder; "ranking", its AUROC;
-    image AUROC on purified ("auto") and "clean", less that on all; "best" is None."""
+    """Of each run that is evaluated on purified, all and clean: its settings and folder; "ranking", its AUROC; image
+    AUROC on purified ("auto") and "clean", less that on all; "best" is None."""
     points = []
     for group in read_groups(runs):
         for seed, run in group.runs.items():
@@ -165,7 +165,7 @@ def points_of(runs: Sequence[Path]) -> list[dict[str, Any]]:
             ranking, base, ours, clean = (group.figures[name].get(seed) for name in names)
             if None not in (base, ours, clean):
                 values = {"ranking": ranking, "auto": ours - base, "best": None, "clean": clean - base}
-                points.append({"settings": group.settings, "seed": seed, "run": Path(run)} | values)
+                points.append({"settings": group.settings, "run": Path(run)} | values)
     if not points:
         raise UserError("--grid: no run there is evaluated on purified, all and clean")
     return points

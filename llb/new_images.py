@@ -115,9 +115,8 @@ def choose(run: Path, config: dict[str, Any], settings: Evaluate) -> tuple[str, 
     finished = finished_detectors(run, config | {"categories": [name]}, settings.train_on)
     finals = [f for f in finished if settings.detector in (None, config["stage2"][f]["detector"])]
     detector = settings.detector or config["detector"]
-    wanted = [
-        final_name(each, detector, config) for each in ([settings.train_on] if settings.train_on else LISTED[::-1])
-    ]
+    lists = (settings.train_on,) if settings.train_on else LISTED[::-1]
+    wanted = [final_name(train_on, detector, config) for train_on in lists]
     best = [final for final in wanted if final in finals]
     if not best and len(finals) != 1:
         choice = f"choose one of {', '.join(finished)} with --train-on and --detector"

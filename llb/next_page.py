@@ -14,37 +14,31 @@ from llb.checkpoint import Params
 from llb.console import say
 from llb.data import Dataset
 from llb.head import Headed
-from llb.images import load_image
 from llb.marks import UNSAID, read_marks
 from llb.pages import PAGE
-from llb.score import heat_maps, score
-from llb.stage import Stage, load_features
-from llb.tiles import LOOKED_AT, next_tiles_file, small, write_tiles
-
-
-def scores_of(stage: Stage, dataset: Dataset, indices: np.ndarray, params: Params | Headed, why: str) -> np.ndarray:
-    """Training images by K models: float32 (n, K). why: for the progress bar."""
-    features, title = load_features(stage, dataset, "train"), f"{dataset.category}, {why} {stage.final}"
-    return np.concatenate([score_k for _, score_k, _ in score(params, stage.setup, features, indices, title)])
+from llb.runfiles import own_config
+from llb.score import heat_maps, score_some
+from llb.stage import Stage, load_features, tile_to_judge
+from llb.tiles import LOOKED_AT, next_tiles_file, write_tiles
 
 
 def write_next_page(stage: Stage, dataset: Dataset, params: Params | Headed, known: np.ndarray | None) -> None:
-    """Write the tiles of the next page; without an unseen image there are none.
+    """Write the tiles of the next page; without an unseen image there are none. Nobody looks if marks are simulated.
 
     known: what the detector scores the training images, float32 (N,), if that was worked out already.
     """
-    name, size = dataset.category, stage.setup.image_size
+    if "review" in own_config(stage.run, str(stage.run)):
+        return
+    name, tiles = dataset.category, []
     unseen = np.flatnonzero(read_marks(stage.run / name, dataset) == UNSAID)
-    tiles = []
     if len(unseen):
-        scores = scores_of(stage, dataset, unseen, params, "next page by")[:, 0] if known is None else known[unseen]
+        features, title = load_features(stage, dataset, "train"), f"{name}, next page by {stage.final}"
+        if known is None:
+            scores = score_some(params, stage.setup, features, unseen, title)[:, 0]
+        else:
+            scores = known[unseen]
         first = unseen[np.argsort(-scores, kind="stable")[:PAGE]]
-        features, resize = load_features(stage, dataset, "train"), dataset.resize
-        for index, heat in heat_maps(params, stage.setup, features, first, "next page"):
-            path = dataset.train[index].path
-            image = load_image(
-                dataset.root / path, LOOKED_AT, dataset.white, resize and round(resize * LOOKED_AT / size)
-            )
-            tiles.append((path, image, small(heat, LOOKED_AT), None))
+        maps = heat_maps(params, stage.setup, features, first, "next page")
+        tiles = [tile_to_judge(stage, dataset, index, heat) for index, heat in maps]
         say(f"{name}: the report has a next page, the {len(first)} unseen images that {stage.final} suspects most")
     write_tiles(stage.run / name / next_tiles_file(stage.final), tiles, LOOKED_AT)

@@ -113,8 +113,8 @@ function table() {
   return ["category,path,verdict", ...lines, ""].join("\n");
 }
 
-function save() {
-  last.section.querySelector(".saved").textContent = `${verdicts().size} marks are saved; then, with the path of the file,`;
+function save(desk) {
+  desk.section.querySelector(".saved").textContent = `${verdicts().size} marks are saved; then, with the path of the file,`;
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([table()], { type: "text/csv" }));
   link.download = "marks.csv";

@@ -83,6 +83,13 @@ def score(
         yield positions, np.asarray(scores)[:count], np.asarray(maps)[:count] if with_maps else None
 
 
+def score_some(
+    params: Params | Headed, setup: Setup, features: Features, indices: np.ndarray, title: str
+) -> np.ndarray:
+    """Some images by every sub-model: float32 (n, K); row i belongs to image indices[i]."""
+    return np.concatenate([scores for _, scores, _ in score(params, setup, features, indices, title)])
+
+
 def score_all(params: Params, setup: Setup, features: Features, count: int, title: str) -> np.ndarray:
     """Every image by every sub-model: float32 (N, K); row i belongs to image i."""
     submodels = len(jax.tree.leaves(params)[0])

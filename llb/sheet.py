@@ -54,22 +54,29 @@ def suspect_facts(folder: Path, scores: Scores, finals: list[str], config: dict[
     }
     pages = pages_with_tiles(scores, rank, seed, drawn)
     done = next((number for number, page in enumerate(pages) if (marks[page] == UNSAID).any()), len(pages))
-    place, asked, by = {row["path"]: i for i, row in enumerate(scores)}, {"tiles": {}}, None
-    for final in [] if simulated else finals:
-        if final.startswith("reviewed") and not asked["tiles"]:
-            asked, by = read_tiles(folder / next_tiles_file(final)), final
+    place = {row["path"]: i for i, row in enumerate(scores)}
+    asked, by = asked_again(folder, [] if simulated else finals)
     again = [place[path] for path in asked["tiles"] if path in place]
-    pages = [[tile(i) for i in page if i not in again] for page in pages]
-    pages[done:done] = [[tile(i, asked) for i in again]]
-    pages = [page for page in pages if page]
+    before, behind = (
+        [page for page in ([tile(i) for i in page if i not in again] for page in part) if page]
+        for part in (pages[:done], pages[done:])
+    )
     groups = {name: {"tiles": shown[:most], "count": counts.get(name, len(shown))} for name, shown in groups.items()}
     return {
-        "pages": pages,
+        "pages": before + [[tile(i, asked) for i in again]] * bool(again) + behind,
         "groups": groups,
         "scale": scale_of(tiles),
-        "asked": done if again else None,
+        "asked": len(before) if again else None,
         "by": by if again else None,
     }
+
+
+def asked_again(folder: Path, finals: list[str]) -> tuple[dict[str, Any], str | None]:
+    """The tiles of the next page, as `read_tiles` gives them, and the final detector that asks; no tiles and None."""
+    for final in finals:
+        if final.startswith("reviewed") and (tiles := read_tiles(folder / next_tiles_file(final)))["tiles"]:
+            return tiles, final
+    return {"tiles": {}}, None
 
 
 def pages_with_tiles(scores: Scores, rank: np.ndarray, seed: int, drawn: dict[str, Any]) -> list[np.ndarray]:

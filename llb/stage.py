@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from llb.checkpoint import CheckpointFolder, Params, open_checkpoints, restore_params
 from llb.config import FLAGGED, Evaluate, Stage1, Stage2
@@ -19,12 +20,13 @@ from llb.encoders.specs import Spec
 from llb.features import Features, Source, cached_features, make_source, streamed_features
 from llb.files import UserError, typed, write_json
 from llb.head import Headed, evidence, head_file, head_values, learn_head, read_head
-from llb.images import ImageFiles
+from llb.images import ImageFiles, load_image
 from llb.manifest import image_digests
 from llb.marks import read_marks, read_review, review_file
 from llb.processes import agreed
 from llb.protocols import PROTOCOLS
 from llb.tables import read_scores
+from llb.tiles import LOOKED_AT, Tile, small
 from llb.train import check_memory
 
 
@@ -90,6 +92,14 @@ def load_features(stage: Stage, dataset: Dataset, part: str) -> Features:
     files = dataclasses.replace(files, digests=image_digests(stage.run / dataset.category, dataset.root, names))
     cache, title = Path(settings.cache), f"{dataset.category}, {part}"
     return cached_features(stage.source, files, cache, settings.cache_gib, settings.cache_limit, title)
+
+
+def tile_to_judge(stage: Stage, dataset: Dataset, index: int, heat: np.ndarray) -> Tile:
+    """A training image as a person judges it, with its map, float32 (S, S): people see more than small encoders."""
+    path, resize = dataset.train[index].path, dataset.resize
+    resize = resize and round(resize * LOOKED_AT / stage.setup.image_size)
+    image = load_image(dataset.root / path, LOOKED_AT, dataset.white, resize)
+    return path, image, small(heat, LOOKED_AT), None
 
 
 def keep_head(stage: Stage, dataset: Dataset, at: CheckpointFolder, seed: int) -> None:

@@ -29,6 +29,7 @@ LARGEST = 24  # of any other group
 SIDE, QUALITY = 160, 75  # pixels, and of WebP or JPEG; an image takes about 3 KB
 LOOKED_AT = 240  # pixels, of images that a person judges: a defect of 1 % of the area is 24 pixels large
 OUTLINE = (70, 255, 214)  # of a mask: a hue that heat maps do not have
+Tile = tuple[str, np.ndarray, np.ndarray, np.ndarray | None]  # of `write_tiles`: path, image, map, mask
 PICTURE = re.compile(r"data:image/(webp|jpeg);base64,[A-Za-z0-9+/=]+")
 
 
@@ -95,9 +96,7 @@ def outlined(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where((around & ~near)[..., None], np.uint8(OUTLINE), picture)
 
 
-def write_tiles(
-    file: Path, shown: Iterable[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]], side: int = SIDE
-) -> None:
+def write_tiles(file: Path, shown: Iterable[Tile], side: int = SIDE) -> None:
     """Write a file of tiles. All maps have one colour scale, from the median to the highest thousandth of their values.
 
     shown: for each image its path; the image, uint8 (S, S, 3), and the map, float32 (S, S), `small` or not; the mask,

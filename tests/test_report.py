@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from llb import charts, tables
 from llb.config import Stage2
 from llb.files import UserError, write_csv, write_json
 from llb.flags import parse_flags
+from llb.next_page import write_next_page
 from llb.report import commands, comparison, detector_facts, write_report
 from llb.review import Review, run_review
 from llb.runfiles import read_config, write_config
@@ -242,6 +244,7 @@ def test_marks_made_by_the_labels_are_not_shown_as_a_persons(finished, tmp_path)
     run_review(run, read_config(run, "", ""), Review(file=[], run=str(run), simulate=8))
     write_report(run)
     assert 'data-verdict="' not in (run / "report.html").read_text(encoding="utf-8")
+    write_next_page(SimpleNamespace(run=run), None, None, None)  # nobody will look, so nothing is worked out
     config = read_config(run, "", "")
     config.pop("review")
     write_config(run, config)
