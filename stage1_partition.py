@@ -21,7 +21,7 @@ from llb.defaults import resolve, with_sizes
 from llb.device import start_jax
 from llb.encoders import load_encoder
 from llb.features import Features
-from llb.files import UserError, atomic, is_writer, typed
+from llb.files import UserError, atomic, is_writer
 from llb.fit import learn
 from llb.flags import parse_flags
 from llb.images import white_line
@@ -36,7 +36,7 @@ from llb.processes import agreed
 from llb.purify import combine, partition
 from llb.report import review_command, write_report
 from llb.run import as_shown, command_line, demo_or_given_root, environment, open_run, place_run
-from llb.runfiles import stage1_command, write_config
+from llb.runfiles import next_command, stage1_command, write_config
 from llb.score import heat_maps, score_all
 from llb.selection import change_selection, outdated_detectors, read_submodel_scores
 from llb.sheet import lacks_tiles, whole_pages
@@ -99,7 +99,7 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     if is_writer():
         write_report(run)
         say(f"look at the suspects, and mark the defects: {run / 'report.html'}; then: {review_command(run)}")
-    say(f"next: python stage2_train.py --run {typed(run)}")
+    say(f"next: {next_command('stage2_train.py', run, settings)}")
 
 
 def stage1(stage: Stage, dataset: Dataset) -> None:

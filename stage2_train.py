@@ -23,7 +23,7 @@ from llb.defaults import resolve_final
 from llb.detectors import is_trained
 from llb.detectors.released import read_released
 from llb.device import start_jax
-from llb.files import UserError, typed
+from llb.files import UserError
 from llb.fit import learn
 from llb.flags import parse_flags
 from llb.learning import loss_file, write_losses
@@ -32,7 +32,7 @@ from llb.marks import UNSEEN, choose_images
 from llb.processes import agreed
 from llb.protocols import steps_of
 from llb.run import begin_stage2, final_checkpoints, final_name, find_run, load_datasets, read_run, run_encoder
-from llb.runfiles import own_config, stage1_command
+from llb.runfiles import next_command, own_config, stage1_command
 from llb.stage import Stage, check_step, keep_head, load_features, make_stage
 from llb.tables import Choice, stage1_finished
 from llb.times import timed
@@ -48,7 +48,7 @@ def main() -> None:
         # two final detectors on the same images take turns
         with hold(run, f"stage2-{train_on}", against=("stage1", *readers)):
             run_stage2(run, dataclasses.replace(settings, train_on=train_on))
-    say(f"next: python evaluate.py --run {typed(run)}")
+    say(f"next: {next_command('evaluate.py', run, settings)}")
 
 
 def lists_to_train_on(run: Path, settings: Stage2) -> tuple[str, ...]:

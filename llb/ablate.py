@@ -37,11 +37,10 @@ from llb.presets import PRESETS
 from llb.processes import process_0_first
 from llb.review import Review, run_review
 from llb.run import place_run, sources_digest
-from llb.runfiles import own_config
+from llb.runfiles import CARRIED, own_config
 from stage1_partition import run_stage1
 from stage2_train import run_stage2
 
-CARRIED = ("cache", "cache_limit", "cache_gib", "no_cache", "verify")  # from the grid to the later stages
 ALONE = "none"
 OTHER = " (by other sources of llb: --overwrite makes it again)"
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,12 +112,15 @@ def parse_flags(settings: type, argv: list[str] | None = None):
     return settings(**given)
 
 
-def typed_flags(settings) -> list[str]:
-    """The words that a person would type after the command for these settings: what is at its default is left out."""
+def typed_flags(settings, names: Collection[str] | None = None) -> list[str]:
+    """The words that a person would type after the command for these settings: what is at its default is left out.
+
+    names: only these settings; None for all.
+    """
     words = []
     for item in dataclasses.fields(settings):
         name, value = "--" + item.name.replace("_", "-"), getattr(settings, item.name)
-        if value != item.default and value != []:
+        if value != item.default and value != [] and (names is None or item.name in names):
             words += [name] if value is True else [name, str(value)]
     return words
 

@@ -23,6 +23,7 @@ from llb.marks import MARKS
 from llb.metrics import ranks, why_undefined
 from llb.pictures import PALETTE
 from llb.review import simulated_line
+from llb.runfiles import stage1_command
 from llb.sheet import exact, fit_pages, marks_key, review_facts, scale_of, suspect_facts, tile_facts
 from llb.tiles import LARGEST, LOOKED_AT, OUTLINE, outcome, read_tiles, shown_tests, tiles_file
 from llb.times import read_times
@@ -79,6 +80,7 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
         palette=", ".join(f"#{bytes(colour).hex()}" for colour in (*PALETTE[::32], PALETTE[-1])),
         marks_key=marks_key(run.name, seed, scores),
         next_command=review_command(run),
+        more_command=f"{stage1_command(run, config)} --suspects N" if config.get("command") else "--suspects N",
         simulated=simulated_line(config["review"]) if config.get("review") else None,
         side=LOOKED_AT,
         needed=MARKS,

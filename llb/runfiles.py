@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llb.files import UserError, read_cell, read_json, typed, write_json
+from llb.flags import typed_flags
 
 VERSION = 3  # of the files of a run: config.json's "llb"
+CARRIED = ("cache", "cache_limit", "cache_gib", "no_cache", "verify")  # flags that each stage has to be given
 IMAGES_FILE = "images.csv"
 COLUMNS = ["path", "bytes", "modified_ns", "sha256"]
 
@@ -77,6 +79,11 @@ def stage1_command(run: Path, config: dict[str, Any]) -> str:
         elif "=" not in word:
             next(words, None)
     return " ".join([shlex.join(kept), *(f"{flag} {typed(place)}" for flag, place in places.items() if place)])
+
+
+def next_command(script: str, run: Path, settings) -> str:
+    """The command of the next stage, with those flags of this one that it needs again: else it would encode anew."""
+    return " ".join([f"python {script} --run {typed(run)}", shlex.join(typed_flags(settings, CARRIED))]).rstrip()
 
 
 def read_manifest(folder: Path) -> dict[str, State]:

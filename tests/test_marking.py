@@ -9,7 +9,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from helpers import SMALL, draw, draw_mvtec, rows_of, succeed
 
-from llb.files import FORMULA, UserError, write_csv, write_json
+from llb.files import FORMULA, UserError, read_json, write_csv, write_json
 from llb.pages import PAGE
 from llb.report import write_report
 from llb.sheet import fit_pages, lacks_tiles, marks_key
@@ -154,6 +154,11 @@ def test_pages_are_cut_so_that_the_report_stays_small_and_more_of_them_need_more
     fewer = dict(list(tiles["tiles"].items())[:-1])
     write_json(run / "bolt" / tiles_file("suspects"), tiles | {"tiles": fewer})
     assert lacks_tiles(run / "bolt", 0, 60)
+    given = {"command": "python stage1_partition.py --data old --seed 4", "data": "new data", "weights": None}
+    write_json(run / "config.json", read_json(run / "config.json", "") | given)
+    write_report(run)
+    more = f"python stage1_partition.py --seed 4 --data &#39;new data&#39; --out {run} --suspects N"
+    assert f"<code>{more}</code> shows more" in (run / "report.html").read_text(encoding="utf-8")
     tile = {"image": "x" * 400, "heat": "y" * 600}  # with its words 2000 bytes
     categories = [{"pages": [[tile] * 24] * 3, "groups": {"a": {"tiles": [tile] * 5}}, "detectors": []}, None]
     categories[1] = {"pages": [[tile] * 24], "groups": {}, "detectors": [{"groups": {}}]}

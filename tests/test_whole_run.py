@@ -103,7 +103,9 @@ def test_a_plain_folder_is_scored_whole_without_metrics(tmp_path):
 @pytest.mark.slow
 def test_without_the_cache_the_results_are_the_same(finished, data, tmp_path):
     cache = tmp_path / "cache"
-    succeed("stage1_partition", "--data", data, "--out", tmp_path, "--no-cache", "--cache", cache, *TILE)
+    told = succeed("stage1_partition", "--data", data, "--out", tmp_path, "--no-cache", "--cache", cache, *TILE)
+    # else stage 2 would keep features, and elsewhere
+    assert told.splitlines()[-1] == f"next: python stage2_train.py --run {tmp_path} --cache {cache} --no-cache"
     assert not cache.exists() and (tmp_path / "tile" / "purified.txt").exists()
     assert contents(tmp_path).items() <= contents(finished).items()
 
