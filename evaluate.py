@@ -98,9 +98,9 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
                 continue
             rule = mask_rule(PROTOCOLS.get(config["protocol"]), config["resize"])
             chosen = normal_images(config["stage2"][final]["train_on"], run / name, dataset, lists[name])
-            normal = partial(normal_scores, stage, dataset, chosen, config)
+            fair = partial(fair_scores, stage, dataset, config)
             with timed(run, name, f"evaluation, {final}", anew=True):
-                values = evaluate(stage, dataset, rule, normal)
+                values = evaluate(stage, dataset, rule, chosen, fair)
             # written after each detector: an interrupted evaluation continues with the next one
             metrics = tables.read_metrics(run)
             metrics.setdefault(name, {})[final] = values
@@ -124,11 +124,15 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
 
 
 def evaluate(
-    stage: Stage, dataset: Dataset, rule: MaskRule, normal: Callable[[Params | Headed], np.ndarray | None]
+    stage: Stage,
+    dataset: Dataset,
+    rule: MaskRule,
+    normal: np.ndarray,
+    fair: Callable[[Params | Headed, np.ndarray], np.ndarray | None],
 ) -> dict[str, float | None]:
     """Maps, scores and metrics of one final detector on one category. Writes its tables, tiles and maps.
 
-    normal: `normal_scores`, which wants only the detector.
+    normal: int (n,), of `normal_images`; fair: `fair_scores`, which wants only the detector and the images.
     """
     name, final = dataset.category, stage.final
     folder, size = stage.run / name, stage.setup.image_size
@@ -153,6 +157,12 @@ def evaluate(
         no_mask += [record.path for record, known in zip(batch, judged) if record.label == 1 and not known]
         if stage.settings.save_maps:
             write_maps(unfinished, batch, maps)
+    own, memory = scores, part == "train" and scores_out_of_fold(stage)
+    if memory and (others := fair(params, everything)) is not None:
+        scores = others
+        say(f"{name}, {final}: the images are scored by stage 1's sub-models that have not seen them")
+    elif memory:
+        say(f"{name}, {final}: it scores images that it has learned from far too low; give it new ones with --images")
 
     # ---- metrics ----
     labels = [record.label for record in records]
@@ -166,28 +176,29 @@ def evaluate(
         say(f"{name}: so many scores are nearly equal that pixel metrics on {final} may be off by {error:.1g}")
 
     # ---- write ----
-    facts = threshold_facts(normal(params), labels, scores) | {"out_of_fold": int(scores_out_of_fold(stage))}
+    facts = threshold_facts(fair(params, normal), labels, scores) | {"out_of_fold": int(scores_out_of_fold(stage))}
     tables.write_threshold(folder, final, facts)
     tables.write_kinds(folder, final, by_kind([r.kind for r in records], labels, scores, facts["threshold"]))
     shown = united(shown_tests(scores, labels, facts["threshold"]))
+    shown = shown[:0] if memory else shown  # its maps are empty there; stage 1's suspects have maps
     write_test_tiles(stage, dataset, records, heat_maps(params, stage.setup, features, shown, "examples"))
     if final.startswith("reviewed"):
-        write_next_page(stage, dataset, params, None if dataset.test else scores)
+        write_next_page(stage, dataset, params, None if dataset.test else own)
     if stage.settings.save_maps:
         replace_maps(unfinished, maps_folder, records)
     tables.write_predictions(folder, final, records, scores)
     return metrics
 
 
-def normal_scores(
-    stage: Stage, dataset: Dataset, normal: np.ndarray, config: dict[str, Any], params: Params | Headed
+def fair_scores(
+    stage: Stage, dataset: Dataset, config: dict[str, Any], params: Params | Headed, images: np.ndarray
 ) -> np.ndarray | None:
-    """What the images score that the threshold is taken from: float32 (n,). None if the detector cannot say.
+    """What training images score, as if they were new: float32 (n,). None if the detector cannot say.
 
     A detector that scores what it has learned from far too low gets stage 1's scores by the sub-models that have not
     seen the image, if stage 1 had the same detector (`scores_out_of_fold`). With a head these score them once more.
 
-    normal: int (n,), of `normal_images`; params: the final detector.
+    params: the final detector; images: int (n,).
     """
     if scores_out_of_fold(stage):
         final = config["stage2"][stage.final]
@@ -198,9 +209,9 @@ def normal_scores(
         if isinstance(params, Headed):
             with open_checkpoints(stage.run / dataset.category / "stage1") as checkpoints:
                 params = Headed(restore_params(checkpoints), repeated(params.head, config["submodels"]))
-            scores[normal] = scored(stage, dataset, normal, params)
-        return combine(scores, subset, config["folds"] == "others", False, "out-of-fold")[normal]
-    return scored(stage, dataset, normal, params)[:, 0]
+            scores[images] = scored(stage, dataset, images, params)
+        return combine(scores, subset, config["folds"] == "others", False, "out-of-fold")[images]
+    return scored(stage, dataset, images, params)[:, 0]
 
 
 def scored(stage: Stage, dataset: Dataset, indices: np.ndarray, params: Params | Headed) -> np.ndarray:

@@ -73,7 +73,7 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
         reasons=reasons,
         measured=any(value != tables.UNDEFINED for row in rows for value, _ in row["cells"]),
         settings=shown_settings(config),
-        commands=commands(run, config),
+        commands=commands(run, config, any(category["detectors"] for category in categories)),
         versions=config.get("versions") or {},
         origin=origin(config),
         times=time_rows(run),
@@ -172,7 +172,7 @@ def agreement_facts(folder: Path, scores: list[dict[str, Any]]) -> dict[str, Any
         return None
     i, j, lowest = min(pairs, key=lambda pair: pair[2])
     labels, kept = [row["label"] for row in scores], np.array([row["kept"] for row in scores])
-    groups = by_label(labels) or {"kept": kept, "dropped": ~kept}
+    groups = by_label(labels) or ({"kept": kept} if kept.all() else {"kept": kept, "dropped": ~kept})
     plot = charts.scatter(models[:, i], models[:, j], groups, (f"score by sub-model {i}", f"by sub-model {j}"))
     return {"plot": plot, "pair": (i, j), "lowest": lowest, "pairs": pairs}
 
@@ -312,7 +312,9 @@ def shown_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
     }
     defaults = {"data": "the demo set", "weights": "the named ones", "image_size": "the encoder's"}
     shown = defaults | {name: value for name, value in config.items() if value is not None}
-    rows = [(title, shown.get(name, tables.UNDEFINED)) for name, title in names.items() if name in config]
+    if config.get("learning_rate") == 0:  # it is fitted, without steps
+        shown = {name: value for name, value in shown.items() if name not in ("steps", "learning_rate")}
+    rows = [(title, shown[name]) for name, title in names.items() if name in config and name in shown]
     for train_on, stage2 in (config.get("stage2") or {}).items():
         own = {name: value for name, value in stage2.items() if name != "set"} | stage2.get("set", {})
         listed = (f"{name.replace('_', ' ')} {value}" for name, value in own.items() if value is not None)
@@ -326,7 +328,7 @@ def review_command(run: Path, simulated: dict[str, Any] | None = None) -> str:
     return f"python -m llb.review --run {shlex.quote(run.as_posix())} {marks}"
 
 
-def commands(run: Path, config: dict[str, Any]) -> list[str]:
+def commands(run: Path, config: dict[str, Any], evaluated: bool) -> list[str]:
     """The commands that make this run again; the settings of stage 2 are written out."""
     place = shlex.quote(run.as_posix())
     lines = [config["command"]] if config.get("command") else []
@@ -339,4 +341,4 @@ def commands(run: Path, config: dict[str, Any]) -> list[str]:
         if final.startswith("reviewed"):
             lines.append(review_command(run, config.get("review")))
         lines.append(f"python stage2_train.py --run {place} {' '.join(flags)}")
-    return lines + [f"python evaluate.py --run {place}"]
+    return lines + [f"python evaluate.py --run {place}"] * evaluated

@@ -333,6 +333,8 @@ def summary_table(metrics: dict[str, Any]) -> str:
         for final in detector_names(entry):
             values = "".join(f"{number(entry[final].get(m)):<7}" for m in columns)
             lines.append(f"{shorten(name, width):<{width}} {final:<{wide}}{values}".rstrip())
+    if all(value is None for entry in detector_entries(metrics) for value in entry.values()):
+        lines = ["no metric is defined: that takes test images that are known to be normal, and defective ones"]
     purified = {name: metrics[name]["purification"] for name in names if metrics[name].get("purification")}
     if purified:
         lines += ["", f"{'category':<{width}} purification"]

@@ -36,14 +36,14 @@ PICTURE = re.compile(r"data:image/(webp|jpeg);base64,[A-Za-z0-9+/=]+")
 def shown_suspects(rank: np.ndarray, kept: np.ndarray, labels: Sequence[int | None]) -> dict[str, np.ndarray]:
     """Which training images are shown beside the pages of suspects: group → int (n,), indices in the order shown.
 
-    "dropped first" and "kept last": NEAR images on either side of the threshold. "defects kept" and "normal dropped",
-    by the labels, if all are known: the stranger first, at most LARGEST.
+    "dropped first" and "kept last": NEAR images on either side of the threshold, if any is dropped. "defects kept" and
+    "normal dropped", by the labels, if all are known: the stranger first, at most LARGEST.
 
     rank: int (N,), 1 for the first suspect; kept: bool (N,).
     """
     order = np.argsort(rank)
     kept_ones, dropped = order[kept[order]], order[~kept[order]]
-    groups = {"dropped first": dropped[-NEAR:], "kept last": kept_ones[:NEAR]}
+    groups = {"dropped first": dropped[-NEAR:], "kept last": kept_ones[: NEAR if len(dropped) else 0]}
     if None not in labels:
         defective = np.array(labels, bool)
         groups["defects kept"] = kept_ones[defective[kept_ones]][:LARGEST]

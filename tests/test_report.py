@@ -173,7 +173,7 @@ def test_the_commands_can_be_given_again():
         "clean": common | {"detector": "dinomaly", "set": own, "steps": 30, "batch_size": 8, "learning_rate": 0.002},
         "clean-padim": common | {"detector": "padim", "set": {}, "steps": 1, "batch_size": 32, "learning_rate": 0.0},
     }
-    first, trained, fitted, last = commands(Path("a b"), CONFIG | {"stage2": stages})
+    first, trained, fitted, last = commands(Path("a b"), CONFIG | {"stage2": stages}, True)
     assert first == CONFIG["command"] and last == "python evaluate.py --run 'a b'"
     one, other = (parse_flags(Stage2, shlex.split(line)[2:]) for line in (trained, fitted))
     assert (one.run, one.train_on, one.set) == ("a b", "clean", "recipe=dinomaly,dropout=0.2") and one.steps == 30

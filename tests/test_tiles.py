@@ -19,8 +19,7 @@ def test_the_threshold_lies_between_two_groups():
     assert groups["dropped first"] == list(range(31, 41)) and groups["kept last"] == list(range(41, 51))
     assert groups["defects kept"] == [41, 190] and groups["normal dropped"] == list(range(3, 27))
     unknown = tiles.shown_suspects(rank, np.ones(200, bool), [None] * 200)
-    assert unknown.keys() == {"dropped first", "kept last"} and not len(unknown["dropped first"])
-    assert len(tiles.united(unknown)) == 10
+    assert unknown.keys() == {"dropped first", "kept last"} and not len(tiles.united(unknown)), "there is no threshold"
 
 
 def test_missed_defects_and_false_alarms_are_shown_the_clearest_first():

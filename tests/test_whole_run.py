@@ -1,6 +1,7 @@
 """The three scripts, one after the other, on small images: what their files hold."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from llb.detectors.common import SCORES
 from llb.detectors.released import released_name
 from llb.files import UserError
 from llb.tables import read_threshold
+from llb.tiles import read_tiles
 
 
 def test_scores_hold_every_training_image_once_and_no_test_image(finished, data):
@@ -197,3 +199,30 @@ def test_llbnads_protocol_takes_passes_and_the_maximum_in_the_test(tmp_path, dat
     for row in rows_of(run / "tile" / "predictions-purified.csv"):
         with Image.open(run / "tile" / "maps-purified" / f"{row['path']}.png") as image:
             assert np.asarray(image).max() * float(image.info["scale"]) == pytest.approx(float(row["score"]), rel=1e-4)
+
+
+def test_images_that_a_memory_has_learned_from_are_scored_by_sub_models_that_have_not(tmp_path):
+    run, cache = tmp_path / "run", ("--cache", tmp_path / "cache")
+    for i in range(6):
+        draw(tmp_path / "parts" / f"{i}.png", i, defect=i == 4)
+    flags = ("--encoder", "tiny", "--image-size", "32", "--detector", "patchcore", *cache)
+    succeed("stage1_partition", "--data", tmp_path / "parts", "--out", run, *flags)
+    succeed("stage2_train", "--run", run, *cache)
+    succeed("stage2_train", "--run", run, "--detector", "softpatch", *cache)
+    assert "python evaluate.py" not in (run / "report.html").read_text()
+    told = succeed("evaluate", "--run", run, *cache)
+    assert "parts, purified: the images are scored by stage 1's sub-models that have not seen them" in told
+    assert "parts, purified-softpatch: it scores images that it has learned from far too low; give it new" in told
+    assert "no metric is defined" in told
+    rows = rows_of(run / "parts" / "scores.csv")
+    unseen = [np.mean([float(row[f"model_{k}"]) for k in range(3) if k != int(row["subset"])]) for row in rows]
+    purified, other = (
+        rows_of(run / "parts" / f"predictions-{final}.csv") for final in ("purified", "purified-softpatch")
+    )
+    assert [row["path"] for row in purified] == [row["path"] for row in rows]
+    np.testing.assert_allclose([float(row["score"]) for row in purified], unseen, rtol=1e-5)
+    assert np.median([float(row["score"]) for row in other]) < np.median(unseen) / 2, "a bank holds its own patches"
+    assert read_tiles(run / "parts" / "tiles-purified.json")["tiles"] == {}
+    page = (run / "report.html").read_text()  # with nothing of what is not there: a choice, labels, steps
+    assert "python evaluate.py" in page and "Steps of each" not in page
+    assert not re.search("key dropped|threshold: kept with|is undefined", page)
