@@ -106,6 +106,8 @@ def learning_defaults(settings: Stage1 | Stage2, own: Any, stage: int, demo: boo
         "image_score": detector.SCORE,
         "batch_size": getattr(detector, "BATCH_SIZE", DEMO_BATCH if demo else BATCH),
     }
+    if demo and hasattr(detector, "DEMO_BATCH_SIZE"):
+        defaults["batch_size"] = detector.DEMO_BATCH_SIZE
     if is_trained(name):
         common = (DEMO_STEPS, DEMO_FINAL_STEPS) if demo else (STEPS, FINAL_STEPS)
         own_steps = getattr(detector, "STEPS", common)

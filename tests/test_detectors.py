@@ -130,6 +130,12 @@ def test_defaults_are_the_detectors_the_encoders_and_the_protocols(given, expect
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
+def test_the_demo_set_has_steps_and_batches_of_its_own():
+    own = {layout: resolve(Stage1(detector="destseg"), layout) for layout in ("demo", "real-iad")}
+    assert own["demo"].batch_size < own["real-iad"].batch_size and own["demo"].steps < own["real-iad"].steps
+    assert resolve(Stage1(detector="destseg", batch_size=5), "demo").batch_size == 5
+
+
 def test_a_fitted_detector_takes_no_steps():
     with pytest.raises(UserError, match="--steps: padim is fitted in closed form"):
         resolve(Stage1(detector="padim", steps=3), "mvtec")

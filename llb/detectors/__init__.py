@@ -21,9 +21,9 @@ or by an optimiser, step by step (llb.train); `params` are then Flax's collectio
     optimizer(setup, steps_per_pass) → optax.GradientTransformation
     LEARNING_RATE, STEPS, DEMO_STEPS                              defaults; the steps of stage 1 and of stage 2
 
-Optional: PUBLISHED (flags by encoder), BATCH_SIZE, SUBMODELS (default K), IMAGES (it gets images, not features),
-describe (a bank's size), step_bytes (memory of a step), vit_groups (of which blocks it takes means). K at once,
-devices, checkpoints, scores, maps and reports are written once, in llb.
+Optional: PUBLISHED (flags by encoder), BATCH_SIZE, DEMO_BATCH_SIZE, SUBMODELS (default K), IMAGES (it gets images, not
+features), describe (a bank's size), step_bytes (memory of a step), vit_groups (of which blocks it takes means). K at
+once, devices, checkpoints, scores, maps and reports are written once, in llb.
 """
 
 import dataclasses
