@@ -1,6 +1,6 @@
 """The next page: after a look, the unseen training images that the `reviewed` detector suspects most.
 
-RUN/<category>/tiles-next-<final>.json    PAGE images with the detector's maps, the first suspect first
+RUN/<category>/tiles-next-<final>.json    if the detector has a head: PAGE images with its maps, the first suspect first
 
 A head has learned what a person minds, so it ranks what is left better than stage 1 did: on the tiles, after 96 images,
 its next page held 1.6 to 2.8 times the defects of the next ones by stage 1 (llb/RESULTS.md). The report shows this
@@ -23,7 +23,8 @@ from llb.tiles import LOOKED_AT, next_tiles_file, write_tiles
 
 
 def write_next_page(stage: Stage, dataset: Dataset, params: Params | Headed, known: np.ndarray | None) -> None:
-    """Write the tiles of the next page; without an unseen image there are none. Nobody looks if marks are simulated.
+    """Write the tiles of the next page; none without a head, which alone knows more than stage 1, or without an unseen
+    image. Nobody looks if marks are simulated.
 
     known: what the detector scores the training images, float32 (N,), if that was worked out already.
     """
@@ -31,7 +32,7 @@ def write_next_page(stage: Stage, dataset: Dataset, params: Params | Headed, kno
         return
     name, tiles = dataset.category, []
     unseen = np.flatnonzero(read_marks(stage.run / name, dataset) == UNSAID)
-    if len(unseen):
+    if len(unseen) and isinstance(params, Headed):
         features, title = load_features(stage, dataset, "train"), f"{name}, next page by {stage.final}"
         if known is None:
             scores = score_some(params, stage.setup, features, unseen, title)[:, 0]

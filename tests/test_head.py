@@ -137,6 +137,8 @@ def test_reviewed_is_a_final_detector_beside_the_others(tmp_path, finished, data
     mark(run, 1, 2)
     assert "15 images of each" in succeed(*train)
     assert json.loads((folder / files[1]).read_text())["lambda"] == 0 and not (folder / files[0]).exists()
+    assert "next page" not in succeed(*evaluate), "without a head stage 1's order is the better one"
+    assert json.loads((folder / "tiles-next-reviewed.json").read_text())["tiles"] == {}
 
     # ---- marks that bear a head ----
     for name, value in (("MARKS", 1), ("FOLDS", 2), ("lower_bound", lambda *_: 0.7)):
