@@ -221,8 +221,8 @@ def scored(stage: Stage, dataset: Dataset, indices: np.ndarray, params: Params |
 
 
 def scores_out_of_fold(stage: Stage) -> bool:
-    """Whether a detector scores what it has learned from far too low: a memory bank holds it, and a Gaussian of many
-    dimensions fits it (PaDiM on the demo set: with its own scores 88 % of new normal images were above the threshold).
+    """Whether a detector scores the images that it has learned from far too low: a memory bank holds their patches,
+    Gaussians and subspaces fit them (PaDiM, demo set: by its own scores 88 % of new normal images are false alarms).
     """
     detector = DETECTORS[stage.setup.detector]
     return detector.AGGREGATE == "out-of-fold" or getattr(detector, "ADDITIVE", False)
