@@ -20,7 +20,7 @@ from llb.checkpoint import Params, check_finished, open_checkpoints, restore_par
 from llb.config import Evaluate
 from llb.console import run_script, say
 from llb.data import Dataset, Record
-from llb.detectors import DETECTORS
+from llb.detectors import remembers
 from llb.device import start_jax
 from llb.files import UserError, discard_files, write_json
 from llb.flags import parse_flags
@@ -48,7 +48,7 @@ from llb.review import threshold_doubt
 from llb.run import final_checkpoints, find_run, finished_detectors, load_datasets, read_run, run_encoder, steps_in
 from llb.score import heat_maps, score, score_some
 from llb.stage import Stage, final_params, load_features, make_stage
-from llb.threshold import by_kind, threshold_facts
+from llb.threshold import by_kind, list_digest, threshold_facts
 from llb.tiles import shown_tests, small, tiles_file, united, write_tiles
 from llb.times import timed
 
@@ -93,11 +93,11 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
 
     for name, dataset in datasets.items():
         for final, stage in stages.items():
-            if final in tables.read_metrics(run).get(name, {}) and evaluated(run / name, stage, dataset):
+            chosen = normal_images(config["stage2"][final]["train_on"], run / name, dataset, lists[name])
+            if final in tables.read_metrics(run).get(name, {}) and evaluated(run / name, stage, dataset, chosen):
                 say(f"{name}: {final} is evaluated; --overwrite scores again")
                 continue
             rule = mask_rule(PROTOCOLS.get(config["protocol"]), config["resize"])
-            chosen = normal_images(config["stage2"][final]["train_on"], run / name, dataset, lists[name])
             fair = partial(fair_scores, stage, dataset, config)
             with timed(run, name, f"evaluation, {final}", anew=True):
                 values = evaluate(stage, dataset, rule, chosen, fair)
@@ -157,7 +157,8 @@ def evaluate(
         no_mask += [record.path for record, known in zip(batch, judged) if record.label == 1 and not known]
         if stage.settings.save_maps:
             write_maps(unfinished, batch, maps)
-    own, memory = scores, part == "train" and scores_out_of_fold(stage)
+    own, unfair = scores, remembers(stage.setup.detector, stage.setup.settings)
+    memory = part == "train" and unfair
     if memory and (others := fair(params, everything)) is not None:
         scores = others
         say(f"{name}, {final}: the images are scored by stage 1's sub-models that have not seen them")
@@ -176,7 +177,8 @@ def evaluate(
         say(f"{name}: so many scores are nearly equal that pixel metrics on {final} may be off by {error:.1g}")
 
     # ---- write ----
-    facts = threshold_facts(fair(params, normal), labels, scores) | {"out_of_fold": int(scores_out_of_fold(stage))}
+    facts = threshold_facts(fair(params, normal), labels, scores)
+    facts |= {"out_of_fold": int(unfair), "list": list_digest(normal)}
     tables.write_threshold(folder, final, facts)
     tables.write_kinds(folder, final, by_kind([r.kind for r in records], labels, scores, facts["threshold"]))
     shown = united(shown_tests(scores, labels, facts["threshold"]))
@@ -196,11 +198,11 @@ def fair_scores(
     """What training images score, as if they were new: float32 (n,). None if the detector cannot say.
 
     A detector that scores what it has learned from far too low gets stage 1's scores by the sub-models that have not
-    seen the image, if stage 1 had the same detector (`scores_out_of_fold`). With a head these score them once more.
+    seen the image, if stage 1 had the same detector (`remembers`). With a head these score them once more.
 
     params: the final detector; images: int (n,).
     """
-    if scores_out_of_fold(stage):
+    if remembers(stage.setup.detector, stage.setup.settings):
         final = config["stage2"][stage.final]
         same = all(final[name] == config[name] for name in ("detector", "set", "image_score"))
         if not same or config["submodels"] == 1:
@@ -218,14 +220,6 @@ def scored(stage: Stage, dataset: Dataset, indices: np.ndarray, params: Params |
     """Training images by K models: float32 (n, K)."""
     features, title = load_features(stage, dataset, "train"), f"{dataset.category}, threshold of {stage.final}"
     return score_some(params, stage.setup, features, indices, title)
-
-
-def scores_out_of_fold(stage: Stage) -> bool:
-    """Whether a detector scores the images that it has learned from far too low: a memory bank holds their patches,
-    Gaussians and subspaces fit them (PaDiM, demo set: by its own scores 88 % of new normal images are false alarms).
-    """
-    detector = DETECTORS[stage.setup.detector]
-    return detector.AGGREGATE == "out-of-fold" or getattr(detector, "ADDITIVE", False)
 
 
 @cache
@@ -247,8 +241,8 @@ def write_test_tiles(
     write_tiles(stage.run / dataset.category / tiles_file(stage.final), shown)
 
 
-def evaluated(folder: Path, stage: Stage, dataset: Dataset) -> bool:
-    """Whether nothing is left to do for this detector."""
+def evaluated(folder: Path, stage: Stage, dataset: Dataset, normal: np.ndarray) -> bool:
+    """Whether nothing is left to do for this detector. normal: int (n,), of `normal_images`, which may have changed."""
     settings, final = stage.settings, stage.final
     if settings.overwrite or (settings.save_maps and not (folder / f"maps-{final}").exists()):
         return False
@@ -256,7 +250,10 @@ def evaluated(folder: Path, stage: Stage, dataset: Dataset) -> bool:
         return False
     try:
         rows = tables.read_table(folder / f"predictions-{final}.csv", ("path", "score", "label"))
+        threshold = tables.read_threshold(folder, final)
     except UserError:  # damaged: written again
+        return False
+    if threshold and threshold.get("list") != list_digest(normal):
         return False
     return [row["path"] for row in rows] == [record.path for record in dataset.test or dataset.train]
 

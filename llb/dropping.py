@@ -36,7 +36,7 @@ from llb.flags import flag, parse_flags, real, whole
 from llb.keep import choose, deviations, keep_lowest
 from llb.looks import runs_in
 from llb.metrics import image_metrics
-from llb.run import load_datasets, place_run, read_run, run_encoder
+from llb.run import final_name, load_datasets, place_run, read_run, run_encoder
 from llb.score import score_all
 from llb.stage import Stage, load_features, make_stage
 from llb.tables import read_scores
@@ -72,7 +72,7 @@ def main() -> None:
         if settings.best:
             start_jax(Evaluate())
             for point in progress(points, desc="best thresholds", unit="run"):
-                point["best"] = best_threshold(point["run"], settings.cache)
+                point["best"] = best_threshold(point["run"], settings.cache, point["settings"]["final.detector"])
         say(points_table(points))
         draw_points(points, settings.plot)
         return
@@ -95,18 +95,24 @@ def main() -> None:
     draw_curves(curves, settings.plot)
 
 
-def stage_of(run: Path, settings: Evaluate) -> tuple[Stage, Dataset, np.ndarray]:
-    """The final detector on all images of a run with one category, its images, and their scores of stage 1."""
+def stage_of(run: Path, settings: Evaluate, detector: str | None = None) -> tuple[Stage, Dataset, np.ndarray]:
+    """The final detector on all images of a run with one category, its images, and their scores of stage 1.
+
+    detector: its name; None for stage 1's.
+    """
     config = read_run(run)
+    if len(config["categories"]) > 1:
+        raise UserError(f"{run} has several categories: give runs of one")
+    final = final_name("all", detector or config["detector"], config)
     (dataset,) = load_datasets(run, config, settings)
-    stage = make_stage(run, settings, run_encoder(run, config), config | config["stage2"].get("all", {}), "all")
+    stage = make_stage(run, settings, run_encoder(run, config), config | config["stage2"].get(final, {}), final)
     return stage, dataset, read_scores(run / dataset.category, dataset)["score"]
 
 
-def best_threshold(run: Path, cache: str) -> float:
-    """Image AUROC by the best of SHARES, less that of all images."""
+def best_threshold(run: Path, cache: str, detector: str) -> float:
+    """Image AUROC of a final detector by the best of SHARES, less that of all images."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        stage, dataset, score = stage_of(run, Evaluate(run=str(run), cache=cache))
+        stage, dataset, score = stage_of(run, Evaluate(run=str(run), cache=cache), detector)
         others = final_aurocs(stage, dataset, [keep_lowest(score, share) for share in SHARES])
     return max(others) - others[0]
 

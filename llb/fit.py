@@ -85,7 +85,8 @@ def fit(
             check_digest(checkpoints, at)
             return restore_params(checkpoints), None
         shapes = jax.eval_shape(partial(start_states, setup=setup, images=batches * size), submodels.keys)
-        check_memory(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)))
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+        check_memory(needed, "the fit", "a smaller --image-size, fewer --submodels, or other settings of it (--set)")
         if line := getattr(detector, "describe", lambda setup, images: None)(setup, longest):
             say(f"{title}: {line}")
 

@@ -16,8 +16,8 @@ looked at, and of IMAGES others.
 λ comes from evidence: 0 unless MARKS images of each verdict were given, since of few marks only the loudest defects
 are known; else (L − ½) / (R − ½) within 0 … LARGEST. L is the lower bound of the AUROC that heads reach on the images
 of a person's look which they have not learned from (FOLDS folds); R is that of stage 1's ranking on the same images,
-which were picked by it. So a head counts as much as it adds where the ranking ends: less if the ranking has put all
-defects first. With λ = 0 the detector is as it was.
+which were picked by it. So the better the head and the worse the ranking, the more the
+head counts. With λ = 0 the detector is as it was.
 """
 
 from collections.abc import Callable
@@ -223,8 +223,10 @@ def learn_head(
         return look_step(own, inputs, random[len(said) + at], setup=setup)._replace(defect=None, fine=None)
 
     look: Look = by_batches(look_at_said, features, said, "head, looked at")
-    rest: Look = by_batches(look_at_others, features, others, "head, others")
-    drawn, distance = (np.concatenate([getattr(each, name) for each in (look, rest)]) for name in ("drawn", "distance"))
+    looks = [look]
+    if len(others):
+        looks.append(by_batches(look_at_others, features, others, "head, others"))
+    drawn, distance = (np.concatenate([getattr(each, name) for each in looks]) for name in ("drawn", "distance"))
 
     def head_of(apart: np.ndarray) -> Heads:
         """Learned from all images but those at the places `apart` of `said`."""

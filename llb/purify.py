@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+FEWEST = 3  # images with a deviation that is not 0 or that of two
+
 
 def partition(key: jax.Array, images: int, submodels: int) -> np.ndarray:
     """Shuffle the images and deal them out: int32 (N,), each image's subset 0 … K−1; sizes differ by at most one."""
@@ -28,12 +30,15 @@ def standardised(scores: jax.Array, seen: jax.Array) -> jax.Array:
     """Scores of sub-models whose scales differ, on one scale: float32 (N, K), finite.
 
     Each column is shifted and stretched so that its median and its median absolute deviation, over the images that this
-    sub-model has not seen, become the means of all columns' medians and deviations.
+    sub-model has not seen, become the means of all columns' medians and deviations. The scores stay as they are if a
+    sub-model has not seen less than FEWEST images: that is too few for a deviation.
     """
+    enough = (~seen).sum(axis=0).min() >= FEWEST
     unseen = jnp.where(seen, jnp.nan, scores)
     middle = jnp.nanmedian(unseen, axis=0)  # (K,)
     width = jnp.nanmedian(jnp.abs(unseen - middle), axis=0)
-    return (scores - middle) / jnp.where(width > 0, width, 1.0) * width.mean() + middle.mean()
+    result = (scores - middle) / jnp.where(width > 0, width, 1.0) * width.mean() + middle.mean()
+    return jnp.where(enough, result, scores)
 
 
 def out_of_fold(scores: jax.Array, seen: jax.Array) -> jax.Array:

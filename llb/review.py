@@ -216,12 +216,14 @@ def findings(folder: Path, dataset: Dataset, seed: int) -> list[str]:
 
 
 def threshold_doubt(folder: Path, dataset: Dataset, seed: int) -> str:
-    """A sentence beside the threshold of `reviewed`: the unseen images, from which it is taken, have defects, too."""
+    """A sentence beside the threshold of `reviewed`: the unseen images, from which it is taken but for those that stage
+    1 dropped, have defects, too."""
     rank, pages = pages_of(folder, seed)
     left = unseen_defects(pages, rank, read_marks(folder, dataset))
     if left is None or not left.defects:
         return ""
-    return f"; about {left.defects} of these images are defective ({left.low} to {left.high}), so it may be too high"
+    about = f"about {left.defects} of the {left.images} unseen images are defective ({left.low} to {left.high})"
+    return f"; {about}, and it is taken from those that are not dropped: so it may be too high"
 
 
 if __name__ == "__main__":

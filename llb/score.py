@@ -28,7 +28,7 @@ def score_step(
     """All sub-models on the same images.
 
     params: stacked (K, …); features: (b, …); frozen: of `Features`.
-    Returns maps float32 (b, K, S, S), scores float32 (b, K).
+    Returns maps float32 (b, K, S, S), of the side of MapRule if it has one; scores float32 (b, K).
     """
 
     def of_images(params: Params, frozen: Params | None, features: jax.Array) -> tuple[jax.Array, jax.Array]:

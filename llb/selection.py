@@ -11,10 +11,13 @@ from llb.config import SELECTING, Stage1
 from llb.console import say
 from llb.data import Dataset
 from llb.files import UserError, discard_files
-from llb.marks import LISTED, choose_images
+from llb.head import head_file
+from llb.marks import LISTED, choose_images, review_file
 from llb.processes import process_0_first
 from llb.run import differences, final_checkpoints, stage2_command
-from llb.tables import purified_text, read_scores, read_submodels
+from llb.tables import purified_text, read_scores, read_submodels, threshold_file
+
+RANKING = [name for name in SELECTING if name != "keep"]
 
 
 def read_submodel_scores(folder: Path, dataset: Dataset, submodels: int) -> np.ndarray:
@@ -55,8 +58,12 @@ def change_selection(
         if not purified_is_own(folder, dataset):
             edited = f"{folder / 'purified.txt'} was edited by hand, and other settings make another list ({changes})"
             raise UserError(f"{edited}: delete it for that, or give --overwrite to start again")
+    old = ["purified.txt"]
+    if any(config[name] != now[name] for name in RANKING):  # a head's weight depends on the ranking
+        for final in (f for f, of in config.get("stage2", {}).items() if of["train_on"] == "reviewed"):
+            old += [review_file(final), head_file(final), threshold_file(final)]
     for dataset in datasets:
-        discard_files(run / dataset.category, ["purified.txt"])
+        discard_files(run / dataset.category, old)
     config |= now | {"command": command}
     say(f"another selection ({changes}): what is trained and scored stays")
 

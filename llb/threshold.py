@@ -1,31 +1,33 @@
-"""The score above which an image is called defective: taken from the purified images, judged on the test images.
+"""The score above which an image is called defective: taken from training images that count as normal, judged on the
+test images.
 
 No JAX. Labels only judge: the threshold does not depend on them.
 """
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from llb.metrics import image_metrics
 
-QUANTILE = 0.99  # of the purified images' scores
+QUANTILE = 0.99  # of these images' scores
 
 
 def threshold_facts(
-    purified: np.ndarray | None, labels: Sequence[int | None], scores: np.ndarray
+    normal: np.ndarray | None, labels: Sequence[int | None], scores: np.ndarray
 ) -> dict[str, float | int | None]:
-    """The threshold, taken from the purified images alone, and how it does on the test images.
+    """The threshold, taken from training images alone, and how it does on the test images.
 
-    An image is called defective if its score is above the threshold. The purified images may hold a few defects, and
+    An image is called defective if its score is above the threshold. The training images may hold a few defects, and
     the detector has seen them: so more than 1 − QUANTILE of new normal images may lie above it. `false_alarm_rate` says
     how many do, `missed_rate` how many of the defective images do not; None if a label is unknown or there is no image.
 
-    purified: float (n,), the purified images' scores; None if there are none that can be compared: then the threshold
-        is None. labels: (N,) of the test images; scores: float (N,).
+    normal: float (n,), scores of the images of `llb.marks.normal_images`, such as the purified ones; None if there are
+        none that can be compared: then the threshold is None. labels: (N,) of the test images; scores: float (N,).
     """
-    threshold = None if purified is None else float(np.quantile(purified, QUANTILE))
-    facts = {"threshold": threshold, "quantile": QUANTILE, "images": 0 if purified is None else len(purified)}
+    threshold = None if normal is None else float(np.quantile(normal, QUANTILE))
+    facts = {"threshold": threshold, "quantile": QUANTILE, "images": 0 if normal is None else len(normal)}
     facts |= {"false_alarm_rate": None, "missed_rate": None}
     if threshold is not None and None not in labels:
         above, defective = np.asarray(scores) > threshold, np.array(labels, bool)
@@ -34,6 +36,11 @@ def threshold_facts(
         if defective.any():
             facts["missed_rate"] = float(1 - above[defective].mean())
     return facts
+
+
+def list_digest(images: np.ndarray) -> int:
+    """A number by which a threshold knows the list that it was taken from. images: int (n,)."""
+    return zlib.crc32(images.astype("<i8").tobytes())
 
 
 def by_kind(

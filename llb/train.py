@@ -49,16 +49,19 @@ MOST_SEEN = 20_000  # distances of single images that a training keeps, of all s
 State = dict[str, Params]  # {"params": …, "opt": …}
 
 
-def check_memory(needed: int) -> None:
-    """Raise a UserError if a step needs more memory than a CPU has: Linux ends such a process without a word.
+SMALLER = "a smaller --batch-size, --image-size or --submodels"
+
+
+def check_memory(needed: int, what: str = "a step", advice: str = SMALLER) -> None:
+    """Raise a UserError if `what` needs more memory than a CPU has: Linux ends such a process without a word.
 
     needed: bytes, of all sub-models.
     """
     if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
         there = jax.process_count() * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > there:
-            room = f"a step needs about {needed >> 30} GiB of memory, and this machine has {there >> 30}"
-            raise UserError(f"{room}: give a smaller --batch-size, --image-size or --submodels")
+            room = f"{what} needs about {needed >> 30} GiB of memory, and this machine has {there >> 30}"
+            raise UserError(f"{room}: give {advice}")
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from scipy.stats import hypergeom
 from llb.marks import DEFECT, UNSAID
 from llb.pages import Page
 
-MISSED = 0.08  # how often the interval may miss the truth; of 0.1, real rankings missed .14 at the worst, of this .11
-POOLED = 0.025  # of it for the upper end with the last page: it counts where the draws held few, and so misses more
+MISSED = 0.08  # how often the interval may miss the truth; the worst of the real rankings missed .11 (with 0.1: .14)
+POOLED = 0.025  # of that, by the upper end with the last page: it is used where the draws held few, so it misses more
 
 
 class Unseen(NamedTuple):
@@ -57,6 +57,8 @@ def unseen_defects(pages: Sequence[Page], rank: np.ndarray, marks: np.ndarray) -
     n, k, seen, found = len(drawn), _defects(marks[drawn]), int(known.sum()), _defects(marks[known])
     m, extra = len(last), _defects(marks[last])
     on_last = _defects(marks[pages[full - 1].images])
+    if not unseen:
+        return Unseen(0, 0, 0, 0, on_last)
 
     left = np.arange(unseen + 1)  # how many defects there may be
     possible = np.flatnonzero(_acceptable(n + seen + unseen, k + found + left, n, k))

@@ -104,6 +104,28 @@ def test_the_outlier_factor_is_that_of_scikit_learn(neighbours):
     assert_close(factor[there], STORED[f"lof{neighbours}"], 1e-4)
 
 
+def test_fewer_entries_than_neighbours_count_once():
+    queries, entries = STORED["queries"], STORED["entries"][:4]
+    norms = np.array([1.0, 1.0, np.inf, np.inf]) * (entries**2).sum(axis=1)
+    squared, _ = banks.nearest(queries, entries, norms, 3)
+    expected = np.sort(((queries[:, None] - entries[:2]) ** 2).sum(axis=2), axis=1)
+    assert_close(squared[:, :2], expected)
+    assert np.isinf(squared[:, 2]).all()
+    setup = setup_of(patchcore, neighbours=3)
+    bank = fit(patchcore, setup, FEATURES[:1], jnp.ones(1), KEY)  # one image: a bank of one patch or two
+    assert np.isfinite(distance(patchcore, setup, bank)).all()
+
+
+def test_few_images_are_judged_by_those_that_are_there_and_one_alone_by_none():
+    cloud, there = STORED["cloud"][:8], np.arange(8) < 4
+    few = softpatch.outlier_factor(cloud, there, jnp.arange(8), 6)[:4]
+    assert_close(few, softpatch.outlier_factor(cloud[:4], there[:4], jnp.arange(4), 3), 1e-5)
+    assert softpatch.outlier_factor(cloud, np.arange(8) < 1, jnp.arange(8), 6)[0] == 1
+    setup = setup_of(mutual)
+    alone = distance(mutual, setup, fit(mutual, setup, FEATURES[:1], jnp.ones(1), KEY))
+    assert (alone[0] == 0).all() and np.isfinite(alone).all() and (alone[1:] > 0).any()
+
+
 def test_mutual_scores_are_those_of_every_image_against_all_others():
     images = STORED["images"]
     setup = setup_of(mutual, 6, 24, sides="1+3+5")

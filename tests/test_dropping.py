@@ -60,7 +60,7 @@ def test_the_best_threshold_of_a_finished_run_is_the_best_of_all_on_its_own_rank
         return [0.8, 0.7, 0.83, *([0.5] * (len(kept) - 3))]
 
     monkeypatch.setattr(dropping, "final_aurocs", aurocs)
-    gain = dropping.best_threshold(finished, str(finished.parent / "cache"))
+    gain = dropping.best_threshold(finished, str(finished.parent / "cache"), "dinomaly")
     assert gain == pytest.approx(0.03) and seen[0].all() and len(seen) == len(dropping.SHARES)
     score = np.array([float(row["score"]) for row in rows_of(finished / "tile" / "scores.csv")])
     assert all(score[each].max() < score[~each].min() for each in seen[1:])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llb.detectors import padim, student, subspace
+from llb.detectors import DETECTORS, padim, remembers, student, subspace
 from llb.detectors.common import Setup
 from llb.encoders.specs import SPECS
 
@@ -156,6 +156,13 @@ def test_trimmed_it_is_padim_without_the_outliers_where_they_recur():
     first, elsewhere = np.s_[:, 0, 0], np.s_[:, 2:, 2:]
     for part, images in ((first, known[5:]), (elsewhere, known)):
         assert_close(trimmed[part], fitted(padim, setup_of(padim, TINY), images, known)[part], 1e-3)
+
+
+def test_who_scores_its_own_images_too_low_says_so():
+    said = {name: remembers(name, module.Settings()) for name, module in DETECTORS.items()}
+    fair = {"dinomaly", "rd", "uniad", "destseg", "student", "mutual"}
+    assert {name for name, own in said.items() if not own} == fair
+    assert remembers("student", student.Settings(weights="trim")), "it is PaDiM where no outliers recur"
 
 
 def test_outliers_recur_where_they_are_more_frequent_than_elsewhere():

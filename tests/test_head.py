@@ -77,6 +77,12 @@ def test_a_head_finds_what_was_named_and_its_map_counts_as_far_as_it_ranks_image
     np.testing.assert_allclose(blocks["weight"], head["weight"], rtol=0.02, atol=1e-3)
 
 
+def test_a_head_learns_also_when_no_image_is_left_unseen(setup, fitted, images):
+    features, defective = images
+    head, facts = fit(setup, fitted, features, np.where(defective, DEFECT, FINE).astype(np.int8))
+    assert head["weight"][0, 0] > 0.5 * head["weight"].max() and facts["fine"] == 60
+
+
 def test_few_marks_and_marks_without_a_sense_bear_no_head(setup, fitted, images):
     features, defective = images
     few = np.where(defective, DEFECT, UNSAID).astype(np.int8)

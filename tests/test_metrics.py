@@ -240,7 +240,7 @@ def test_a_missing_mask_costs_its_image_its_pixels_and_is_named_once(tmp_path, m
         Image.fromarray(mask).save(tmp_path / name)
     given = {"a": (1, ("0.png",)), "b": (1, ("black.png",)), "c": (1, ()), "d": (0, ()), "e": (None, ())}
     records = [Record(f"{name}.png", label, files, "") for name, (label, files) in given.items()]
-    stage = SimpleNamespace(run=tmp_path, setup=SimpleNamespace(image_size=16, detector="dinomaly"))
+    stage = SimpleNamespace(run=tmp_path, setup=SimpleNamespace(image_size=16, detector="dinomaly", settings=None))
     nothing = {
         "load_features": None,
         "final_params": None,

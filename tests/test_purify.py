@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llb.purify import AGGREGATES, partition, seen_by, standardised
+from llb.purify import AGGREGATES, combine, partition, seen_by, standardised
 
 SCORES = np.array([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0], [9.0, 1.0, 2.0], [0.5, 0.0, 1.0]], np.float32)
 SUBSET = np.array([0, 1, 2, 1])
@@ -49,6 +49,15 @@ def test_standardised_scores_do_not_depend_on_a_sub_models_scale_but_for_one_com
         assert np.isclose(np.median(abs(unseen - middle)), np.median(abs(one[subset != 0, 0] - middle)), rtol=1e-4)
     equal = jnp.ones((6, 2))
     assert np.isfinite(standardised(equal, jnp.asarray(seen_by(np.arange(6) % 2, 2, others=False)))).all()
+
+
+@pytest.mark.parametrize(("images", "submodels", "others"), [(20, 20, True), (3, 3, True), (5, 1, False), (7, 3, True)])
+def test_a_sub_model_that_has_not_seen_two_images_has_no_scale(images, submodels, others):
+    scores = np.random.default_rng(0).lognormal(size=(images, submodels)).astype(np.float32)
+    subset = np.arange(images) % submodels
+    for how in AGGREGATES if submodels > 1 else ("mean", "max"):
+        one, other = (combine(scores, subset, others, standardise, how) for standardise in (False, True))
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(("images", "submodels"), [(10, 3), (3, 3), (7, 1), (100, 8)])

@@ -148,6 +148,15 @@ def test_the_interval_holds_the_truth_in_nine_of_ten_runs(share, shift, seen, as
     assert np.mean(held) >= 0.9
 
 
+@pytest.mark.parametrize("images", [25, 26, 27, 48, 51])
+def test_nothing_is_left_where_all_is_seen(images):
+    """The last page may hold drawn images alone."""
+    rank = np.arange(1, images + 1)
+    marks = np.where(rank <= images // 3, DEFECT, FINE).astype(np.int8)
+    left = unseen_defects(suspect_pages(rank, 0, images), rank, marks)
+    assert left[:4] == (0, 0, 0, 0)
+
+
 def test_the_interval_narrows_with_the_last_page_and_knows_its_bounds():
     pages, rank, marks, _ = drawn_run(0, 0, 0, 48)
     few = unseen_defects(pages, rank, marks)
@@ -173,7 +182,7 @@ def test_defects_are_counted_by_page_and_elsewhere_and_those_that_are_left_make_
     (line, _), left = findings(folder, dataset, 0), unseen_defects(pages, rank, marks)
     assert f"48 seen, {sum(by_page)} defects ({by_page[0]}, {by_page[1]} by page)" in line
     said = threshold_doubt(folder, dataset, 0)
-    assert f"about {left.defects} of these images are defective ({left.low} to {left.high})" in said
+    assert f"about {left.defects} of the {left.images} unseen images are defective ({left.low} to {left.high})" in said
     other = pages[5].images[labels[pages[5].images] == 1][0]  # as of a next page
     marks[other] = DEFECT
     write_marks(folder, dataset, marks)

@@ -6,7 +6,8 @@ import pytest
 from helpers import TILE, contents, refuse, rows_of, succeed
 
 import stage1_partition
-from llb.runfiles import read_config
+from llb.runfiles import read_config, write_config
+from llb.tables import read_threshold
 
 
 @pytest.fixture
@@ -46,6 +47,28 @@ def test_another_keep_rule_and_back_again_are_exact(copy, finished, stage1):
     out = succeed(*stage1)
     assert "max, now mean" in out and "another list" not in out
     assert contents(copy) == contents(finished)
+
+
+def test_thresholds_follow_the_list_that_they_are_taken_from(copy, stage1):
+    succeed(*stage1, "--keep", 0.5)
+    succeed("stage2_train", "--run", copy, "--steps", 3, "--overwrite")
+    told = succeed("evaluate", "--run", copy)
+    assert "is evaluated" not in told and read_threshold(copy / "tile", "all")["images"] == 6
+    assert succeed("evaluate", "--run", copy).count("is evaluated") == 2
+
+
+def test_another_ranking_wants_another_head_and_another_share_does_not(copy, stage1):
+    files = [copy / "tile" / name for name in ("review-reviewed.json", "head-reviewed.json", "threshold-reviewed.json")]
+    config = read_config(copy, "", "")
+    write_config(
+        copy, config | {"stage2": config["stage2"] | {"reviewed": {**config["stage2"]["all"], "train_on": "reviewed"}}}
+    )
+    for file in files:
+        file.write_text("{}")
+    succeed(*stage1, "--keep", 0.5)
+    assert all(file.exists() for file in files)
+    succeed(*stage1, "--keep", 0.5, "--aggregate", "max")
+    assert not any(file.exists() for file in files) and (copy / "tile" / "threshold-all.json").exists()
 
 
 def test_an_interrupted_selection_ends_as_if_it_had_not_been(copy, finished, stage1, monkeypatch):

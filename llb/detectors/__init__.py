@@ -11,7 +11,7 @@ and learns in one of two ways. In closed form, from batches that come once (llb.
 
     start(setup, key, images) → state                             before the first of so many images
     add(setup, state, features, weight, first) → state            weight (B,): 1, or 0 for what fills the last batch
-    finish(setup, state, key) → params                            ADDITIVE: states may be summed and subtracted
+    finish(setup, state, key) → params                            ADDITIVE: states may be summed
 
 or by an optimiser, step by step (llb.train); `params` are then Flax's collections {"params": …, "batch_stats": …}:
 
@@ -21,9 +21,10 @@ or by an optimiser, step by step (llb.train); `params` are then Flax's collectio
     optimizer(setup, steps_per_pass) → optax.GradientTransformation
     LEARNING_RATE, STEPS, DEMO_STEPS                              defaults; the steps of stage 1 and of stage 2
 
-Optional: PUBLISHED (flags by encoder), BATCH_SIZE, DEMO_BATCH_SIZE, SUBMODELS (default K), IMAGES (it gets images, not
-features), describe (a bank's size), step_bytes (memory of a step), vit_groups (of which blocks it takes means). K at
-once, devices, checkpoints, scores, maps and reports are written once, in llb.
+Optional: PUBLISHED (flags by encoder), BATCH_SIZE, DEMO_BATCH_SIZE, SUBMODELS (default K), STANDARDISE (default of the
+flag), IMAGES (it gets images, not features), describe (a bank's size), step_bytes (memory of a step), vit_groups (of
+which blocks it takes means), remembers(settings) (see `remembers` below). K at once, devices, checkpoints, scores, maps
+and reports are written once, in llb.
 """
 
 import dataclasses
@@ -65,6 +66,17 @@ DETECTORS: dict[str, ModuleType] = {
 def is_trained(name: str) -> bool:
     """Whether an optimiser trains the detector; else it is fitted in closed form."""
     return hasattr(DETECTORS[name], "loss")
+
+
+def remembers(name: str, settings: Any) -> bool:
+    """Whether a detector scores the images that it has learned from far too low: a memory bank holds their patches,
+    Gaussians and subspaces fit them (PaDiM, demo set: by its own scores 88 % of new normal images are false alarms).
+
+    settings: its Settings.
+    """
+    detector = DETECTORS[name]
+    own = getattr(detector, "remembers", lambda settings: False)
+    return detector.AGGREGATE == "out-of-fold" or getattr(detector, "ADDITIVE", False) or own(settings)
 
 
 def read_settings(name: str, text: str | None, given: dict[str, Any]) -> Any:

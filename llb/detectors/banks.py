@@ -96,8 +96,9 @@ def nearest(queries: jax.Array, entries: jax.Array, norms: jax.Array, neighbours
         neighbours: how many of them; at most M.
 
     Returns:
-        squared distances, float32 (q, neighbours), ascending, and the entries' numbers, int. The products only find
-        the entries, since squares of float32 cancel; the distances are computed from the differences.
+        squared distances, float32 (q, neighbours), ascending, +inf where fewer entries are in use, and the entries'
+        numbers, int. The products only find the entries, since squares of float32 cancel; the distances are computed
+        from the differences.
     """
     size, width = min(BLOCK, len(entries)), entries.shape[1]
     surplus = -len(entries) % size
@@ -119,6 +120,6 @@ def nearest(queries: jax.Array, entries: jax.Array, norms: jax.Array, neighbours
 
     shape = (len(queries), neighbours)
     none = jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
-    (_, numbers), _ = jax.lax.scan(merge, none, (blocks, block_norms, jnp.arange(len(blocks)) * size))
+    (closeness, numbers), _ = jax.lax.scan(merge, none, (blocks, block_norms, jnp.arange(len(blocks)) * size))
     squared = jnp.square(queries[:, None] - entries[numbers]).sum(axis=-1)
-    return jnp.where(jnp.isfinite(norms[numbers]), squared, jnp.inf), numbers
+    return jnp.where(jnp.isfinite(closeness), squared, jnp.inf), numbers

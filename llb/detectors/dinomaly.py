@@ -30,7 +30,7 @@ from llb.encoders.specs import Spec
 from llb.files import UserError
 
 JITTER = 20.0  # scale of the noise "jitter", UniAD's
-STEP_ARRAYS = 25  # float32 (T, D) that a step keeps for each decoder block and image: XLA reports 33 to 36
+STEP_ARRAYS = 25  # float32 (T, D) that a step needs at the least for each decoder block and image: XLA reports 33 to 36
 
 STRIDES = ()  # it reconstructs tokens of a ViT
 MAP, SCORE, AGGREGATE = MapRule(align_corners=True, sigma=4.0), "top-1%", "mean"

@@ -68,7 +68,8 @@ def normalised(x: jax.Array, means: nn.Variable, variances: nn.Variable, train: 
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, then BatchNorm."""
+    """A convolution without bias, then BatchNorm. The kernel begins as the deviation that it is to be drawn with, which
+    whoever trains it does (`llb.detectors.destseg.init`)."""
 
     width: int
     size: int = 3

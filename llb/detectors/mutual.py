@@ -122,7 +122,8 @@ def mutual_distance(patches: jax.Array, references: jax.Array, there: jax.Array,
     counts = np.maximum([int(count * share) for count in range(len(there) + 1)], 1)
     lowest = jnp.asarray(counts)[others.sum(axis=0)]  # (b,)
     chosen = jnp.arange(len(there))[:, None] < lowest  # (R, b)
-    return jnp.where(chosen[..., None], nearest, 0.0).sum(axis=0) / lowest[:, None]
+    mean = jnp.where(chosen[..., None], nearest, 0.0).sum(axis=0) / lowest[:, None]
+    return jnp.where(others.any(axis=0)[:, None], mean, 0.0)  # a sub-model of one image cannot judge it
 
 
 def distance(setup: Setup, params: dict, features: jax.Array) -> jax.Array:

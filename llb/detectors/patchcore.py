@@ -144,6 +144,7 @@ def distance(setup: Setup, params: banks.State, features: jax.Array) -> jax.Arra
     neighbours = min(setup.settings.neighbours, len(params["norms"]))
 
     def of_image(patches: jax.Array) -> jax.Array:
-        return banks.nearest(patches, params["entries"], params["norms"], neighbours)[0].mean(axis=1)
+        squared, _ = banks.nearest(patches, params["entries"], params["norms"], neighbours)
+        return jnp.mean(squared, axis=1, where=jnp.isfinite(squared))
 
     return jax.lax.map(of_image, banks.embedding(setup, features)).reshape(-1, *setup.grids[0][:2])

@@ -21,7 +21,7 @@ class Recipe:
     learning_rate: float  # at batch 16
     dropout: float  # rate in the noisy bottleneck
     clip_norm: float  # bound on the global gradient norm
-    linear_init: str  # of linear layers, see llb.detectors.dinomaly.Linear
+    linear_init: str  # of linear layers, see llb.detectors.decoder.Linear
     easy_fraction: float  # p: fraction of the positions that count as easy
     easy_factor: float  # multiplies the gradient at easy positions; 1.0 switches hard mining off
     ramp_steps: int  # p grows linearly from 0 over these steps

@@ -79,7 +79,7 @@ def outlier_factor(patches: jax.Array, real: jax.Array, others: jax.Array, neigh
 
     k_distance = jnp.where(there, length, 0.0).max(axis=1)
     density = 1.0 / (mean(jnp.maximum(length, k_distance[found])) + LOF_EPS)
-    return mean(density[found]) / density
+    return jnp.where(there.any(axis=1), mean(density[found]) / density, 1.0)  # alone: nothing to compare with
 
 
 def factors_and_kept(setup: Setup, state: banks.State, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -47,6 +47,11 @@ class Settings(padim.Settings):
     weights: str = choice("t", "trim")  # trim: 1 for all that is not left out
 
 
+def remembers(settings: Settings) -> bool:
+    """Whether it scores what it has learned from far too low, as PaDiM does: weights below 1 keep it from that."""
+    return settings.weights == "trim"
+
+
 def describe(setup: Setup, images: int) -> str:
     height, width, depth = padim.sizes(setup)
     held, result = (height * width * depth * size / 2**30 for size in (2 * images, 4 * depth))
