@@ -5,6 +5,7 @@ RUN/<category>/images-<name of FOLDER>/, or --out
     scores-<final>.csv      path, score, verdict: defect above the run's threshold, else fine; empty if there is none
     overlays-<final>/       --overlays: each image beside its heat map, all on one colour scale
     maps-<final>/           --save-maps
+    begun-<final>.csv       only while it works, or of a killed command: path of each image that may have a picture
 
 FOLDER is read as a plain one, subfolders too; the training images need not be there. An interrupted command begins
 again. It writes its table last, so beside a table all pictures are there.
@@ -61,12 +62,15 @@ def score_images(run: Path, settings: Evaluate) -> None:
 
         # ---- what an earlier command has written goes: it may be of images that are no longer there ----
         maps_folder, overlays, table = out / f"maps-{final}", out / f"overlays-{final}", out / f"scores-{final}.csv"
-        with suppress(UserError):  # damaged
-            old = [f"{row['path']}.png" for row in tables.read_table(table, ["path"])]
-            discard_files(maps_folder, old)
-            discard_files(overlays, old)
-        discard_files(out, [table.name])
+        begun = out / f"begun-{final}.csv"
+        for listing in (table, begun):
+            with suppress(UserError):  # damaged
+                old = [f"{row['path']}.png" for row in tables.read_table(listing, ["path"])]
+                discard_files(maps_folder, old)
+                discard_files(overlays, old)
+            discard_files(out, [listing.name])
         write_text(out / ABOUT, about)
+        write_csv(begun, ["path"], [[record.path] for record in dataset.test])
 
         # ---- scores; only one batch of maps is in memory ----
         records = dataset.test
@@ -97,6 +101,7 @@ def score_images(run: Path, settings: Evaluate) -> None:
                 atomic(overlays / map_names(records)[index], contact_sheet([tile], side=side, scale=scale).save)
         rows = [[record.path, float(value), verdict] for record, value, verdict in zip(records, scores, verdicts)]
         write_csv(table, ["path", "score", "verdict"], rows)
+        discard_files(out, [begun.name])
     if threshold is None:
         say(f"{name}, {final}: no threshold, so no verdicts; python evaluate.py --run {typed(run)} looks for one")
     else:

@@ -51,6 +51,22 @@ def test_new_images_score_as_test_images_do_and_nothing_else_of_the_run_changes(
     )
 
 
+def test_pictures_of_a_killed_command_go_with_their_images(finished, data, tmp_path, monkeypatch):
+    images, out = shutil.copytree(data / "tile" / "test" / "good", tmp_path / "images"), tmp_path / "out"
+    flags = ("evaluate", "--run", finished, "--images", images, "--out", out, "--overlays")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(
+            "llb.new_images.contact_sheet", lambda tiles, **_: tiles[0][2][1] != "002.png" and picture or 1 / 0
+        )
+        picture = Image.new("L", (8, 8))
+        succeed(*flags)
+    (images / "000.png").unlink()
+    succeed(*flags)
+    assert sorted(file.name for file in out.rglob("*") if file.is_file()) == [
+        "001.png.png", "002.png.png", "folder.txt", "scores-purified.csv"
+    ]  # fmt: skip
+
+
 def test_what_cannot_be_scored_is_one_line_and_nothing_is_written(finished, tmp_path):
     images = tmp_path / "images"
     for i in range(3):
