@@ -20,7 +20,7 @@ from llb.detectors import DETECTORS, is_trained
 from llb.detectors.common import Setup
 from llb.features import Features, prefetch
 from llb.files import UserError
-from llb.placement import place_submodels
+from llb.placement import on_own_rows, place_submodels
 from llb.train import Submodels, check_memory, key_for, train
 
 
@@ -37,33 +37,33 @@ def learn(
     return (train if is_trained(setup.detector) else fit)(setup, features, submodels, at, title, devices)
 
 
-@partial(jax.jit, static_argnames=("setup", "images"))
-def start_states(keys: jax.Array, setup: Setup, images: int) -> Params:
+@partial(jax.jit, static_argnames=("setup", "images", "mesh"))
+def start_states(keys: jax.Array, setup: Setup, images: int, mesh: jax.sharding.Mesh) -> Params:
     """keys: (R,); images: how many will come to each, with what fills the last batch."""
-    return jax.vmap(lambda key: DETECTORS[setup.detector].start(setup, key_for("weights", key), images))(keys)
+    start = jax.vmap(lambda key: DETECTORS[setup.detector].start(setup, key_for("weights", key), images))
+    return on_own_rows(start, mesh, stacks=1)(keys)
 
 
-@partial(jax.jit, static_argnames="setup", donate_argnames="states")
-def add_batch(states: Params, features: jax.Array, weight: jax.Array, first: jax.Array, setup: Setup) -> Params:
+@partial(jax.jit, static_argnames=("setup", "mesh"), donate_argnames="states")
+def add_batch(
+    states: Params, features: jax.Array, weight: jax.Array, first: jax.Array, setup: Setup, mesh: jax.sharding.Mesh
+) -> Params:
     """features: (R, B, …); weight: float32 (R, B), 1 or 0; first: int scalar, the batch's place among the images."""
-    add = DETECTORS[setup.detector].add
+    add = jax.vmap(partial(DETECTORS[setup.detector].add, setup), in_axes=(0, 0, 0, None))
     with jax.default_matmul_precision("highest"):
-        return jax.vmap(lambda state, features, weight: add(setup, state, features, weight, first))(
-            states, features, weight
-        )
+        return on_own_rows(add, mesh, stacks=3, shared=1)(states, features, weight, first)
 
 
 @partial(jax.jit, static_argnames=("setup", "mesh"))
 def finish_states(states: Params, keys: jax.Array, setup: Setup, mesh: jax.sharding.Mesh) -> Params:
     """The parameters of R sub-models. A device finishes its own one after another, since a bank is large."""
-    finish, model = DETECTORS[setup.detector].finish, jax.P("model")
+    finish = DETECTORS[setup.detector].finish
 
     def own(states: Params, keys: jax.Array) -> Params:
         return jax.lax.map(lambda both: finish(setup, both[0], key_for("noise", both[1])), (states, keys))
 
     with jax.default_matmul_precision("highest"):
-        # unchecked: a detector's loops begin with constants, which JAX would take for equal on all devices
-        return jax.shard_map(own, mesh=mesh, in_specs=model, out_specs=model, check_vma=False)(states, keys)
+        return on_own_rows(own, mesh, stacks=2)(states, keys)
 
 
 def fit(
@@ -84,14 +84,13 @@ def fit(
         if checkpoints.latest_step():
             check_digest(checkpoints, at)
             return restore_params(checkpoints), None
-        shapes = jax.eval_shape(partial(start_states, setup=setup, images=batches * size), submodels.keys)
+        placement = place_submodels(count, devices)
+        keys, begin = placement.spread_keys(submodels.keys), partial(start_states, setup=setup, mesh=placement.mesh)
+        shapes = jax.eval_shape(partial(begin, images=batches * size), keys)
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
         check_memory(needed, "the fit", "a smaller --image-size, fewer --submodels, or other settings of it (--set)")
         if line := getattr(detector, "describe", lambda setup, images: None)(setup, longest):
             say(f"{title}: {line}")
-
-        placement = place_submodels(count, devices)
-        keys = placement.spread_keys(submodels.keys)
 
         def batch_of(number: int) -> tuple[jax.Array, jax.Array]:
             positions = np.arange(number * size, (number + 1) * size)
@@ -99,10 +98,10 @@ def fit(
             weight = np.stack([positions < len(images) for images in lists]).astype(np.float32)
             return placement.spread_features(features.fetch, indices, features.shape), placement.spread(weight)
 
-        states = start_states(keys, setup=setup, images=batches * size)
+        states = begin(keys, images=batches * size)
         with progress(total=batches, desc=title, unit="batch") as bar:
             for number, (batch, weight) in prefetch(batch_of, range(batches)):
-                states = add_batch(states, batch, weight, np.int32(number * size), setup=setup)
+                states = add_batch(states, batch, weight, np.int32(number * size), setup=setup, mesh=placement.mesh)
                 bar.update()
         if by_sums:
             states = placement.spread(jax.tree.map(others, placement.gather(states, count)))

@@ -1,10 +1,10 @@
 """Which device trains which sub-model.
 
 The devices form a mesh with one axis, "model". Each device holds the same number of rows of the stack, and each row is
-one sub-model. The sub-models never exchange anything, so training needs no communication.
+one sub-model. The sub-models never exchange anything, so training needs no communication: `on_own_rows` sees to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -63,6 +63,20 @@ class Placement:
         for shard in values.addressable_shards:
             local.update(zip(self.model_of_row[shard.index[0]].tolist(), np.asarray(shard.data)))
         return local
+
+
+def on_own_rows(function: Callable, mesh: jax.sharding.Mesh, stacks: int, shared: int = 0) -> Callable:
+    """The same function, in which each device works on its own rows of the stack.
+
+    XLA alone does not see that rows are independent: it gathers those of all devices to sort each (hard mining). That
+    costs time on accelerators. On CPU devices it can wait for ever: a device that has come holds a thread of the pool,
+    and a program that encodes the next batch needs threads of the same pool (see `llb.features.encoding_devices`).
+
+    function: of `stacks` trees (R, …), then `shared` trees that all devices have; it gives trees (R, …).
+    """
+    specs = (jax.P("model"),) * stacks + (jax.P(),) * shared
+    # unchecked: a loop that begins with a constant, which JAX takes for equal on all devices, would be refused
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=jax.P("model"), check_vma=False)
 
 
 def place_submodels(submodels: int, devices: Sequence[jax.Device] | None = None) -> Placement:

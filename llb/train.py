@@ -38,7 +38,7 @@ from llb.detectors import DETECTORS
 from llb.detectors.common import Setup
 from llb.features import Features, encoding_devices, prefetch
 from llb.files import UserError
-from llb.placement import Placement, place_submodels
+from llb.placement import Placement, on_own_rows, place_submodels
 from llb.processes import agreed
 
 SAVE_SECONDS = 10.0  # minimum time between two checkpoints
@@ -155,18 +155,24 @@ def init_state(keys: jax.Array, setup: Setup, sharding: jax.NamedSharding | None
     return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
 
 
-@partial(jax.jit, static_argnames="setup", donate_argnames="state")
+@partial(jax.jit, static_argnames=("setup", "mesh"), donate_argnames="state")
 def train_step(
-    state: State, features: jax.Array, frozen: Params | None, each: dict[str, jax.Array], step: jax.Array, setup: Setup
+    state: State,
+    features: jax.Array,
+    each: dict[str, jax.Array],
+    frozen: Params | None,
+    step: jax.Array,
+    setup: Setup,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[State, jax.Array]:
     """One optimiser step of every sub-model.
 
     Args:
         state: every leaf (R, …); donated.
         features: float16 (R, B, …); uint8 images for a detector that gets images.
-        frozen: of `Features`, shared by all.
         each: what every sub-model has of its own: "key" (R,), and "steps_per_pass" int (R,), batches in a pass over its
             images.
+        frozen: of `Features`, shared by all.
         step: int scalar, 0-based.
 
     Returns:
@@ -174,7 +180,9 @@ def train_step(
     """
     detector = DETECTORS[setup.detector]
 
-    def one(state: State, features: jax.Array, own: dict[str, jax.Array]) -> tuple[State, jax.Array]:
+    def one(
+        state: State, features: jax.Array, own: dict[str, jax.Array], frozen: Params | None, step: jax.Array
+    ) -> tuple[State, jax.Array]:
         key = jax.random.fold_in(key_for("noise", own["key"]), step)
         inputs = features if frozen is None else (features, frozen)
         params = state["params"]
@@ -188,7 +196,8 @@ def train_step(
         params = params | changed | {"params": optax.apply_updates(params["params"], updates)}
         return {"params": params, "opt": opt}, jnp.append(loss, each)
 
-    return jax.vmap(one)(state, features, each)
+    rows = jax.vmap(one, in_axes=(0, 0, 0, None, None))
+    return on_own_rows(rows, mesh, stacks=3, shared=2)(state, features, each, frozen, step)
 
 
 def train(
@@ -256,7 +265,9 @@ def train(
             try:
                 for step, batch in prefetch(batch_of, range(start, setup.steps), PREPARING, PREPARING):
                     with stop_later():  # no signal comes between a step, which takes the old state, and the new state
-                        state, losses = train_step(state, batch, frozen, each, np.int32(step), setup=setup)
+                        state, losses = train_step(
+                            state, batch, each, frozen, np.int32(step), setup=setup, mesh=placement.mesh
+                        )
                         if step in kept_steps:
                             seen = see(seen, losses, np.int32(kept_steps.index(step)))
                         done = step + 1

@@ -1,18 +1,22 @@
 """K sub-models trained together equal each trained by itself, on any number of devices, interrupted or not."""
 
 import dataclasses
+import re
+from functools import wraps
 
 import jax
 import numpy as np
 import pytest
 from helpers import small_setup
 
+import llb.fit
 import llb.train
 from llb.checkpoint import CheckpointFolder, open_checkpoints
 from llb.detectors.dinomaly import Settings
 from llb.detectors.recipes import RECIPES
 from llb.features import Features
 from llb.files import UserError
+from llb.fit import learn
 from llb.placement import place_submodels
 from llb.train import Submodels, batch_stream, key_for, submodel_keys, train
 
@@ -38,6 +42,37 @@ def trained_and_seen(folder, setup=SETUP, submodels=THREE, devices=3, fetch=FEAT
 
 def trained(*arguments, **named):
     return trained_and_seen(*arguments, **named)["params"]
+
+
+EXCHANGES = re.compile("all-(gather|reduce|to-all)|collective|reduce-scatter")
+
+
+@pytest.mark.parametrize(
+    ("module", "detector", "programs"),
+    [
+        (llb.train, "dinomaly", ("init_state", "train_step")),
+        (llb.fit, "mutual", ("start_states", "add_batch", "finish_states")),
+        (llb.fit, "patchcore", ("add_batch", "finish_states")),
+    ],
+)
+def test_devices_exchange_nothing_while_they_learn(tmp_path, monkeypatch, module, detector, programs):
+    """A device that waits for another holds a thread, and --no-cache encodes at the same time in the same threads."""
+    texts = {}
+
+    def watched(name, program):
+        def run(*arguments, **named):
+            texts.setdefault(name, program.lower(*arguments, **named).compile().as_text())
+            return program(*arguments, **named)
+
+        return run
+
+    for name in programs:
+        program = getattr(module, name)
+        monkeypatch.setattr(module, name, wraps(program)(watched(name, program)))
+    setup = SETUP if detector == "dinomaly" else small_setup(detector, batch_size=3)
+    features = Features(FEATURES.__getitem__, FEATURES.shape[1:])
+    learn(setup, features, THREE, CheckpointFolder(tmp_path, "images"), "test", jax.devices()[:3])
+    assert texts.keys() == set(programs) and not any(map(EXCHANGES.search, texts.values()))
 
 
 def member(tree, k):

@@ -226,7 +226,9 @@ class Steps:
             return self.placement.spread_features(self.features.__getitem__, self.batch, self.features.shape[1:])
 
         for step, features in prefetch(features_of, range(steps), PREPARING, PREPARING):
-            self.state, losses = train_step(self.state, features, None, self.each, np.int32(step), setup=self.setup)
+            self.state, losses = train_step(
+                self.state, features, self.each, None, np.int32(step), setup=self.setup, mesh=self.placement.mesh
+            )
         losses.block_until_ready()
 
     def seconds(self) -> float:
