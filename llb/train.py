@@ -160,8 +160,7 @@ def train_step(
     state: State,
     features: jax.Array,
     each: dict[str, jax.Array],
-    frozen: Params | None,
-    step: jax.Array,
+    shared: tuple[Params | None, jax.Array],
     setup: Setup,
     mesh: jax.sharding.Mesh,
 ) -> tuple[State, jax.Array]:
@@ -172,8 +171,7 @@ def train_step(
         features: float16 (R, B, …); uint8 images for a detector that gets images.
         each: what every sub-model has of its own: "key" (R,), and "steps_per_pass" int (R,), batches in a pass over its
             images.
-        frozen: of `Features`, shared by all.
-        step: int scalar, 0-based.
+        shared: `frozen` of `Features`, and the step, int scalar, 0-based.
 
     Returns:
         the state after the step, and of before it the loss and what it sees of each image, float32 (R, 1 + B).
@@ -181,8 +179,9 @@ def train_step(
     detector = DETECTORS[setup.detector]
 
     def one(
-        state: State, features: jax.Array, own: dict[str, jax.Array], frozen: Params | None, step: jax.Array
+        state: State, features: jax.Array, own: dict[str, jax.Array], shared: tuple[Params | None, jax.Array]
     ) -> tuple[State, jax.Array]:
+        frozen, step = shared
         key = jax.random.fold_in(key_for("noise", own["key"]), step)
         inputs = features if frozen is None else (features, frozen)
         params = state["params"]
@@ -196,8 +195,8 @@ def train_step(
         params = params | changed | {"params": optax.apply_updates(params["params"], updates)}
         return {"params": params, "opt": opt}, jnp.append(loss, each)
 
-    rows = jax.vmap(one, in_axes=(0, 0, 0, None, None))
-    return on_own_rows(rows, mesh, stacks=3, shared=2)(state, features, each, frozen, step)
+    rows = jax.vmap(one, in_axes=(0, 0, 0, None))
+    return on_own_rows(rows, mesh, stacks=3, shared=1)(state, features, each, shared)
 
 
 def train(
@@ -266,7 +265,7 @@ def train(
                 for step, batch in prefetch(batch_of, range(start, setup.steps), PREPARING, PREPARING):
                     with stop_later():  # no signal comes between a step, which takes the old state, and the new state
                         state, losses = train_step(
-                            state, batch, each, frozen, np.int32(step), setup=setup, mesh=placement.mesh
+                            state, batch, each, (frozen, np.int32(step)), setup=setup, mesh=placement.mesh
                         )
                         if step in kept_steps:
                             seen = see(seen, losses, np.int32(kept_steps.index(step)))

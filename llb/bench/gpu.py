@@ -227,7 +227,7 @@ class Steps:
 
         for step, features in prefetch(features_of, range(steps), PREPARING, PREPARING):
             self.state, losses = train_step(
-                self.state, features, self.each, None, np.int32(step), setup=self.setup, mesh=self.placement.mesh
+                self.state, features, self.each, (None, np.int32(step)), setup=self.setup, mesh=self.placement.mesh
             )
         losses.block_until_ready()
 
