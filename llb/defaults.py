@@ -102,12 +102,11 @@ def learning_defaults(settings: Stage1 | Stage2, own: Any, stage: int, demo: boo
     A UserError is raised for settings of a training if the detector is fitted in closed form.
     """
     name, detector = settings.detector, DETECTORS[settings.detector]
+    own_batch = getattr(detector, "BATCH_SIZE", DEMO_BATCH if demo else BATCH)
     defaults = {
         "image_score": detector.SCORE,
-        "batch_size": getattr(detector, "BATCH_SIZE", DEMO_BATCH if demo else BATCH),
+        "batch_size": getattr(detector, "DEMO_BATCH_SIZE", own_batch) if demo else own_batch,
     }
-    if demo and hasattr(detector, "DEMO_BATCH_SIZE"):
-        defaults["batch_size"] = detector.DEMO_BATCH_SIZE
     if is_trained(name):
         common = (DEMO_STEPS, DEMO_FINAL_STEPS) if demo else (STEPS, FINAL_STEPS)
         own_steps = getattr(detector, "STEPS", common)

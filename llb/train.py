@@ -46,10 +46,8 @@ SAVE_FRACTION = 0.05  # maximum fraction of the time that is spent on saving
 PREPARING = 2  # batches that threads prepare meanwhile; for ViT-B/14 a thread needs 57 ms, an H200's step 55 ms
 UNREAD_LOSSES = 2  # reading a loss waits for the device, so the newest steps' stay unread while the device works
 MOST_SEEN = 20_000  # distances of single images that a training keeps, of all sub-models together
+SMALLER = "a smaller --batch-size, --image-size or --submodels"  # needs less memory
 State = dict[str, Params]  # {"params": …, "opt": …}
-
-
-SMALLER = "a smaller --batch-size, --image-size or --submodels"
 
 
 def check_memory(needed: int, what: str = "a step", advice: str = SMALLER) -> None:
