@@ -129,8 +129,8 @@ class Bench:
         expected: root → the files of an undisturbed run.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.disk = folder, folder / "disk"
+    def __init__(self, folder: Path, detector: str):
+        self.folder, self.disk, self.detector = folder, folder / "disk", detector
         self.run, self.ballast = self.disk / "run", self.disk / "ballast"
         self.places, self.seconds, self.expected, self.outputs = {}, {}, {}, {}
         self.roots = {"mvtec": draw_mvtec(folder / "mvtec"), "folder": folder / "parts"}
@@ -175,6 +175,7 @@ class Bench:
         flags = ("--run", self.run, *{"stage2_train": ("--steps", STEPS), "evaluate": ("--save-maps",)}.get(script, ()))
         if script == SCRIPTS[0]:  # noise is for labelled roots
             flags = ("--data", self.roots[root], "--out", self.run, *(TILE if root == "mvtec" else SMALL))
+            flags += ("--detector", self.detector)
         flags += ("--cache", self.run / "cache")
         pipes = [os.pipe(), os.pipe()]  # of standard output and error
         pid = os.fork()

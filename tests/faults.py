@@ -2,7 +2,7 @@
 
     python -m tests.faults                        all faults, 150 kills
     python -m tests.faults --only kill --kills 9  fewer; --only may be given again
-    python -m tests.faults --kills 1 --most 2     two faults of each stage, as tests/test_faults.py runs it
+    python -m tests.faults --kills 1 --most 2 --detector simplenet    two of each stage, as tests/test_faults.py runs it
 
 Prints a table; the exit status is 1 if anything is wrong. Linux. How a command is disturbed: tests/disturbed.py.
 
@@ -249,11 +249,15 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=1000, help="how many faults of a stage, and of damaged parts")
     parser.add_argument("--only", choices=FAULTS, action="append", help="these faults only")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--detector", default="dinomaly", help="a trained one; simplenet begins in half the time")
     settings = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: the file system is unmounted
     began, only, table = time.monotonic(), settings.only or list(FAULTS), {}
-    bench, numbers = Bench(Path(tempfile.mkdtemp(prefix="llb-faults-"))), (settings.kills, settings.most)
+    bench, numbers = (
+        Bench(Path(tempfile.mkdtemp(prefix="llb-faults-")), settings.detector),
+        (settings.kills, settings.most),
+    )
     try:
         bench.prepare("mvtec")
         outcomes = chains(bench, queue_of(bench, *numbers, only, settings.seed))
