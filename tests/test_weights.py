@@ -197,13 +197,27 @@ def test_a_tree_that_does_not_fit_names_the_weight(tmp_path):
 
 @pytest.mark.parametrize("error", (ConnectionError("a\nb"), LocalEntryNotFoundError("x"), EntryNotFoundError("404")))
 def test_offline_the_error_names_the_file_and_how_to_pass_it(monkeypatch, error):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=error))
+    download = Mock(side_effect=error)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     line = refusal(download_weights, SPECS["dinov2_vitb14_reg"])
     assert line.startswith("--encoder dinov2_vitb14_reg: its weights could not be downloaded (")
     assert line.endswith(
         "get model.safetensors (if there is none, pytorch_model.bin) from "
         "https://huggingface.co/facebook/dinov2-with-registers-base and pass it with --weights FILE"
     )
+    tries = 2 if type(error) is EntryNotFoundError else 1  # each takes half a minute without a network
+    assert download.call_count == tries
+
+
+def test_weights_that_were_fetched_are_taken_without_a_network(monkeypatch, tmp_path):
+    at = tmp_path / "models--facebook--dino-vits16"
+    file = at / "snapshots" / "abc" / "pytorch_model.bin"
+    for path, text in ((at / "refs" / "main", "abc"), (file, "weights")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=AssertionError))
+    assert download_weights(SPECS["dino_vits16"]) == file
 
 
 def test_a_repository_without_safetensors_gives_its_pytorch_file(monkeypatch):

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from llb.console import say
 from llb.encoders.cnn import UNUSED as UNUSED_OF_CNNS
 from llb.encoders.cnn import folded, released
 from llb.encoders.pickles import MOST_BYTES, PICKLE_START, ZIP_START, read_pickle
@@ -258,12 +259,22 @@ def download_weights(spec: Spec | CnnSpec) -> Path:
 
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)  # it tells of every try without a network
-    reason = None
-    for name in ("model.safetensors", "pytorch_model.bin"):  # some repositories of DINO v1 have only the latter
+    reason, names = (
+        None,
+        ("model.safetensors", "pytorch_model.bin"),
+    )  # some repositories of DINO v1 have only the latter
+    for name in names:  # without a network the hub's own look at its cache takes half a minute
+        file = huggingface_hub.try_to_load_from_cache(spec.repository, name)
+        if isinstance(file, str):
+            return Path(file)
+    say(f"{spec.name}: fetching its weights from https://huggingface.co/{spec.repository}, once")
+    for name in names:
         try:
             return Path(huggingface_hub.hf_hub_download(spec.repository, name))
         except huggingface_hub.errors.EntryNotFoundError as error:
             reason = error
+            if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):  # it could not ask
+                break
         except Exception as error:  # offline: the hub, the HTTP library and the system raise types of their own
             reason = error
             break
