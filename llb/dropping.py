@@ -95,32 +95,32 @@ def main() -> None:
     draw_curves(curves, settings.plot)
 
 
-def stage_of(run: Path, settings: Evaluate, detector: str | None = None) -> tuple[Stage, Dataset, np.ndarray]:
-    """The final detector on all images of a run with one category, its images, and their scores of stage 1.
+def stages_of(run: Path, settings: Evaluate, detector: str | None = None) -> list[tuple[Stage, Dataset, np.ndarray]]:
+    """Of each category of a run: the final detector on all images, the images, and their scores of stage 1.
 
     detector: its name; None for stage 1's.
     """
     config = read_run(run)
-    if len(config["categories"]) > 1:
-        raise UserError(f"{run} has several categories: give runs of one")
     final = final_name("all", detector or config["detector"], config)
-    (dataset,) = load_datasets(run, config, settings)
     stage = make_stage(run, settings, run_encoder(run, config), config | config["stage2"].get(final, {}), final)
-    return stage, dataset, read_scores(run / dataset.category, dataset)["score"]
+    datasets = load_datasets(run, config, settings)
+    return [(stage, dataset, read_scores(run / dataset.category, dataset)["score"]) for dataset in datasets]
 
 
 def best_threshold(run: Path, cache: str, detector: str) -> float:
-    """Image AUROC of a final detector by the best of SHARES, less that of all images."""
+    """Image AUROC of a final detector by the best of SHARES, less that of all images; the mean of the categories."""
+    gained = []
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        stage, dataset, score = stage_of(run, Evaluate(run=str(run), cache=cache), detector)
-        others = final_aurocs(stage, dataset, [keep_lowest(score, share) for share in SHARES])
-    return max(others) - others[0]
+        for stage, dataset, score in stages_of(run, Evaluate(run=str(run), cache=cache), detector):
+            others = final_aurocs(stage, dataset, [keep_lowest(score, share) for share in SHARES])
+            gained.append(max(others) - others[0])
+    return float(np.mean(gained))
 
 
 def gains(run: Path, settings: Evaluate) -> np.ndarray:
     """For each of MOVES: ranking AUROC; image AUROC by auto, the best threshold and clean, less that of all; the share
     that auto keeps. float (len(MOVES), 5)."""
-    stage, dataset, score = stage_of(run, settings)
+    ((stage, dataset, score),) = stages_of(run, settings)
     labels = np.array([record.label for record in dataset.train])
     deviation = np.log(score).std() / deviations(score).std()
     rows = []

@@ -52,15 +52,18 @@ def test_finished_runs_are_points_and_those_without_all_three_are_left_out(tmp_p
 
 
 def test_the_best_threshold_of_a_finished_run_is_the_best_of_all_on_its_own_ranking(finished, monkeypatch):
-    seen = []
+    seen, best = [], iter((0.83, 0.83, 0.81))
 
     def aurocs(stage, dataset, kept):
         assert stage.final == "all" and stage.setup.steps == 3  # those of its final detector, not of its sub-models
         seen.extend(kept)
-        return [0.8, 0.7, 0.83, *([0.5] * (len(kept) - 3))]
+        return [0.8, 0.7, next(best), *([0.5] * (len(kept) - 3))]
 
     monkeypatch.setattr(dropping, "final_aurocs", aurocs)
     gain = dropping.best_threshold(finished, str(finished.parent / "cache"), "dinomaly")
     assert gain == pytest.approx(0.03) and seen[0].all() and len(seen) == len(dropping.SHARES)
     score = np.array([float(row["score"]) for row in rows_of(finished / "tile" / "scores.csv")])
     assert all(score[each].max() < score[~each].min() for each in seen[1:])
+    datasets = dropping.load_datasets(finished, read_config(finished, "", ""), Evaluate())
+    monkeypatch.setattr(dropping, "load_datasets", lambda *_: datasets * 2)  # of two categories: the mean
+    assert dropping.best_threshold(finished, str(finished.parent / "cache"), "dinomaly") == pytest.approx(0.02)
