@@ -1,6 +1,6 @@
 """A grid of runs, in one process: what does a setting do?
 
-    python -m llb.ablate --vary submodels=1,2,3,5,8 --vary aggregate=mean,out-of-fold --seeds 3
+    python -m llb.ablate --vary submodels=2,3,5,8 --vary aggregate=mean,out-of-fold --seeds 3
     python -m llb.ablate --preset noise --detector padim
     python -m llb.ablate --preset submodels --print              the commands of each run, for a scheduler
 

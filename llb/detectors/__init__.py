@@ -11,9 +11,11 @@ and learns in one of two ways. In closed form, from batches that come once (llb.
 
     start(setup, key, images) → state                             before the first of so many images
     add(setup, state, features, weight, first) → state            weight (B,): 1, or 0 for what fills the last batch
-    finish(setup, state, key) → params                            ADDITIVE: states may be summed
+    finish(setup, state, key) → params
 
-or by an optimiser, step by step (llb.train); `params` are then Flax's collections {"params": …, "batch_stats": …}:
+first: the place of the batch's first image. ADDITIVE: states may be summed; the default is then that each sub-model
+learns from all subsets but its own (--folds others), in one pass. Or a detector learns by an optimiser, step by step
+(llb.train); `params` are then Flax's collections {"params": …, "batch_stats": …}:
 
     init(setup, key) → params
     loss(setup, params, features, key, step) → loss, (each, changed)    each (B,): what the step sees of every image,
