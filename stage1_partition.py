@@ -63,7 +63,7 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
     # ---- data and encoder: errors in them end the script before the run begins ----
     command = command_line(settings)
     root = read_root(demo_or_given_root(Path(settings.cache), settings.data), settings.layout)
-    settings = resolve(settings, root.layout if settings.data else "demo")
+    given, settings = settings, resolve(settings, root.layout if settings.data else "demo")
     names = choose_categories(root, settings.category)
     noise = (settings.noise_ratio, settings.seed, settings.noise_pool)
     datasets = [load_category(root, name, *noise) for name in names]
@@ -71,6 +71,9 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
         check(dataset, settings)
     reading = describe(root, datasets)
     say(reading_line(reading))
+    if settings.data and not given.encoder and device.startswith("device: CPU"):
+        fast = "--encoder efficientnet_lite0 --detector padim"
+        say(f"{settings.encoder} takes hours to days on a CPU; {fast} takes minutes")
     encoder = load_encoder(settings.encoder, settings.weights, settings.image_size, settings.precision)
     settings = with_sizes(settings, encoder.image_size)
     stage = make_stage(run, settings, encoder, vars(settings))

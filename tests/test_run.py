@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 from helpers import LATER, TILE, child, draw, draw_mvtec, refuse, rows_of, succeed
 
@@ -49,6 +50,16 @@ def test_the_demo_set_is_trained_on_as_purified_all_and_clean_and_other_images_a
 
 
 # ---- what is deleted ----
+
+
+def test_who_begins_with_the_default_encoder_on_a_cpu_hears_of_the_fast_one(data, tmp_path, monkeypatch):
+    def stop(*_):
+        raise UserError("no network")
+
+    monkeypatch.setattr("stage1_partition.load_encoder", stop)
+    for flags, told in (((), True), (("--encoder", "dinov2_vits14_reg"), False)):
+        _, out, _ = helpers.command("stage1_partition", "--data", data, "--out", tmp_path / "run", *flags)
+        assert ("--encoder efficientnet_lite0 --detector padim takes minutes" in out) == told, out
 
 
 def test_overwrite_deletes_what_llb_wrote_and_nothing_else(moved):
