@@ -111,7 +111,7 @@ class Stage1:
     )
     batch_size: int | None = flag(None, "images per step, sub-model", IMAGES, shown=f"{BATCH}, demo set {DEMO_BATCH}")
     learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="the detector's and recipe's")
-    dropout: float | None = flag(None, "Dinomaly's bottleneck's rate", real(0, 1), shown="0.2")
+    dropout: float | None = flag(None, "rate in Dinomaly's bottleneck, or in UniAD", real(0, 1), shown="0.2, or 0.1")
     seed: int = flag(0, "determines all random numbers", whole(0, LARGEST_SEED))
     recipe: str | None = flag(
         None, "Dinomaly's optimiser, schedule, initialisation, hard mining", choices=tuple(RECIPES), shown="dinomaly"

@@ -80,7 +80,7 @@ def resolve_final(settings: Stage2, config: dict[str, Any]) -> Stage2:
     """
     demo, name = config["data"] is None, settings.detector or config["detector"]
     settings, protocol = dataclasses.replace(settings, detector=name), PROTOCOLS.get(config["protocol"])
-    if protocol and not settings.steps and is_trained(name):
+    if protocol and not settings.steps and not settings.passes and is_trained(name):
         settings = with_defaults(settings, protocol.stage2)
     if protocol:
         settings = with_defaults(settings, {"image_score": protocol.test_score})
@@ -90,7 +90,9 @@ def resolve_final(settings: Stage2, config: dict[str, Any]) -> Stage2:
     values = {setting: config[setting] for setting in FLAGGED} | config["set"] if same else {}
     own = read_settings(name, settings.set, values)
     inherited = ("batch_size", "learning_rate", "image_score") if same else ()
-    defaults = learning_defaults(settings, own, 1, demo) | {setting: config[setting] for setting in inherited}
+    published = getattr(DETECTORS[name], "PUBLISHED", {}).get(config["encoder"], {})
+    published = {flag: value for flag, value in published.items() if hasattr(settings, flag)}  # images are stage 1's
+    defaults = learning_defaults(settings, own, 1, demo) | published | {each: config[each] for each in inherited}
     if settings.passes:
         defaults.pop("steps")
     return dataclasses.replace(with_defaults(settings, defaults), set=dataclasses.asdict(own))

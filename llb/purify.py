@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FEWEST = 3  # images with a deviation that is not 0 or that of two
+FEWEST = 3  # images: the median deviation of two is that of each, of one it is 0
 
 
 def partition(key: jax.Array, images: int, submodels: int) -> np.ndarray:
@@ -30,15 +30,15 @@ def standardised(scores: jax.Array, seen: jax.Array) -> jax.Array:
     """Scores of sub-models whose scales differ, on one scale: float32 (N, K), finite.
 
     Each column is shifted and stretched so that its median and its median absolute deviation, over the images that this
-    sub-model has not seen, become the means of all columns' medians and deviations. The scores stay as they are if a
-    sub-model has not seen less than FEWEST images: that is too few for a deviation.
+    sub-model has not seen, become the means of all columns' medians and deviations. The scores stay as they are if for
+    some sub-model fewer than FEWEST images are unseen, which is too few for a deviation, or if its deviation is 0.
     """
     enough = (~seen).sum(axis=0).min() >= FEWEST
     unseen = jnp.where(seen, jnp.nan, scores)
     middle = jnp.nanmedian(unseen, axis=0)  # (K,)
     width = jnp.nanmedian(jnp.abs(unseen - middle), axis=0)
     result = (scores - middle) / jnp.where(width > 0, width, 1.0) * width.mean() + middle.mean()
-    return jnp.where(enough, result, scores)
+    return jnp.where(enough & (width > 0).all(), result, scores)
 
 
 def out_of_fold(scores: jax.Array, seen: jax.Array) -> jax.Array:

@@ -187,11 +187,11 @@ def train_step(
         def loss_of(trained: Params) -> tuple[jax.Array, tuple[jax.Array, Params]]:
             return detector.loss(setup, params | {"params": trained}, inputs, key, step)
 
-        (loss, (each, changed)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params["params"])
+        (loss, (highest, changed)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params["params"])
         optimizer = detector.optimizer(setup, own["steps_per_pass"])
         updates, opt = optimizer.update(gradients, state["opt"], params["params"])
         params = params | changed | {"params": optax.apply_updates(params["params"], updates)}
-        return {"params": params, "opt": opt}, jnp.append(loss, each)
+        return {"params": params, "opt": opt}, jnp.append(loss, highest)
 
     rows = jax.vmap(one, in_axes=(0, 0, 0, None))
     return on_own_rows(rows, mesh, stacks=3, shared=1)(state, features, each, shared)

@@ -65,7 +65,7 @@ def unseen_defects(pages: Sequence[Page], rank: np.ndarray, marks: np.ndarray) -
     low, high = int(possible[0]), int(possible[-1])
     if k * m <= extra * n:
         likely = _chance(n + seen + unseen + m, k + found + extra + left, n + m)[:, : k + extra + 1].sum(1)
-        high = min(high, int(np.flatnonzero(likely > POOLED)[-1]))
+        high = min(high, int(np.flatnonzero(likely > POOLED).max(initial=0)))
     share = (k + extra / max(m, 1)) / (n + 2)
     high = max(low, high)
     return Unseen(unseen, int(np.clip(round(share * unseen), low, high)), low, high, on_last)
@@ -83,8 +83,10 @@ def _chance(images: int, defects: np.ndarray, n: int) -> np.ndarray:
 def _acceptable(images: int, defects: np.ndarray, n: int, k: int) -> np.ndarray:
     """Whether k defects among n drawn images are no surprise, for each number of defects among all: bool, as `defects`.
 
-    Blaker: so many, or any number that is as far out in its tail, must have a chance above MISSED.
+    Blaker: so many, or any number that is as far out in its tail, must have a chance above MISSED. If the other marks
+    contradict the draws, so that there is no such number of defects, it is the one that makes k most likely.
     """
     chance = _chance(images, defects, n)
     tail = np.minimum(chance.cumsum(1), chance[:, ::-1].cumsum(1)[:, ::-1])
-    return (chance * (tail <= tail[:, [k]] * (1 + 1e-9))).sum(1) > MISSED
+    agree = (chance * (tail <= tail[:, [k]] * (1 + 1e-9))).sum(1) > MISSED
+    return agree if agree.any() else chance[:, k] == chance[:, k].max()

@@ -9,8 +9,8 @@ import pytest
 from helpers import small_setup
 
 from llb.checkpoint import CheckpointFolder
-from llb.config import Stage1
-from llb.defaults import resolve
+from llb.config import Stage1, Stage2
+from llb.defaults import resolve, resolve_final
 from llb.detectors import DETECTORS, is_trained, read_settings
 from llb.features import Features
 from llb.files import UserError
@@ -52,7 +52,10 @@ def learned(folder, detector, submodels, devices=3):
     params, seen = learn(setup, features, submodels, at, "test", jax.devices()[:devices])
     assert (seen is None) != is_trained(detector)
     if seen is not None:
-        assert np.isfinite(seen).all() and seen[..., 1:].std(axis=-1).min() > 0  # each image has its own
+        losses, images = seen[..., 0], seen[..., 1:]
+        shown = ~np.isnan(images).all(axis=-1)  # DeSTSeg's second phase shows nothing of an image's own
+        assert np.isfinite(losses).all() and (shown[:, 0].all() if detector == "destseg" else shown.all())
+        assert np.isfinite(images[shown]).all() and images[shown].std(axis=-1).min() > 0  # each image has its own
     return params, score_all(params, setup, features, IMAGES, "test")
 
 
@@ -105,6 +108,8 @@ def test_settings_of_a_detector_are_read_by_name_and_refused_in_words():
             read_settings(detector, text, {})
     with pytest.raises(UserError, match="--dropout: padim has no dropout"):
         read_settings("padim", None, {"dropout": 0.1})
+    with pytest.raises(UserError, match="--dropout 1.0: give from 0 to 0.9"):  # a flag of its own has the same bounds
+        read_settings("uniad", None, {"dropout": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -134,6 +139,18 @@ def test_the_demo_set_has_steps_and_batches_of_its_own():
     own = {layout: resolve(Stage1(detector="destseg"), layout) for layout in ("demo", "real-iad")}
     assert own["demo"].batch_size < own["real-iad"].batch_size and own["demo"].steps < own["real-iad"].steps
     assert resolve(Stage1(detector="destseg", batch_size=5), "demo").batch_size == 5
+
+
+def test_another_final_detector_has_its_own_defaults_and_given_flags_win_over_the_protocol():
+    def final(stage1: dict, **given):
+        return resolve_final(Stage2(**given), vars(resolve(Stage1(data="D", **stage1), "mvtec")))
+
+    behind = {"detector": "patchcore", "encoder": "wide_resnet50_2"}
+    assert final(behind, detector="padim").image_score == "max"  # as stage 1 of padim has it on that encoder
+    assert final(behind | {"encoder": "dinov2_vits14_reg"}, detector="padim").image_score == "top-1%"
+    assert final({"encoder": "resnet18"}, detector="destseg").batch_size == 32
+    assert (final({"protocol": "dinomaly"}).steps, final({"protocol": "dinomaly"}, passes=2).passes) == (5000, 2)
+    assert final({"protocol": "dinomaly"}, passes=2).steps is None
 
 
 def test_a_fitted_detector_takes_no_steps():

@@ -27,6 +27,12 @@ def test_maps_and_scores_of_dinomalys_evaluation_equal_pytorchs(case):
     np.testing.assert_allclose(score, STORED[f"{case}/score"], rtol=1e-5)
 
 
+def test_maps_of_a_detector_without_smoothing_are_resized_alone():
+    matrix = map_matrix(56, 8, MapRule(True, 0.0, 32))
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=1e-6)  # smoothed, the border would lose some
+    assert map_matrix(56, 8, MapRule(True, 4.0, 32))[0].sum() < 0.9
+
+
 @pytest.mark.parametrize("side", (5, 9))
 def test_position_embeddings_of_released_checkpoints_equal_pytorchs(side):
     positions = np.concatenate([np.ones((1, 3), np.float32), STORED[f"positions {side}"]])

@@ -157,6 +157,20 @@ def test_nothing_is_left_where_all_is_seen(images):
     assert left[:4] == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize("images, contradicted", [(30, False), (72, False), (80, True), (150, True)])
+def test_marks_that_contradict_the_draws_leave_an_interval(images, contradicted):
+    """Drawn images say that nearly all are defects and the others that none is, or the other way round."""
+    rank = np.arange(1, images + 1)
+    pages, marks = suspect_pages(rank, 0, images), np.full(images, UNSAID, np.int8)
+    whole = pages[: 1 if images < 80 else 2]
+    for page in whole:
+        marks[page.images] = DEFECT if not contradicted else FINE
+    rest = np.flatnonzero(marks == UNSAID)
+    marks[rest[: -1 if images < 80 else 20]] = DEFECT if contradicted else FINE
+    left = unseen_defects(pages, rank, marks)
+    assert 0 <= left.low <= left.defects <= left.high <= left.images == (marks == UNSAID).sum() > 0
+
+
 def test_the_interval_narrows_with_the_last_page_and_knows_its_bounds():
     pages, rank, marks, _ = drawn_run(0, 0, 0, 48)
     few = unseen_defects(pages, rank, marks)

@@ -19,7 +19,8 @@ learns from all subsets but its own (--folds others), in one pass. Or a detector
 
     init(setup, key) → params
     loss(setup, params, features, key, step) → loss, (each, changed)    each (B,): what the step sees of every image,
-                                           its highest distances (`highest_part`); changed: the collections it changes
+                                           its highest distances (`highest_part`), or NaN; changed: the collections it
+                                           changes
     optimizer(setup, steps_per_pass) → optax.GradientTransformation
     LEARNING_RATE, STEPS, DEMO_STEPS                              defaults; the steps of stage 1 and of stage 2
 
@@ -92,6 +93,7 @@ def read_settings(name: str, text: str | None, given: dict[str, Any]) -> Any:
     for key in values:
         if key not in fields:
             raise UserError(f"--{key}: {name} has no {key}; leave it out, or choose another --detector")
+        _check_value(f"--{key} {values[key]}", values[key], fields[key])
     for part in filter(None, (text or "").split(",")):
         key, equals, word = part.partition("=")
         if key not in fields or not equals:
@@ -104,12 +106,17 @@ def _read_value(where: str, word: str, field: dataclasses.Field, kind: type) -> 
     """A value of --set as the field's type, within its choices or bounds (llb.detectors.common)."""
     if isinstance(kind, UnionType):  # float | None
         kind = kind.__args__[0]
-    choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds")
     try:
         value = {"yes": True, "no": False, "True": True, "False": False}[word] if kind is bool else kind(word)
     except (ValueError, KeyError):
         value = None
-    if value is None or (choices and value not in choices) or (bounds and not bounds[0] <= value <= bounds[1]):
-        range_of = f"from {bounds[0]} to {bounds[1]}" if bounds else "yes or no" if kind is bool else "a number"
-        raise UserError(f"{where}: give {'one of ' + ', '.join(map(str, choices)) if choices else range_of}")
+    _check_value(where, value, field, "yes or no" if kind is bool else "a number")
     return value
+
+
+def _check_value(where: str, value: Any, field: dataclasses.Field, wanted: str = "") -> None:
+    """wanted: in words, of a setting without choices and bounds."""
+    choices, bounds = field.metadata.get("choices"), field.metadata.get("bounds")
+    if value is None or (choices and value not in choices) or (bounds and not bounds[0] <= value <= bounds[1]):
+        range_of = f"from {bounds[0]} to {bounds[1]}" if bounds else wanted
+        raise UserError(f"{where}: give {'one of ' + ', '.join(map(str, choices)) if choices else range_of}")

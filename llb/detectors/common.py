@@ -146,9 +146,11 @@ def map_matrix(size: int, grid: int, rule: MapRule) -> np.ndarray:
     borders)."""
     matrix = resize_matrix(size, grid, rule.align_corners)
     if rule.side:
+        matrix = resize_matrix(rule.side, size, align_corners=False) @ matrix
+    if rule.side and rule.sigma:
         taps = np.exp(-((np.arange(TAPS) - TAPS // 2) ** 2) / (2 * rule.sigma**2))
         smooth = sum(np.eye(rule.side, k=tap - TAPS // 2) * weight for tap, weight in enumerate(taps / taps.sum()))
-        matrix = smooth @ resize_matrix(rule.side, size, align_corners=False) @ matrix
+        matrix = smooth @ matrix
     elif rule.sigma:
         matrix = gaussian_filter1d(matrix, rule.sigma, axis=0)
     return matrix.astype(np.float32)

@@ -180,11 +180,11 @@ def student_loss(teacher: tuple[jax.Array, ...], student: tuple[jax.Array, ...])
     return RELEASED_BATCH * sum(one.mean() for one in levels), sum(map(highest_part, levels))
 
 
-def segmentation_loss(logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Focal loss + L1: logits (B, h, w), mask 0 or 1, of the same shape → scalar; the highest errors, (B,)."""
+def segmentation_loss(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Focal loss + L1: logits (B, h, w), mask 0 or 1, of the same shape → scalar."""
     error = jnp.abs(nn.sigmoid(logits) - mask)  # 1 − the probability of the true class
     surprise = -nn.log_sigmoid(jnp.where(mask > 0, logits, -logits))
-    return (surprise * error**FOCAL).mean() + error.mean(), highest_part(error)
+    return (surprise * error**FOCAL).mean() + error.mean()
 
 
 def small_mask(mask: jax.Array, height: int, width: int) -> jax.Array:
@@ -215,8 +215,8 @@ def loss(setup: Setup, variables: dict, features: tuple, key: jax.Array, step: j
         maps, _ = apply(setup, jax.lax.stop_gradient(variables), "student", seen)
         x, changed = apply(setup, variables, "res", products(teacher, unit(maps)), train=True)
         logits, changed = apply(setup, variables | changed, "head", x, train=True)
-        mean, each = segmentation_loss(logits, small_mask(mask, *logits.shape[1:]))
-        return mean, (each, changed)
+        nothing = jnp.full(len(images), jnp.nan)  # its errors are those on painted damage, not on the image's own
+        return segmentation_loss(logits, small_mask(mask, *logits.shape[1:])), (nothing, changed)
 
     # `step` is one number for all sub-models, so under vmap this stays a branch
     return jax.lax.cond(first, of_student, of_segmentation, variables)

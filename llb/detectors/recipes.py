@@ -1,4 +1,4 @@
-"""The two training recipes: optimiser, learning-rate schedule, dropout and hard mining, for ONE sub-model.
+"""The two training recipes: optimiser, learning-rate schedule, initialisation and hard mining, for ONE sub-model.
 
 "llbnad":   LLBNAD's trainer (arXiv 2508.07441 and its released code).
 "dinomaly": Dinomaly's (CVPR 2025, arXiv 2405.14325, section 4.1 and its released code).
@@ -19,7 +19,6 @@ class Recipe:
 
     name: str
     learning_rate: float  # at batch 16
-    dropout: float  # rate in the noisy bottleneck
     clip_norm: float  # bound on the global gradient norm
     linear_init: str  # of linear layers, see llb.detectors.decoder.Linear
     easy_fraction: float  # p: fraction of the positions that count as easy
@@ -31,7 +30,6 @@ RECIPES = {
     "llbnad": Recipe(
         name="llbnad",
         learning_rate=5e-3,
-        dropout=0.2,
         clip_norm=5.0,
         linear_init="pytorch",
         easy_fraction=0.9,
@@ -41,7 +39,6 @@ RECIPES = {
     "dinomaly": Recipe(
         name="dinomaly",
         learning_rate=2e-3,
-        dropout=0.2,
         clip_norm=0.1,
         linear_init="truncated",
         easy_fraction=0.9,
