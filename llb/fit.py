@@ -8,6 +8,7 @@ A fit takes seconds, so it is saved once, at its end. Where the state is a sum o
 no pass of its own: it is the sum of the other sub-models' states.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 
@@ -88,7 +89,12 @@ def fit(
         keys, begin = placement.spread_keys(submodels.keys), partial(start_states, setup=setup, mesh=placement.mesh)
         shapes = jax.eval_shape(partial(begin, images=batches * size), keys)
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-        check_memory(needed, "the fit", "a smaller --image-size, fewer --submodels, or other settings of it (--set)")
+        # measured with padim: the other subsets' sums, what they become, and their copies on the way to the checkpoint
+        check_memory(
+            needed * (5 if by_sums else 2),
+            "the fit",
+            "a smaller --image-size, fewer --submodels, or other settings of it (--set)",
+        )
         if line := getattr(detector, "describe", lambda setup, images: None)(setup, longest):
             say(f"{title}: {line}")
 
@@ -104,7 +110,9 @@ def fit(
                 states = add_batch(states, batch, weight, np.int32(number * size), setup=setup, mesh=placement.mesh)
                 bar.update()
         if by_sums:
-            states = placement.spread(jax.tree.map(others, placement.gather(states, count)))
+            states = placement.gather(states, count)  # one after the other: each line frees what it had
+            states = jax.tree.map(others, states)
+            states = placement.spread(states)
         params = placement.gather(finish_states(states, keys, setup=setup, mesh=placement.mesh), count)
         if any(np.isnan(leaf).any() for leaf in jax.tree.leaves(params)):
             raise UserError(f"--detector {setup.detector}: its parameters are not finite; are all images alike?")
@@ -114,4 +122,7 @@ def fit(
 
 def others(leaf: np.ndarray) -> np.ndarray:
     """Sums (K, …) of the subsets → for each k the sum of all but the k-th."""
-    return np.stack([np.delete(leaf, k, axis=0).sum(axis=0, dtype=leaf.dtype) for k in range(len(leaf))])
+    sums = np.zeros_like(leaf)
+    for k, j in itertools.permutations(range(len(leaf)), 2):
+        sums[k] += leaf[j]
+    return sums
