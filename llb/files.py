@@ -104,7 +104,7 @@ def write_csv(path: Path | str, header: list[str], rows: list[list[Any]]) -> Non
     """Write a CSV table, RFC 4180 quoting, \\n line ends. Floats are written by repr: they read back bit for bit.
 
     No cell is a formula to a spreadsheet: a path that begins like one gets "./" before it, which names the same file,
-    other text an apostrophe (`read_cell` takes both away).
+    other text an apostrophe (`read_cell` takes each away).
     """
     inert = [[_inert(name, cell) for name, cell in zip(header, row, strict=True)] for row in rows]
     write_text(path, "".join(map(_line, [header, *inert])))
@@ -156,12 +156,11 @@ def _inert(column: str, cell: Any) -> Any:
     return f"'{cell}"
 
 
-def read_cell(cell: str) -> str:
+def read_cell(column: str, cell: str) -> str:
     """A path or another text from a table that `write_csv` wrote."""
-    for mark in ("./", "'"):
-        if cell.startswith(mark) and cell[len(mark) :].startswith(FORMULA):
-            return cell[len(mark) :]
-    return cell
+    mark = "./" if column in PATHS else "'"
+    formula = cell.startswith(mark) and cell[len(mark) :].startswith(FORMULA)
+    return cell[len(mark) :] if formula else cell
 
 
 def discard(*paths: Path) -> None:

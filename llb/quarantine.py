@@ -53,11 +53,14 @@ def main() -> None:
     settings = parse_flags(Quarantine)
     run = Path(settings.run)
     config = read_config(run, f"--run {run}", "make the run again")
-    if settings.category not in (None, *config["categories"]):
-        raise UserError(f"--category {settings.category}: {run} has {', '.join(config['categories'])}")
+    names = config["categories"]
+    if settings.undo and (run / MANIFEST).is_file():  # a run that began anew may have other categories
+        names = list(dict.fromkeys(row["category"] for row in read_table(run / MANIFEST, COLUMNS, advice=LOST)))
+    if settings.category not in (None, *names):
+        raise UserError(f"--category {settings.category}: {run} has {', '.join(names)}")
     if settings.undo + settings.dropped + settings.reviewed + (settings.top is not None) > 1:
         raise UserError("--dropped, --reviewed, --top and --undo exclude each other: give one")
-    names = [settings.category] if settings.category else config["categories"]
+    names = [settings.category] if settings.category else names
     with hold(run, "quarantine", against=("",)) if settings.go or settings.undo else nullcontext():
         undo(run, names) if settings.undo else take_out(run, config, settings, names)
 

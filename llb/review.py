@@ -121,7 +121,7 @@ def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, 
             if not set(COLUMNS) <= set(rows.fieldnames or ()):
                 raise UserError(f"{file} has no columns {', '.join(COLUMNS)}: give the file that the page has saved")
             for row in rows:
-                name, path, word = (read_cell(row[column] or "") for column in COLUMNS)
+                name, path, word = (read_cell(column, row[column] or "") for column in COLUMNS)
                 word, problem = word.strip().lower(), None  # whoever types it means the same
                 if name not in places:
                     problem = f"category {name!r} is not of this run, which has {', '.join(places)}"

@@ -93,7 +93,8 @@ def read_manifest(folder: Path) -> dict[str, State]:
         with open(file, newline="", encoding="utf-8") as text:
             rows = csv.DictReader(text)
             states = {
-                read_cell(row["path"]): (int(row["bytes"]), int(row["modified_ns"]), row["sha256"]) for row in rows
+                read_cell("path", row["path"]): (int(row["bytes"]), int(row["modified_ns"]), row["sha256"])
+                for row in rows
             }
             if rows.fieldnames == COLUMNS and all(len(digest) == 64 for _, _, digest in states.values()):
                 return states

@@ -12,6 +12,7 @@ import csv
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ COLUMN_TYPES = {
     "sha256": str,
 }
 COLUMN_TYPES |= {"verdict": {"fine": 0, "defect": 1}.__getitem__}
-COLUMN_TYPES |= dict.fromkeys(("path", "kind", "category", "from", "to"), read_cell)
+COLUMN_TYPES |= {column: partial(read_cell, column) for column in ("path", "kind", "category", "from", "to")}
 COLUMN_TYPES |= dict.fromkeys(("subset", "images", "bytes", "modified_ns", "step", "submodel"), int)
 COLUMN_TYPES |= dict.fromkeys(("distance", "loss"), float) | dict.fromkeys(("image_auroc", "found"), SHARE)
 

@@ -59,6 +59,9 @@ def test_the_dropped_images_go_aside_and_come_back_and_masks_stay(own):
     assert [row["path"] for row in rows_of(run / "quarantine.csv")] == paths
     for script in LATER:
         assert "its images" in refuse(script, "--run", run), script
+    config = read_config(run, "", "")
+    write_config(run, config | {"categories": ["another"]})  # as after stage 1 --overwrite --category another
+    assert "has tile" in refuse(NAME, "--run", run, "--undo", "--category", "another")
     assert f"{len(paths)} images are back" in succeed(NAME, "--run", run, "--undo")
     assert state(images) == before | {f.replace("run-quarantine", "my images"): s for f, s in aside.items()}
     assert not (run.parent / "run-quarantine").exists()

@@ -96,7 +96,7 @@ def test_metrics_csv_has_a_row_for_each_category_and_detector_and_reads_back_exa
 
 
 def test_no_cell_is_a_formula_and_paths_read_back(tmp_path):
-    paths = ["=1+1.png", "-a/b.png", "@c.png", "+d.png", "\te.png", "plain.png", "./x.png"]
+    paths = ["=1+1.png", "-a/b.png", "@c.png", "+d.png", "\te.png", "plain.png", "./x.png", "'-1.png"]
     records = [Record(path, None, (), "") for path in paths]
     tables.write_predictions(tmp_path, "all", records, np.full(len(paths), -0.5, np.float32))
     tables.write_metrics_csv(tmp_path / "metrics.csv", {"=cmd()": {"all": values(0.5)}, "-1": {"all": values(0.5)}})
@@ -109,7 +109,7 @@ def test_no_cell_is_a_formula_and_paths_read_back(tmp_path):
     assert [row["path"] for row in read] == paths and read[0]["score"] == -0.5
     scores = np.zeros((len(paths), 2), np.float32)
     tables.write_scores(
-        tmp_path, records, tables.Stage1Result(np.zeros(7, int), scores, scores[:, 0], scores[:, 0] < 1)
+        tmp_path, records, tables.Stage1Result(np.zeros(len(paths), int), scores, scores[:, 0], scores[:, 0] < 1)
     )
     write_learning(tmp_path, records, [(0, 1, 0, 0.5)])
     assert read_learning(tmp_path)["distance"].tolist() == [0.5]
