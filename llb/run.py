@@ -98,6 +98,9 @@ def open_run(
     now = influential(settings) | {"categories": [dataset.category for dataset in datasets]}
     places = {name: now[name] and os.path.abspath(now[name]) for name in ("data", "weights")}
     now |= places
+    if is_writer() and (settings.overwrite or not file.exists()):
+        # it can take minutes: before anything is deleted, so that an interrupted command leaves the old run
+        white = {dataset.category: dict(find_white(dataset).white) for dataset in datasets}
     if settings.overwrite and file.exists():
         old = own_config(run, where)
         # a damaged file names no categories: those of this command are cleared
@@ -115,7 +118,6 @@ def open_run(
         check_weights(config, encoder, where, advice)
         note_sources(config, run)
     elif is_writer():
-        white = {dataset.category: dict(find_white(dataset).white) for dataset in datasets}
         known = {"white": {name: values for name, values in white.items() if values}}
         config = {"llb": VERSION} | now | known | {"weights_digest": encoder.weights_digest} | facts
         write_config(run, config)

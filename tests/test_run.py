@@ -62,6 +62,18 @@ def test_who_begins_with_the_default_encoder_on_a_cpu_hears_of_the_fast_one(data
         assert ("--encoder efficientnet_lite0 --detector padim takes minutes" in out) == told, out
 
 
+def test_overwrite_looks_for_the_white_of_deep_images_before_it_deletes(moved, monkeypatch):
+    run, root = moved
+    before = files_below(run)
+
+    def stop(_):
+        raise UserError("an image cannot be read")
+
+    monkeypatch.setattr("llb.run.find_white", stop)
+    assert "cannot be read" in refuse("stage1_partition", "--data", root, "--out", run, *TILE, "--overwrite")
+    assert files_below(run) == before
+
+
 def test_overwrite_deletes_what_llb_wrote_and_nothing_else(moved):
     run, root = moved
     images = files_below(root)
