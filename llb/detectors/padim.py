@@ -16,8 +16,8 @@ Without the ridge the images of the fit have a mean squared distance of d(n − 
 sub-model fitted to all subsets but one: .943 by the mean of all, .936 out of fold.) The sums are float32, about zero,
 so that those of subsets add up. A channel mean 16 deviations from 0 costs 4e-5 of a distance, 64 6e-4; tiny's has 13.
 
-Differs from the release: encoders that are no ResNets have one coarse grid (pooling "mean"), and sums replace the
-features of all images in memory.
+Differs from the release: encoders that are no ResNets have one coarse grid (pooling "mean") and the score `top-1%` in
+place of the maximum, and sums replace the features of all images in memory.
 """
 
 import random
