@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from llb.console import full
-from llb.files import UserError
+from llb.files import UserError, typed
 
 Params = dict[str, Any]  # a host tree of parameters; for K sub-models every leaf is (K, …)
 MIB = 2**20
@@ -155,11 +155,14 @@ def check_digest(checkpoints: Checkpoints, at: CheckpointFolder) -> None:
     """Raise a UserError if the newest checkpoint is damaged, or belongs to other training images."""
     if _restore(checkpoints)["meta"]["digest"] != at.digest:
         what, (stage, _, final) = "the list of training images", at.folder.name.partition("-")
-        command = "stage1_partition.py"
+        run = typed(at.folder.parent.parent)
+        command = f"python stage1_partition.py --out {run} --overwrite, with the flags it had"
         if stage == "stage2":
-            command = f"stage2_train.py --train-on {final.partition('-')[0]}"
-            what += ", or what a person said of them," * final.startswith("reviewed")
-        advice = f"train again with {command} --overwrite"
+            train_on, _, detector = final.partition("-")
+            command = f"python stage2_train.py --run {run} --train-on {train_on}"
+            command += f" --detector {detector}" * bool(detector) + " --overwrite"  # else another one is trained
+            what += ", or what a person said of them," * (train_on == "reviewed")
+        advice = f"train again with {command}"
         raise UserError(f"{at.folder}: {what} has changed since this was trained; {advice}")
 
 

@@ -15,7 +15,7 @@ from helpers import LATER, ROOT, TILE, dates, refuse, succeed
 
 import llb.encoders
 import llb.run
-from llb.checkpoint import open_checkpoints, restore_params, save
+from llb.checkpoint import CheckpointFolder, check_finished, open_checkpoints, restore_params, save, save_finished
 from llb.device import silence_checkpoints
 from llb.encoders.weights import write_tree
 from llb.files import UserError, discard
@@ -62,6 +62,22 @@ def test_a_damaged_or_half_copied_checkpoint_is_refused(copy, capfd):
         shutil.rmtree(folder)
         shutil.copytree(copy / "whole", folder)
     assert "report" in succeed("evaluate", "--run", copy, "--overwrite")
+
+
+@pytest.mark.parametrize(
+    "folder, command",
+    [
+        ("stage2-purified", "python stage2_train.py --run {} --train-on purified --overwrite"),
+        ("stage2-purified-padim", "python stage2_train.py --run {} --train-on purified --detector padim --overwrite"),
+        ("stage1", "python stage1_partition.py --out {} --overwrite, with the flags it had"),
+    ],
+)
+def test_the_advice_to_train_again_is_the_whole_command_of_that_detector(tmp_path, folder, command):
+    run = tmp_path / "my run"
+    save_finished(CheckpointFolder(run / "tile" / folder, "old"), 1, {"a": np.zeros(1)})
+    with pytest.raises(UserError) as refusal:
+        check_finished(CheckpointFolder(run / "tile" / folder, "new"), 1)
+    assert str(refusal.value).endswith("; train again with " + command.format(shlex.quote(str(run))))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
