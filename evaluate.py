@@ -101,7 +101,7 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
             fair = partial(fair_scores, stage, dataset, config)
             with timed(run, name, f"evaluation, {final}", anew=True):
                 values = evaluate(stage, dataset, rule, chosen, fair)
-            # written after each detector: an interrupted evaluation continues with the next one
+            # written after each detector and its files: an interrupted evaluation continues with the first without them
             metrics = tables.read_metrics(run)
             metrics.setdefault(name, {})[final] = values
             write_json(run / tables.METRICS_FILE, metrics)
@@ -176,7 +176,10 @@ def evaluate(
     if error > PIXEL_ERROR:
         say(f"{name}: so many scores are nearly equal that pixel metrics on {final} may be off by {error:.1g}")
 
-    # ---- write ----
+    # ---- write; without metrics, which come last, it is not evaluated: killed in between, it is scored again ----
+    known = tables.read_metrics(stage.run)
+    if known.get(name, {}).pop(final, None) is not None:
+        write_json(stage.run / tables.METRICS_FILE, known)
     facts = threshold_facts(fair(params, normal), labels, scores)
     facts |= {"out_of_fold": int(unfair), "list": list_digest(normal)}
     tables.write_threshold(folder, final, facts)

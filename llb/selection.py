@@ -10,12 +10,14 @@ from llb.checkpoint import check_finished
 from llb.config import SELECTING, Stage1
 from llb.console import say
 from llb.data import Dataset
-from llb.files import UserError, discard_files
+from llb.files import UserError, discard_files, write_json
 from llb.head import head_file
+from llb.manifest import evaluation_files
+from llb.maps import map_names
 from llb.marks import LISTED, choose_images, review_file
 from llb.processes import process_0_first
 from llb.run import differences, final_checkpoints, stage2_command
-from llb.tables import purified_text, read_scores, read_submodels, threshold_file
+from llb.tables import METRICS_FILE, purified_text, read_metrics, read_scores, read_submodels
 
 RANKING = [name for name in SELECTING if name != "keep"]
 
@@ -46,7 +48,8 @@ def change_selection(
     run: Path, config: dict[str, Any], settings: Stage1, datasets: list[Dataset], command: str
 ) -> None:
     """Put other settings that select into `config`, and delete the lists that the old ones made: so stage 1 selects
-    again from its N × K scores, and writes the lists last. A list that was edited by hand raises a UserError.
+    again from its N × K scores, and writes the lists last. Another ranking also deletes each head, and what it has
+    scored. A list that was edited by hand raises a UserError.
 
     command: the one that continues the run from now on.
     """
@@ -58,12 +61,17 @@ def change_selection(
         if not purified_is_own(folder, dataset):
             edited = f"{folder / 'purified.txt'} was edited by hand, and other settings make another list ({changes})"
             raise UserError(f"{edited}: delete it for that, or give --overwrite to start again")
-    old = ["purified.txt"]
-    if any(config[name] != now[name] for name in RANKING):  # a head's weight depends on the ranking
-        for final in (f for f, of in config.get("stage2", {}).items() if of["train_on"] == "reviewed"):
-            old += [review_file(final), head_file(final), threshold_file(final)]
-    for dataset in datasets:
-        discard_files(run / dataset.category, old)
+    finals = []  # a head's weight depends on the ranking
+    if any(config[name] != now[name] for name in RANKING):
+        finals = [final for final, of in config.get("stage2", {}).items() if of["train_on"] == "reviewed"]
+    metrics = read_metrics(run)
+    if any([entry.pop(final, None) is not None for entry in metrics.values() for final in finals]):
+        write_json(run / METRICS_FILE, metrics)
+    for folder, dataset in ((run / dataset.category, dataset) for dataset in datasets):
+        for final in finals:  # and what it has scored
+            discard_files(folder / f"maps-{final}", map_names([*dataset.train, *dataset.test]))
+            discard_files(folder, (review_file(final), head_file(final), *evaluation_files(final)))
+        discard_files(folder, ["purified.txt"])
     config |= now | {"command": command}
     say(f"another selection ({changes}): what is trained and scored stays")
 

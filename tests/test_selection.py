@@ -5,9 +5,11 @@ import shutil
 import pytest
 from helpers import TILE, contents, refuse, rows_of, succeed
 
+import evaluate
 import stage1_partition
+from llb.files import write_json
 from llb.runfiles import read_config, write_config
-from llb.tables import read_threshold
+from llb.tables import read_metrics, read_threshold
 
 
 @pytest.fixture
@@ -58,17 +60,35 @@ def test_thresholds_follow_the_list_that_they_are_taken_from(copy, stage1):
 
 
 def test_another_ranking_wants_another_head_and_another_share_does_not(copy, stage1):
-    files = [copy / "tile" / name for name in ("review-reviewed.json", "head-reviewed.json", "threshold-reviewed.json")]
-    config = read_config(copy, "", "")
+    folder, config = copy / "tile", read_config(copy, "", "")
+    files = [folder / "review-reviewed.json", folder / "head-reviewed.json"]
+    write_json(files[0], dict.fromkeys(("auroc", "lower", "lambda"), 0.9) | {"defect": 20, "fine": 20, "why": "good"})
+    files[1].write_text("{}")
+    for name in ("predictions-{}.csv", "threshold-{}.json", "kinds-{}.csv", "tiles-{}.json"):
+        files.append(shutil.copy(folder / name.format("all"), folder / name.format("reviewed")))
     write_config(
         copy, config | {"stage2": config["stage2"] | {"reviewed": {**config["stage2"]["all"], "train_on": "reviewed"}}}
     )
-    for file in files:
-        file.write_text("{}")
+    files.append(shutil.copytree(folder / "maps-all", folder / "maps-reviewed"))
+    metrics = {name: entry | {"reviewed": entry["all"]} for name, entry in read_metrics(copy).items()}
+    write_json(copy / "metrics.json", metrics)
     succeed(*stage1, "--keep", 0.5)
-    assert all(file.exists() for file in files)
+    assert all(file.exists() for file in files) and read_metrics(copy) == metrics
     succeed(*stage1, "--keep", 0.5, "--aggregate", "max")
-    assert not any(file.exists() for file in files) and (copy / "tile" / "threshold-all.json").exists()
+    assert not any(file.exists() for file in files), "what the old head has scored is gone with it"
+    assert all("reviewed" not in entry and "all" in entry for entry in read_metrics(copy).values())
+    assert (folder / "threshold-all.json").exists() and (folder / "maps-all").exists()
+
+
+@pytest.mark.parametrize("killed", ["write_kinds", "write_predictions"])
+def test_an_evaluation_that_was_killed_in_its_writing_is_not_taken_for_done(copy, monkeypatch, killed):
+    write = getattr(evaluate.tables, killed)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(evaluate.tables, killed, lambda *arguments: write(*arguments) or 1 / 0)
+        succeed("evaluate", "--run", copy, "--train-on", "all", "--overwrite")
+    told = succeed("evaluate", "--run", copy)
+    assert "purified is evaluated" in told and "all is evaluated" not in told
+    assert "all" in read_metrics(copy)["tile"]
 
 
 def test_an_interrupted_selection_ends_as_if_it_had_not_been(copy, finished, stage1, monkeypatch):
