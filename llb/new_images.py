@@ -7,8 +7,9 @@ RUN/<category>/images-<name of FOLDER>/, or --out
     maps-<final>/           --save-maps
     begun-<final>.csv       only while it works, or of a killed command: path of each image that may have a picture
 
-FOLDER is read as a plain one, subfolders too; the training images need not be there. An interrupted command begins
-again. It writes its table last, so beside a table all pictures are there.
+FOLDER is read as a plain one, subfolders too; the training images need not be there. A detector or a threshold whose
+list has changed since is refused. An interrupted command begins again. It writes its table last, so beside a table all
+pictures are there.
 """
 
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from llb import tables
+from llb.checkpoint import check_finished
 from llb.config import Evaluate
 from llb.console import say
 from llb.data import Dataset, Record
@@ -28,12 +30,14 @@ from llb.images import ImageFiles, load_image
 from llb.lock import hold
 from llb.manifest import check_readable, listed
 from llb.maps import map_names, write_maps
-from llb.marks import LISTED
+from llb.marks import LISTED, choose_images, normal_images, training_set
 from llb.pictures import contact_sheet
-from llb.run import as_shown, final_name, finished_detectors, run_encoder
+from llb.run import as_shown, final_checkpoints, final_name, finished_detectors, run_encoder, steps_in
 from llb.runfiles import read_config
 from llb.score import heat_maps, score
 from llb.stage import final_params, make_stage
+from llb.tables import Choice
+from llb.threshold import list_digest
 from llb.tree import count, summary, walk
 
 SMALLEST = 192  # side of an image in an overlay, pixels
@@ -53,6 +57,7 @@ def score_images(run: Path, settings: Evaluate) -> None:
     # stages that delete a detector wait; two folders may be scored at once
     with hold(run, f"evaluate-images-{os.getpid()}", against=("stage1",)):
         name, final = choose(run, config, settings)
+        check_lists(run, name, final, config["stage2"][final])
         dataset = read_folder(settings.images, name, config)
         out, about = place(run, name, settings)
         encoder = run_encoder(run, config)
@@ -127,6 +132,32 @@ def choose(run: Path, config: dict[str, Any], settings: Evaluate) -> tuple[str, 
         choice = f"choose one of {', '.join(finished)} with --train-on and --detector"
         raise UserError(f"--run {run}: {wanted[-1]} is not finished for {name}; {choice}")
     return name, (best or finals)[0]
+
+
+def check_lists(run: Path, name: str, final: str, settings: dict[str, Any]) -> None:
+    """Raise a UserError, as evaluation does, if what the final detector has learned from has changed since, or the list
+    that its threshold is taken from. By the run's tables alone. settings: of the detector, in config.json."""
+    folder, train_on = run / name, settings["train_on"]
+    training = training_set(folder)
+    purified = listed_images(folder, training)
+    if train_on in LISTED:
+        chosen = Choice(purified) if train_on == "purified" else choose_images(train_on, folder, training)
+        check_finished(final_checkpoints(run, training, final, chosen), steps_in(settings, name))
+    facts = tables.read_threshold(folder, final)
+    if facts and facts.get("list") != list_digest(normal_images(train_on, folder, training, purified)):
+        again = f"take it again with python evaluate.py --run {typed(run)} --train-on {train_on}"
+        file = folder / tables.threshold_file(final)
+        raise UserError(f"{file}: the list of training images that it is taken from has changed; {again}")
+
+
+def listed_images(folder: Path, dataset: Dataset) -> np.ndarray:
+    """The images that purified.txt lists, int (n,): as `read_purified`, which wants the images too."""
+    file = folder / "purified.txt"
+    if not file.is_file():
+        raise UserError(f"{file} is not there: run stage 1 again, which writes it")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+    there = {*lines, *(line.replace("\\", "/") for line in lines)}
+    return np.array([index for index, record in enumerate(dataset.train) if record.path in there], int)
 
 
 def read_folder(given: str, name: str, config: dict[str, Any]) -> Dataset:

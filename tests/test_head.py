@@ -150,7 +150,8 @@ def test_reviewed_is_a_final_detector_beside_the_others(tmp_path, finished, data
     for name, value in (("MARKS", 1), ("FOLDS", 2), ("lower_bound", lambda *_: 0.7)):
         monkeypatch.setattr(heads, name, value)
     mark(run, 2, 5)
-    assert "what a person said" in refuse(*evaluate)
+    for flags in ((), ("--images", data / "tile" / "test")):  # other marks, such as a person's after simulated ones
+        assert "what a person said" in refuse(*evaluate, *flags)
     succeed(*train, "--overwrite")
     one = [(folder / name).read_bytes() for name in files]
     review = json.loads(one[1])

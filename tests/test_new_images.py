@@ -10,7 +10,8 @@ from PIL import Image
 
 from llb.config import Evaluate
 from llb.files import UserError
-from llb.new_images import choose
+from llb.new_images import check_lists, choose
+from llb.runfiles import read_config
 from llb.tables import read_threshold
 
 
@@ -90,6 +91,25 @@ def test_what_cannot_be_scored_is_one_line_and_nothing_is_written(finished, tmp_
         assert mention in refuse("evaluate", "--run", finished, *flags)
         assert not list((tmp_path / "out").glob("*")) and not (images / "out").exists()
     assert state(finished) == before
+
+
+def test_a_detector_or_a_threshold_whose_list_has_changed_is_refused_as_by_evaluation(finished, data, tmp_path):
+    run, images = shutil.copytree(finished, tmp_path / "run"), ("--images", data / "tile" / "test")
+    purified, flags = run / "tile" / "purified.txt", ("evaluate", "--run", run)
+    lines = purified.read_text().splitlines()
+    purified.write_bytes("\r\n".join(["# as it was", *lines]).replace("/", "\\").encode("utf-8-sig"))
+    check_lists(run, "tile", "purified", read_config(run, "", "")["stage2"]["purified"])
+    purified.write_text("\n".join(lines[1:]))
+    line = refuse(*flags, *images)
+    assert line == refuse(*flags)
+    assert line.endswith(f"python stage2_train.py --run {run} --train-on purified --overwrite")
+    line = refuse(*flags, *images, "--train-on", "all")
+    assert "threshold-all.json: the list" in line and line.endswith(f"evaluate.py --run {run} --train-on all")
+    assert not list((run / "tile").glob("images-*"))
+    (run / "tile" / "threshold-all.json").unlink()  # so it says no verdict
+    check_lists(run, "tile", "all", read_config(run, "", "")["stage2"]["all"])
+    purified.unlink()
+    assert "run stage 1 again" in refuse(*flags, *images)
 
 
 def test_the_detector_is_the_reviewed_or_purified_one_or_the_only_one(tmp_path):
