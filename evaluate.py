@@ -22,7 +22,7 @@ from llb.console import run_script, say
 from llb.data import Dataset, Record
 from llb.detectors import remembers
 from llb.device import start_jax
-from llb.files import UserError, discard_files, write_json
+from llb.files import UserError, discard_files, read_json, write_json
 from llb.flags import parse_flags
 from llb.head import Headed, repeated
 from llb.images import load_image
@@ -182,6 +182,8 @@ def evaluate(
         write_json(stage.run / tables.METRICS_FILE, known)
     facts = threshold_facts(fair(params, normal), labels, scores)
     facts |= {"out_of_fold": int(unfair), "list": list_digest(normal)}
+    if not len(normal):
+        say(f"{name}, {final}: no threshold, since every image that is not dropped is called defective")
     tables.write_threshold(folder, final, facts)
     tables.write_kinds(folder, final, by_kind([r.kind for r in records], labels, scores, facts["threshold"]))
     shown = united(shown_tests(scores, labels, facts["threshold"]))
@@ -198,13 +200,15 @@ def evaluate(
 def fair_scores(
     stage: Stage, dataset: Dataset, config: dict[str, Any], params: Params | Headed, images: np.ndarray
 ) -> np.ndarray | None:
-    """What training images score, as if they were new: float32 (n,). None if the detector cannot say.
+    """What training images score, as if they were new: float32 (n,). None if the detector cannot say, or n is 0.
 
     A detector that scores what it has learned from far too low gets stage 1's scores by the sub-models that have not
     seen the image, if stage 1 had the same detector (`remembers`). With a head these score them once more.
 
     params: the final detector; images: int (n,).
     """
+    if not len(images):
+        return None
     if remembers(stage.setup.detector, stage.setup.settings):
         final = config["stage2"][stage.final]
         same = all(final[name] == config[name] for name in ("detector", "set", "image_score"))
@@ -253,10 +257,11 @@ def evaluated(folder: Path, stage: Stage, dataset: Dataset, normal: np.ndarray) 
         return False
     try:
         rows = tables.read_table(folder / f"predictions-{final}.csv", ("path", "score", "label"))
-        threshold = tables.read_threshold(folder, final)
+        tables.read_threshold(folder, final)
+        facts = read_json(folder / tables.threshold_file(final), "")  # also where there is no threshold
     except UserError:  # damaged: written again
         return False
-    if threshold and threshold.get("list") != list_digest(normal):
+    if facts.get("list") != list_digest(normal):
         return False
     return [row["path"] for row in rows] == [record.path for record in dataset.test or dataset.train]
 

@@ -89,7 +89,7 @@ def choose_images(train_on: str, folder: Path, dataset: Dataset) -> Choice:
 
 def normal_images(train_on: str, folder: Path, dataset: Dataset, purified: np.ndarray) -> np.ndarray:
     """The images that a final detector's threshold is taken from, int (n,): the purified ones; of `reviewed` those that
-    a person called fine, too, without those called defective."""
+    a person called fine, too, without those called defective, so that there may be none."""
     if train_on != "reviewed":
         return purified
     marks = read_marks(folder, dataset)

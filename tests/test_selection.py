@@ -2,12 +2,14 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from helpers import TILE, contents, refuse, rows_of, succeed
 
 import evaluate
 import stage1_partition
 from llb.files import write_json
+from llb.marks import DEFECT, UNSAID, normal_images, training_set, write_marks
 from llb.runfiles import read_config, write_config
 from llb.tables import read_metrics, read_threshold
 
@@ -78,6 +80,22 @@ def test_another_ranking_wants_another_head_and_another_share_does_not(copy, sta
     assert not any(file.exists() for file in files), "what the old head has scored is gone with it"
     assert all("reviewed" not in entry and "all" in entry for entry in read_metrics(copy).values())
     assert (folder / "threshold-all.json").exists() and (folder / "maps-all").exists()
+
+
+def test_where_all_that_is_not_dropped_is_called_defective_there_is_no_threshold_until_the_list_changes(
+    copy, monkeypatch
+):
+    dataset, flags = training_set(copy / "tile"), ("evaluate", "--run", copy, "--train-on", "all")
+    kept = np.array([row["kept"] == "1" for row in rows_of(copy / "tile" / "scores.csv")])
+    write_marks(copy / "tile", dataset, np.where(kept, DEFECT, UNSAID))
+    purified = np.flatnonzero(kept)
+    assert not len(normal_images("reviewed", copy / "tile", dataset, purified))
+    with monkeypatch.context() as patch:  # one that is there, as if it were trained on reviewed
+        patch.setattr(evaluate, "normal_images", lambda _, *others: normal_images("reviewed", *others))
+        assert "no threshold, since every image that is not dropped" in succeed(*flags)
+        assert read_threshold(copy / "tile", "all") is None and "all is evaluated" in succeed(*flags)
+    assert "all is evaluated" not in succeed(*flags)
+    assert read_threshold(copy / "tile", "all")["images"] == len(purified)
 
 
 @pytest.mark.parametrize("killed", ["write_kinds", "write_predictions"])
