@@ -258,12 +258,17 @@ def evaluated(folder: Path, stage: Stage, dataset: Dataset, normal: np.ndarray) 
     try:
         rows = tables.read_table(folder / f"predictions-{final}.csv", ("path", "score", "label"))
         tables.read_threshold(folder, final)
+        kinds = [tuple(row.values()) for row in tables.read_table(folder / tables.kinds_file(final), tables.KINDS)]
         facts = read_json(folder / tables.threshold_file(final), "")  # also where there is no threshold
     except UserError:  # damaged: written again
         return False
     if facts.get("list") != list_digest(normal):
         return False
-    return [row["path"] for row in rows] == [record.path for record in dataset.test or dataset.train]
+    records = dataset.test or dataset.train
+    labels, scores = [record.label for record in records], np.array([row["score"] for row in rows], np.float32)
+    if [(row["path"], row["label"]) for row in rows] != [(record.path, record.label) for record in records]:
+        return False  # labels may be corrected in a list
+    return kinds == by_kind([record.kind for record in records], labels, scores, facts["threshold"])
 
 
 def purification_facts(dataset: Dataset, purified: tables.Choice, folder: Path) -> dict[str, Any]:
