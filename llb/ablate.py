@@ -31,7 +31,6 @@ from llb.device import start_jax
 from llb.files import UserError, check_writable, is_writer
 from llb.flags import SEVERAL, flag, parse_flags, real, typed_flags, whole
 from llb.lock import hold
-from llb.manifest import clear_run
 from llb.pages import PAGE
 from llb.presets import PRESETS
 from llb.processes import process_0_first
@@ -139,11 +138,9 @@ def run_cells(cells: Sequence[Cell], out: Path, device: str, overwrite: bool) ->
     with log, progress(total=len(cells), desc="runs", unit="run") as bar:
         for cell in cells:
             try:
-                if overwrite and cell.run.exists():
-                    clear_run(cell.run, own_config(cell.run, str(cell.run))["categories"])
                 if overwrite or not finished(cell):
                     with redirect_stdout(log), redirect_stderr(log):
-                        make(cell, done, device)
+                        make(cell, done, device, overwrite)
                 figures = {name: list(values.values()) for name, values in read_groups([cell.run])[0].figures.items()}
                 line = ", ".join(f"{name} {written(name, values)}" for name, values in figures.items() if values)
                 line += OTHER * (own_config(cell.run, "")["sources"][-1] != sources)
@@ -155,12 +152,12 @@ def run_cells(cells: Sequence[Cell], out: Path, device: str, overwrite: bool) ->
     return done
 
 
-def make(cell: Cell, done: Sequence[Cell], device: str) -> None:
+def make(cell: Cell, done: Sequence[Cell], device: str, overwrite: bool) -> None:
     """What the three scripts do, beginning with what finished runs have in common with this one."""
-    borrow_submodels(cell, done)
     run = place_run(cell.stage1)
     with hold(run, "stage1", against=("",)):
-        run_stage1(run, cell.stage1, device)
+        borrowed = borrow_submodels(cell, done, overwrite)
+        run_stage1(run, dataclasses.replace(cell.stage1, overwrite=overwrite and not borrowed), device)
         if cell.review:
             with process_0_first("review"):
                 run_review(run, own_config(run, str(run)), cell.review)

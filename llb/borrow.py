@@ -12,12 +12,12 @@ from pathlib import Path
 from llb.config import SELECTING, Evaluate, Stage1, Stage2
 from llb.files import write_json, writing
 from llb.head import head_file
-from llb.manifest import evaluation_files, stage2_folder
+from llb.manifest import clear_run, evaluation_files, stage2_folder
 from llb.marks import MARKS_FILE, review_file
 from llb.processes import process_0_first
 from llb.review import Review
-from llb.run import command_line, final_name
-from llb.runfiles import IMAGES_FILE, read_config, write_config
+from llb.run import check_no_marks, command_line, final_name
+from llb.runfiles import IMAGES_FILE, own_config, read_config, write_config
 from llb.tables import METRICS_FILE, read_metrics, stage1_finished
 from llb.tiles import tiles_file
 
@@ -66,17 +66,28 @@ def lenders(cell: Cell, done: Sequence[Cell], apart: Sequence[str]) -> list[Cell
 
 
 @process_0_first("borrowed sub-models")
-def borrow_submodels(cell: Cell, done: Sequence[Cell]) -> None:
-    """Begin a run as a copy of one whose selection alone differs; stage 1 then selects anew."""
-    for lender in [] if cell.run.exists() and os.listdir(cell.run) else lenders(cell, done, ())[:1]:
-        config, new = read_config(lender.run, str(lender.run), DELETE), cell.run.with_name(f".{cell.run.name}.tmp")
-        shutil.rmtree(new, ignore_errors=True)
-        for name in itertools.product(config["categories"], STAGE1_FILES):
-            copy(lender.run.joinpath(*name), new.joinpath(*name))
+def borrow_submodels(cell: Cell, done: Sequence[Cell], overwrite: bool = False) -> bool:
+    """Begin a run, with `overwrite` again, as a copy of one whose selection alone differs; stage 1 then selects anew.
+    Whether there is such a run.
+
+    As stage 1's --overwrite does, it refuses to delete a person's marks.
+    """
+    begun = os.path.lexists(cell.run / "config.json")
+    for lender in [] if begun and not overwrite else lenders(cell, done, ())[:1]:
+        config = read_config(lender.run, str(lender.run), DELETE)
+        if begun:
+            old = own_config(cell.run, str(cell.run))
+            # a damaged file names no categories
+            listed = old["categories"] if isinstance(old.get("categories"), list) else config["categories"]
+            check_no_marks(cell.run, listed, old)
+            clear_run(cell.run, listed)
         config.pop("review", None)  # its marks are not copied
-        write_config(new, config | {"stage2": {}, "command": command_line(cell.stage1)})
-        with writing(cell.run):
-            os.replace(new, cell.run)
+        # first: a copy that is interrupted is a run that stage 1 continues
+        write_config(cell.run, config | {"stage2": {}, "command": command_line(cell.stage1)})
+        for name in itertools.product(config["categories"], STAGE1_FILES):
+            copy(lender.run.joinpath(*name), cell.run.joinpath(*name))
+        return True
+    return False
 
 
 @process_0_first("borrowed detector")

@@ -14,6 +14,7 @@ from llb.borrow import STAGE1_FILES, Cell, borrow_detector, borrow_submodels
 from llb.config import Evaluate, Stage1, Stage2
 from llb.files import write_json
 from llb.flags import parse_flags
+from llb.lock import hold
 from llb.runfiles import read_config, write_config
 from llb.tables import read_metrics
 
@@ -86,6 +87,45 @@ def test_a_look_stands_between_the_stages(tmp_path):
         ]
         assert [final[4:6] for final in finals] == [["--train-on", "reviewed"], ["--train-on", "all"]]
         assert look[4] == finals[0][3] and all("none" in final for final in finals)
+
+
+def test_overwrite_begins_again_as_stage_1_does_and_never_deletes_what_a_person_marked(
+    finished, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compare, "draw", lambda prefix, groups, first: None)
+    out = tmp_path / "grid"
+    first, second = (out / f"keep={keep},seed=0" for keep in ("0.5", "0.8"))
+    line = ["llb.ablate", "--data", data, *TILE, "--seeds", 1, "--train-on", "none", "--out", out, "--overwrite"]
+    for run in (first, second):
+        shutil.copytree(finished, run)
+        (run / "tile" / "images-NEW").mkdir()
+        (run / "tile" / "images-NEW" / "scores-all.csv").touch()  # of evaluate.py --images
+        (run / "tile" / "marks.csv").write_text(
+            f"path,verdict\n{rows_of(run / 'tile' / 'scores.csv')[0]['path']},fine\n"
+        )
+    written = dates(first)
+
+    def left_out(problem, *more, runs=1) -> None:
+        status, printed, error = command(*line, "--vary", *more)
+        assert status == 2 and f"1 of {runs} runs are left out" in error and problem in printed, printed
+
+    left_out(f"{first.name}: left out: {first}/tile/marks.csv is what a person marked", "keep=0.5")
+    (first / "tile" / "marks.csv").unlink()
+    del written[first / "tile" / "marks.csv"]
+    with hold(first, "evaluate"):
+        left_out("another command works in this run (evaluate", "keep=0.5")
+    assert dates(first) == written
+    (first / "config.json").write_text('{"llb": 3, "cat')  # damaged: it names no categories
+    left_out(f"{second.name}: left out: {second}/tile/marks.csv is what a person marked", "keep=0.5,0.8", runs=2)
+    (second / "tile" / "marks.csv").unlink()
+    assert "left out" not in succeed(*line, "--vary", "keep=0.5,0.8")
+    assert all((run / "tile" / "images-NEW" / "scores-all.csv").exists() for run in (first, second))
+    assert not any((run / "tile" / "stage2-all").exists() for run in (first, second))
+    assert [read_config(run, "", "")["keep"] for run in (first, second)] == [0.5, 0.8]
+    trained, copied = (
+        {(f.name, date) for f, date in dates(run / "tile" / "stage1").items()} for run in (first, second)
+    )
+    assert trained and copied == trained
 
 
 @pytest.fixture
