@@ -8,16 +8,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llb.config import SELECTING, Evaluate, Stage1, Stage2
+from llb.device import default_precision
+from llb.encoders import load_encoder
 from llb.files import write_json, writing
 from llb.head import head_file
 from llb.manifest import clear_run, evaluation_files, stage2_folder
 from llb.marks import MARKS_FILE, review_file
 from llb.processes import process_0_first
 from llb.review import Review
-from llb.run import check_no_marks, command_line, final_name
-from llb.runfiles import IMAGES_FILE, own_config, read_config, write_config
+from llb.run import check_no_marks, command_line, final_name, load_datasets
+from llb.runfiles import IMAGES_FILE, own_config, read_config, read_manifest, write_config
 from llb.tables import METRICS_FILE, read_metrics, stage1_finished
 from llb.tiles import tiles_file
 
@@ -31,6 +34,7 @@ STAGE1_FILES = (
     "stage1",
 )
 OF_SUBMODELS = ("submodels", "folds", "steps")  # and SELECTING: final detectors depend on them by the list alone
+ALIKE = ("sources", "weights_digest", "precision", "white")  # not by the settings alone, and detectors depend on them
 DELETE = "delete the folder"
 
 
@@ -49,14 +53,20 @@ class Cell:
 
 
 def finished(cell: Cell) -> bool:
-    """Whether the same commands have made all of a run."""
+    """Whether the same commands have made all of a run. A UserError is raised if its images have changed since then.
+
+    Its weights are not compared: that reads the whole file. Before anything is borrowed they are.
+    """
     if not (cell.run / "config.json").is_file():
         return False
     config = read_config(cell.run, str(cell.run), DELETE)
     finals = {final_name(final.train_on, final.detector or config["detector"], config) for final in cell.finals}
     evaluated = finals <= read_metrics(cell.run).get("mean", {}).keys()
     selected = all(stage1_finished(cell.run / name) for name in config["categories"])
-    return evaluated and selected and config["command"] == command_line(cell.stage1)
+    if not (evaluated and selected and config["command"] == command_line(cell.stage1)):
+        return False
+    load_datasets(cell.run, config, cell.evaluate)
+    return True
 
 
 def lenders(cell: Cell, done: Sequence[Cell], apart: Sequence[str]) -> list[Cell]:
@@ -65,16 +75,26 @@ def lenders(cell: Cell, done: Sequence[Cell], apart: Sequence[str]) -> list[Cell
     return [o for o in done if dataclasses.replace(o.stage1, **rest) == dataclasses.replace(cell.stage1, **rest)]
 
 
+def same_encoder(cell: Cell, config: dict[str, Any]) -> bool:
+    """Whether a run that begins now would have the encoder of another one: another device has another precision, and a
+    file of weights may have been replaced. config: the other one's; it has the same settings."""
+    encoder = load_encoder(config["encoder"], cell.stage1.weights, config["image_size"])
+    precision = cell.stage1.precision or default_precision()
+    return (config["weights_digest"], config["precision"]) == (encoder.weights_digest, precision)
+
+
 @process_0_first("borrowed sub-models")
 def borrow_submodels(cell: Cell, done: Sequence[Cell], overwrite: bool = False) -> bool:
     """Begin a run, with `overwrite` again, as a copy of one whose selection alone differs; stage 1 then selects anew.
-    Whether there is such a run.
+    Whether there is such a run. Its images are as on the disk: see `finished`.
 
     As stage 1's --overwrite does, it refuses to delete a person's marks.
     """
     begun = os.path.lexists(cell.run / "config.json")
     for lender in [] if begun and not overwrite else lenders(cell, done, ())[:1]:
         config = read_config(lender.run, str(lender.run), DELETE)
+        if not same_encoder(cell, config):
+            return False
         if begun:
             old = own_config(cell.run, str(cell.run))
             # a damaged file names no categories
@@ -100,9 +120,11 @@ def borrow_detector(cell: Cell, final: Stage2, done: Sequence[Cell]) -> None:
     name = final_name(final.train_on, final.detector or config["detector"], config)
     for lender in lenders(cell, done, OF_SUBMODELS):
         places = [(lender.run / category, cell.run / category) for category in config["categories"]]
-        same = all(list_of(final, source) == list_of(final, target) for source, target in places)
+        theirs = read_config(lender.run, str(lender.run), DELETE)
+        same = all(config[fact] == theirs[fact] for fact in ALIKE)
+        same = same and all(list_of(final, source) == list_of(final, target) for source, target in places)
         own = [other for other in lender.finals if trained(other) == trained(final)]
-        if own and same and config["sources"] == read_config(lender.run, str(lender.run), DELETE)["sources"]:
+        if own and same and all(digests_of(source) == digests_of(target) for source, target in places):
             whole = final.train_on != "reviewed" or own[0].head == final.head
             files = (f"loss-{name}.csv", stage2_folder(name), *(whole * (head_file(name), review_file(name))))
             for (source, target), each in itertools.product(places, files):
@@ -132,6 +154,11 @@ def list_of(final: Stage2, folder: Path) -> list[bytes | None]:
     """What the list of a final detector, and its head, depend on besides settings. folder: RUN/<category>."""
     names = {"purified": ["purified.txt"], "reviewed": [MARKS_FILE, "scores.csv"]}.get(final.train_on, [])
     return [(folder / name).read_bytes() if (folder / name).exists() else None for name in names]
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each image and mask by its path, by images.csv. folder: RUN/<category>."""
+    return {path: digest for path, (_, _, digest) in read_manifest(folder).items()}
 
 
 def copy(source: Path, target: Path) -> None:

@@ -1,21 +1,24 @@
 """A grid is made of ordinary runs, as the three scripts make them; what they have in common is done once."""
 
+import dataclasses
 import json
 import shlex
 import shutil
 import sys
 
 import pytest
-from helpers import TILE, command, contents, dates, refuse, rows_of, succeed
+from helpers import TILE, command, contents, dates, draw, refuse, rows_of, succeed
 
 import evaluate
 from llb import ablate, compare
 from llb.borrow import STAGE1_FILES, Cell, borrow_detector, borrow_submodels
+from llb.borrow import finished as finished_cell
 from llb.config import Evaluate, Stage1, Stage2
-from llb.files import write_json
+from llb.files import UserError, write_csv, write_json
 from llb.flags import parse_flags
 from llb.lock import hold
-from llb.runfiles import read_config, write_config
+from llb.run import command_line
+from llb.runfiles import COLUMNS, read_config, write_config
 from llb.tables import read_metrics
 
 CELLS = [f"keep={keep},seed=0,submodels=3" for keep in ("auto", "0.5")]
@@ -173,6 +176,36 @@ def test_with_the_same_marks_a_detector_is_taken_over_but_with_another_head_neit
     assert not {"head-reviewed.json", "review-reviewed.json", "predictions-reviewed.csv"} & taken
     assert {"head-reviewed.json", "review-reviewed.json", "predictions-reviewed.csv"} < borrowed(lent, "auto")
     assert read_metrics(lent[0])["tile"].keys() == {"reviewed", "all"}
+
+
+OTHER = {"weights_digest": "0", "precision": "bfloat16", "white": {"tile": {"integer": 4095}}}
+
+
+@pytest.mark.parametrize("fact", ["images", *OTHER])
+def test_nothing_is_taken_over_from_a_run_of_other_images_or_of_another_encoder(lent, fact, tmp_path):
+    _, old, cell = lent
+    if fact == "images":
+        rows = [list(row.values()) for row in rows_of(old.run / "tile" / "images.csv")]
+        write_csv(old.run / "tile" / "images.csv", COLUMNS, [*rows[:-1], [*rows[-1][:-1], 64 * "0"]])
+    else:
+        write_config(old.run, read_config(old.run, "", "") | {fact: OTHER[fact]})
+    assert not any("stage2" in name or "predictions" in name for name in borrowed(lent, "auto"))
+    if fact in ("weights_digest", "precision"):  # of images and white: they are looked at before a run lends anything
+        assert not borrow_submodels(cell(tmp_path / "third"), [old]) and not (tmp_path / "third").exists()
+
+
+def test_a_finished_run_whose_images_have_changed_is_left_out_by_the_scripts_own_line(lent, data, tmp_path):
+    _, old, cell = lent
+    config = read_config(old.run, "", "") | {"command": command_line(old.stage1)}
+    write_config(old.run, config)
+    old = dataclasses.replace(old, finals=old.finals[1:])
+    assert finished_cell(old)
+    root = shutil.copytree(data, tmp_path / "data")
+    write_config(old.run, config | {"data": str(root)})
+    assert finished_cell(old)
+    draw(root / "tile" / "train" / "good" / "003.png", 77)
+    with pytest.raises(UserError, match=r"since stage 1, images of tile were replaced \(1: .*003.png\).* --overwrite"):
+        finished_cell(old)
 
 
 @pytest.mark.parametrize(
