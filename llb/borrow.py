@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llb.checkpoint import check_finished
 from llb.config import SELECTING, Evaluate, Stage1, Stage2
 from llb.device import default_precision
 from llb.encoders import load_encoder
 from llb.files import write_json, writing
 from llb.head import head_file
 from llb.manifest import clear_run, evaluation_files, stage2_folder
-from llb.marks import MARKS_FILE, review_file
+from llb.marks import LISTED, MARKS_FILE, choose_images, review_file
 from llb.processes import process_0_first
 from llb.review import Review
-from llb.run import check_no_marks, command_line, final_name, load_datasets
+from llb.run import check_no_marks, command_line, final_checkpoints, final_name, load_datasets
 from llb.runfiles import IMAGES_FILE, own_config, read_config, read_manifest, write_config
 from llb.tables import METRICS_FILE, read_metrics, stage1_finished
 from llb.tiles import tiles_file
@@ -53,7 +54,8 @@ class Cell:
 
 
 def finished(cell: Cell) -> bool:
-    """Whether the same commands have made all of a run. A UserError is raised if its images have changed since then.
+    """Whether the same commands have made all of a run. A UserError is raised if its images have changed since then, or
+    the list that a final detector was trained on: its metrics belong to another selection.
 
     Its weights are not compared: that reads the whole file. Before anything is borrowed they are.
     """
@@ -65,7 +67,11 @@ def finished(cell: Cell) -> bool:
     selected = all(stage1_finished(cell.run / name) for name in config["categories"])
     if not (evaluated and selected and config["command"] == command_line(cell.stage1)):
         return False
-    load_datasets(cell.run, config, cell.evaluate)
+    for dataset, final in itertools.product(load_datasets(cell.run, config, cell.evaluate), finals):
+        train_on = final.partition("-")[0]
+        if train_on in LISTED:
+            chosen = choose_images(train_on, cell.run / dataset.category, dataset)
+            check_finished(final_checkpoints(cell.run, dataset, final, chosen), 0)
     return True
 
 

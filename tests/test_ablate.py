@@ -208,6 +208,15 @@ def test_a_finished_run_whose_images_have_changed_is_left_out_by_the_scripts_own
         finished_cell(old)
 
 
+def test_metrics_of_another_selection_are_not_shown(finished, data, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "grid" / "final.steps=3,seed=0")
+    line = ["llb.ablate", "--data", data, *TILE, "--keep", "0.5", "--vary", "final.steps=3", "--seeds", 1]
+    for _ in range(2):  # the second time stage 1 is finished, and its command the same
+        status, printed, _ = command(*line, "--out", run.parent)
+        assert status == 2 and "image AUROC" not in printed
+        assert "seed=0: left out:" in printed and "the list of training images has changed" in printed
+
+
 @pytest.mark.parametrize(
     ("vary", "problem"),
     (
