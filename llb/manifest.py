@@ -184,7 +184,8 @@ def clear_stage2(run: Path, categories: Sequence[str], final: str) -> None:
     """Delete a final detector and its evaluation."""
     check_checkpoints([run / name / stage2_folder(final) for name in categories])
     metrics = read_metrics(run)
-    if any([metrics.get(name, {}).pop(final, None) is not None for name in categories]):
+    # its mean, too: llb.compare and llb.ablate read that
+    if any([metrics.get(name, {}).pop(final, None) is not None for name in (*categories, "mean")]):
         write_json(run / METRICS_FILE, metrics)
     for name in categories:
         clear_detector(run / name, final)
