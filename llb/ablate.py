@@ -17,7 +17,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from llb.borrow import Cell, borrow_detector, borrow_submodels, finished
 from llb.compare import publish, read_groups, written
 from llb.config import Evaluate, Stage1, Stage2
 from llb.console import progress, run_script, say
+from llb.defaults import resolve, resolve_final, with_sizes
 from llb.device import start_jax
+from llb.encoders.specs import SPECS
 from llb.files import UserError, check_writable, is_writer
-from llb.flags import SEVERAL, flag, parse_flags, real, typed_flags, whole
+from llb.flags import SEVERAL, flag, influential, parse_flags, real, typed_flags, whole
 from llb.lock import hold
 from llb.pages import PAGE
 from llb.presets import PRESETS
@@ -68,10 +70,11 @@ def main() -> None:
     out = Path(settings.out or f"runs/{settings.preset or 'ablate'}")
     names, cells = grid(settings, out)
     if settings.print:
-        say("\n".join(map(commands, cells)))
+        say("\n".join(dict.fromkeys(map(commands, cells))))
         return
     device = start_jax(settings)
     say(device)
+    cells = distinct(cells)
     check_writable(out)
     with hold(out, "ablate"):
         done = run_cells(cells, out, device, settings.overwrite)
@@ -111,12 +114,38 @@ def cell_of(settings: Ablate, out: Path, own: dict[str, str]) -> Cell:
     common |= {"out": run, "set": ",".join(sets) or None, "overwrite": False}
     carried = {"run": run} | {name: common[name] for name in CARRIED}
     finals = [] if settings.train_on == ALONE else settings.train_on.split(",")
+    look = parse_flags(Review, ["--run", run, *looks]) if looks else None
+    if look and look.simulate is None:
+        raise UserError("--vary review.errors: belongs to review.simulate; vary that too, and without --single")
     return Cell(
         parse_flags(Stage1, typed_flags(Stage1(**common)) + first),
         [parse_flags(Stage2, [*typed_flags(Stage2(**carried)), *last, "--train-on", final]) for final in finals],
         Evaluate(**carried),
-        parse_flags(Review, ["--run", run, *looks]) if looks else None,
+        look,
     )
+
+
+def distinct(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells without those that repeat an earlier one: a value that is varied may be the default, or the seed."""
+    made: dict[str, Cell] = {}
+    for cell in cells:
+        first = made.setdefault(identity(cell), cell)
+        if first.run != cell.run:
+            say(f"{cell.run.name}: has the settings of {first.run.name}, and is not made again")
+    return list(made.values())
+
+
+def identity(cell: Cell) -> str:
+    """The settings that tell a run from others, as far as they can be filled in: those that contradict each other stay
+    as they are, and leave the run out later."""
+    stage1, finals = cell.stage1, cell.finals
+    with suppress(UserError):
+        stage1 = resolve(stage1, "demo" if stage1.data is None else "")
+        if stage1.encoder in SPECS:
+            stage1 = with_sizes(stage1, stage1.image_size or SPECS[stage1.encoder].image_size)
+        finals = [resolve_final(final, vars(stage1)) for final in finals]
+    look = cell.review and (cell.review.simulate, cell.review.errors)
+    return repr([influential(stage1), stage1.category, [influential(final) for final in finals], look])
 
 
 def commands(cell: Cell) -> str:

@@ -218,6 +218,29 @@ def test_metrics_of_another_selection_are_not_shown(finished, data, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flags", "made"),
+    (
+        ("--single --vary submodels=1,3,5", ["seed=0", "seed=0,submodels=1", "seed=0,submodels=5"]),
+        ("--vary seed=0,1 --seeds 2", ["seed=0", "seed=1"]),
+        ("--vary keep=0.5,0.50 --vary image_size=112", ["image_size=112,keep=0.5,seed=0"]),
+        ("--single --vary image_size=112 --vary suspects=9 --vary final.steps=200", ["seed=0"]),
+        ("--single --vary detector=padim --vary dropout=0.2 --detector padim", ["seed=0", "dropout=0.2,seed=0"]),
+        (
+            "--vary review.simulate=3 --vary review.errors=0,0.1",
+            [f"review.errors={e},review.simulate=3,seed=0" for e in ("0", "0.1")],
+        ),
+    ),
+)
+def test_settings_that_are_given_twice_or_are_the_default_make_one_run(flags, made, tmp_path, monkeypatch):
+    def stop(cells, *_):
+        raise UserError(" ".join(cell.run.name for cell in cells))
+
+    monkeypatch.setattr(ablate, "run_cells", stop)
+    line = refuse("llb.ablate", "--seeds", 1, *flags.split(), "--out", tmp_path / "grid")
+    assert line.removeprefix("error: ").split() == made
+
+
+@pytest.mark.parametrize(
     ("vary", "problem"),
     (
         ("keep", "--vary keep: give NAME=A,B"),
@@ -226,6 +249,7 @@ def test_metrics_of_another_selection_are_not_shown(finished, data, tmp_path):
         ("kept=0.5", "unrecognized arguments: --kept"),
         ("keep=2", "--keep"),
         ("final.steps=0", "--steps: '0'"),
+        ("review.errors=0,0.1", "review.errors: belongs to review.simulate"),
     ),
 )
 def test_what_no_script_accepts_is_refused_before_anything_is_made(vary, problem, tmp_path):
