@@ -48,8 +48,8 @@ def change_selection(
     run: Path, config: dict[str, Any], settings: Stage1, datasets: list[Dataset], command: str
 ) -> None:
     """Put other settings that select into `config`, and delete the lists that the old ones made: so stage 1 selects
-    again from its N × K scores, and writes the lists last. Another ranking also deletes each head, and what it has
-    scored. A list that was edited by hand raises a UserError.
+    again from its N × K scores, and writes the lists last. The metrics of `purified` go, too; another ranking also
+    deletes each head, and what it has scored. A list that was edited by hand raises a UserError.
 
     command: the one that continues the run from now on.
     """
@@ -61,11 +61,16 @@ def change_selection(
         if not purified_is_own(folder, dataset):
             edited = f"{folder / 'purified.txt'} was edited by hand, and other settings make another list ({changes})"
             raise UserError(f"{edited}: delete it for that, or give --overwrite to start again")
-    finals = []  # a head's weight depends on the ranking
+    finals, trained = [], config.get("stage2", {}).items()  # a head's weight depends on the ranking
     if any(config[name] != now[name] for name in RANKING):
-        finals = [final for final, of in config.get("stage2", {}).items() if of["train_on"] == "reviewed"]
+        finals = [final for final, of in trained if of["train_on"] == "reviewed"]
+    gone = [
+        "purification",
+        *finals,
+        *(final for final, of in trained if of["train_on"] == "purified"),
+    ]  # the old list's
     metrics = read_metrics(run)
-    if any([entry.pop(final, None) is not None for entry in metrics.values() for final in finals]):
+    if any([entry.pop(name, None) is not None for entry in metrics.values() for name in gone]):
         write_json(run / METRICS_FILE, metrics)
     for folder, dataset in ((run / dataset.category, dataset) for dataset in datasets):
         for final in finals:  # and what it has scored
