@@ -16,7 +16,7 @@ SETUP, GIVEN = small_setup("dinomaly"), Features(FEATURES.__getitem__, FEATURES.
 
 
 def params_of(submodels: int):
-    params = jax.vmap(lambda key: dinomaly.init(SETUP, key))(submodel_keys(jax.random.key(1), submodels))
+    params = jax.jit(jax.vmap(lambda key: dinomaly.init(SETUP, key)))(submodel_keys(jax.random.key(1), submodels))
     return jax.tree.map(np.asarray, params)
 
 
