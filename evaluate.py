@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llb import tables
-from llb.checkpoint import Params, check_finished, open_checkpoints, restore_params
+from llb.checkpoint import Params, open_checkpoints, restore_params
 from llb.config import Evaluate
 from llb.console import run_script, say
 from llb.data import Dataset, Record
@@ -27,8 +27,9 @@ from llb.flags import parse_flags
 from llb.head import Headed, repeated
 from llb.images import load_image
 from llb.lock import hold
+from llb.manifest import forget_metrics
 from llb.maps import map_names, replace_maps, write_maps
-from llb.marks import LISTED, THRESHOLD_OF, choose_images, normal_images
+from llb.marks import LISTED, THRESHOLD_OF, normal_images
 from llb.masks import MaskRule, load_masks
 from llb.metrics import (
     PixelCounts,
@@ -45,7 +46,7 @@ from llb.protocols import PROTOCOLS, mask_rule
 from llb.purify import combine
 from llb.report import write_report
 from llb.review import threshold_doubt
-from llb.run import final_checkpoints, find_run, finished_detectors, load_datasets, read_run, run_encoder, steps_in
+from llb.run import check_list, find_run, finished_detectors, load_datasets, read_run, run_encoder
 from llb.score import heat_maps, score, score_some
 from llb.stage import Stage, final_params, load_features, make_stage
 from llb.threshold import by_kind, list_digest, threshold_facts
@@ -81,10 +82,7 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
         purified = tables.read_purified(run / name, dataset)
         lists[name] = purified.indices
         for final in stages:
-            if (train_on := config["stage2"][final]["train_on"]) in LISTED:
-                # a purified.txt or marks.csv that was changed after the detector was trained ends the script
-                chosen, steps = choose_images(train_on, run / name, dataset), steps_in(config["stage2"][final], name)
-                check_finished(final_checkpoints(run, dataset, final, chosen), steps)
+            check_list(run, dataset, final)
         facts[name] = purification_facts(dataset, purified, run / name)
         notes[name] = [purified.note] if purified.note else []
         if not dataset.test:
@@ -177,9 +175,7 @@ def evaluate(
         say(f"{name}: so many scores are nearly equal that pixel metrics on {final} may be off by {error:.1g}")
 
     # ---- write; without metrics, which come last, it is not evaluated: killed in between, it is scored again ----
-    known = tables.read_metrics(stage.run)
-    if known.get(name, {}).pop(final, None) is not None:
-        write_json(stage.run / tables.METRICS_FILE, known)
+    forget_metrics(stage.run, [name], [final])
     facts = threshold_facts(fair(params, normal), labels, scores)
     facts |= {"out_of_fold": int(unfair), "list": list_digest(normal)}
     if not len(normal):

@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llb.checkpoint import check_finished
 from llb.config import SELECTING, Evaluate, Stage1, Stage2
 from llb.device import default_precision
 from llb.encoders import load_encoder
 from llb.files import write_json, writing
 from llb.head import head_file
-from llb.manifest import clear_run, evaluation_files, stage2_folder
-from llb.marks import LISTED, MARKS_FILE, choose_images, review_file
+from llb.manifest import evaluation_files, stage2_folder
+from llb.marks import MARKS_FILE, review_file
 from llb.processes import process_0_first
 from llb.review import Review
-from llb.run import check_no_marks, command_line, final_checkpoints, final_name, load_datasets
-from llb.runfiles import IMAGES_FILE, own_config, read_config, read_manifest, write_config
+from llb.run import check_list, clear_own, command_line, final_name, load_datasets
+from llb.runfiles import IMAGES_FILE, read_config, read_manifest, write_config
 from llb.tables import METRICS_FILE, read_metrics, stage1_finished
 from llb.tiles import tiles_file
 
@@ -68,10 +67,7 @@ def finished(cell: Cell) -> bool:
     if not (evaluated and selected and config["command"] == command_line(cell.stage1)):
         return False
     for dataset, final in itertools.product(load_datasets(cell.run, config, cell.evaluate), finals):
-        train_on = final.partition("-")[0]
-        if train_on in LISTED:
-            chosen = choose_images(train_on, cell.run / dataset.category, dataset)
-            check_finished(final_checkpoints(cell.run, dataset, final, chosen), 0)
+        check_list(cell.run, dataset, final)
     return True
 
 
@@ -102,11 +98,7 @@ def borrow_submodels(cell: Cell, done: Sequence[Cell], overwrite: bool = False) 
         if not same_encoder(cell, config):
             return False
         if begun:
-            old = own_config(cell.run, str(cell.run))
-            # a damaged file names no categories
-            listed = old["categories"] if isinstance(old.get("categories"), list) else config["categories"]
-            check_no_marks(cell.run, listed, old)
-            clear_run(cell.run, listed)
+            clear_own(cell.run, config["categories"])
         config.pop("review", None)  # its marks are not copied
         # first: a copy that is interrupted is a run that stage 1 continues
         write_config(cell.run, config | {"stage2": {}, "command": command_line(cell.stage1)})

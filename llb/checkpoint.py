@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from llb.console import full
 from llb.files import UserError, typed
+from llb.runfiles import stage2_command
 
 Params = dict[str, Any]  # a host tree of parameters; for K sub-models every leaf is (K, …)
 MIB = 2**20
@@ -155,13 +156,11 @@ def check_digest(checkpoints: Checkpoints, at: CheckpointFolder) -> None:
     """Raise a UserError if the newest checkpoint is damaged, or belongs to other training images."""
     if _restore(checkpoints)["meta"]["digest"] != at.digest:
         what, (stage, _, final) = "the list of training images", at.folder.name.partition("-")
-        run = typed(at.folder.parent.parent)
-        command = f"python stage1_partition.py --out {run} --overwrite, with the flags it had"
+        run = at.folder.parent.parent
+        command = f"python stage1_partition.py --out {typed(run)} --overwrite, with the flags it had"
         if stage == "stage2":
-            train_on, _, detector = final.partition("-")
-            command = f"python stage2_train.py --run {run} --train-on {train_on}"
-            command += f" --detector {detector}" * bool(detector) + " --overwrite"  # else another one is trained
-            what += ", or what a person said of them," * (train_on == "reviewed")
+            command = f"{stage2_command(run, final)} --overwrite"
+            what += ", or what a person said of them," * final.startswith("reviewed")
         advice = f"train again with {command}"
         raise UserError(f"{at.folder}: {what} has changed since this was trained; {advice}")
 

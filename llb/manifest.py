@@ -4,6 +4,7 @@ Stage 1 writes RUN/<category>/images.csv first (llb.runfiles); every later comma
 folder is the same data, a changed image is not. Nothing is deleted but what the last part names.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -183,17 +184,27 @@ def clear_run(run: Path, categories: Sequence[str]) -> None:
 def clear_stage2(run: Path, categories: Sequence[str], final: str) -> None:
     """Delete a final detector and its evaluation."""
     check_checkpoints([run / name / stage2_folder(final) for name in categories])
-    metrics = read_metrics(run)
-    # its mean, too: llb.compare and llb.ablate read that
-    if any([metrics.get(name, {}).pop(final, None) is not None for name in (*categories, "mean")]):
-        write_json(run / METRICS_FILE, metrics)
+    forget_metrics(run, (*categories, "mean"), [final])  # llb.compare and llb.ablate read the mean
     for name in categories:
         clear_detector(run / name, final)
+
+
+def forget_metrics(run: Path, categories: Iterable[str], names: Iterable[str]) -> None:
+    """Take names, such as final detectors, out of the entries that categories, or "mean", have in metrics.json."""
+    metrics, pairs = read_metrics(run), list(itertools.product(categories, names))
+    if any([metrics.get(category, {}).pop(name, None) is not None for category, name in pairs]):
+        write_json(run / METRICS_FILE, metrics)
 
 
 def clear_detector(folder: Path, final: str) -> None:
     """Delete a final detector of one category, its maps and its tables. folder: RUN/<category>."""
     clear_checkpoints(folder / stage2_folder(final))
+    clear_evaluation(folder, final)
+    discard_files(folder, [loss_file(final)])
+
+
+def clear_evaluation(folder: Path, final: str) -> None:
+    """Delete the head of a final detector of one category, and what evaluate.py wrote, but for the metrics."""
     paths = set()
     with suppress(UserError):  # damaged or not there
         paths |= read_manifest(folder).keys()
@@ -201,7 +212,7 @@ def clear_detector(folder: Path, final: str) -> None:
         paths |= {row["path"] for row in read_table(folder / f"predictions-{final}.csv", ["path"])}
     for maps in (f"maps-{final}", f".maps-{final}.tmp"):
         discard_files(folder / maps, (f"{path}.png" for path in paths))
-    discard_files(folder, (*evaluation_files(final), loss_file(final), head_file(final), review_file(final)))
+    discard_files(folder, (*evaluation_files(final), head_file(final), review_file(final)))
 
 
 def evaluation_files(final: str) -> tuple[str, ...]:

@@ -139,7 +139,7 @@ def check_lists(run: Path, name: str, final: str, settings: dict[str, Any]) -> N
     that its threshold is taken from. By the run's tables alone. settings: of the detector, in config.json."""
     folder, train_on = run / name, settings["train_on"]
     training = training_set(folder)
-    purified = listed_images(folder, training)
+    purified = np.unique([index for _, index in tables.listed_images(folder, training)])
     if train_on in LISTED:
         chosen = Choice(purified) if train_on == "purified" else choose_images(train_on, folder, training)
         check_finished(final_checkpoints(run, training, final, chosen), steps_in(settings, name))
@@ -148,16 +148,6 @@ def check_lists(run: Path, name: str, final: str, settings: dict[str, Any]) -> N
         again = f"take it again with python evaluate.py --run {typed(run)} --train-on {train_on}"
         file = folder / tables.threshold_file(final)
         raise UserError(f"{file}: the list of training images that it is taken from has changed; {again}")
-
-
-def listed_images(folder: Path, dataset: Dataset) -> np.ndarray:
-    """The images that purified.txt lists, int (n,): as `read_purified`, which wants the images too."""
-    file = folder / "purified.txt"
-    if not file.is_file():
-        raise UserError(f"{file} is not there: run stage 1 again, which writes it")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
-    there = {*lines, *(line.replace("\\", "/") for line in lines)}
-    return np.array([index for index, record in enumerate(dataset.train) if record.path in there], int)
 
 
 def read_folder(given: str, name: str, config: dict[str, Any]) -> Dataset:

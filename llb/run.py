@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llb.checkpoint import CheckpointFolder, paths_digest
+from llb.checkpoint import CheckpointFolder, check_finished, paths_digest
 from llb.config import SELECTING, Evaluate, Stage1, Stage2
 from llb.console import say
 from llb.data import Dataset, load_category
@@ -25,9 +25,9 @@ from llb.images import find_white
 from llb.layouts import read_root
 from llb.lock import turn
 from llb.manifest import check_manifest, clear_run, clear_stage2
-from llb.marks import MARKS_FILE
+from llb.marks import LISTED, MARKS_FILE, choose_images
 from llb.processes import process_0_first
-from llb.runfiles import VERSION, data_of, own_config, read_config, stage1_command, write_config
+from llb.runfiles import VERSION, data_of, own_config, read_config, stage1_command, stage2_command, write_config
 from llb.tables import Choice
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "scikit-learn", "scipy")
@@ -102,11 +102,7 @@ def open_run(
         # it can take minutes: before anything is deleted, so that an interrupted command leaves the old run
         white = {dataset.category: dict(find_white(dataset).white) for dataset in datasets}
     if settings.overwrite and file.exists():
-        old = own_config(run, where)
-        # a damaged file names no categories: those of this command are cleared
-        listed = old["categories"] if isinstance(old.get("categories"), list) else now["categories"]
-        check_no_marks(run, listed, old)
-        clear_run(run, listed)
+        clear_own(run, now["categories"])
     if file.exists():
         config = read_config(run, where, advice)
         for name, new in places.items():  # one place has many spellings, and a project may move: contents decide
@@ -124,6 +120,15 @@ def open_run(
     else:
         raise UserError(f"{where}: process 0 has written it, but this process cannot see it; share the folder")
     return config
+
+
+def clear_own(run: Path, categories: list[str]) -> None:
+    """Delete a run of llb, so that it begins again: see `check_no_marks`. categories: of a run whose config.json is
+    damaged and names none."""
+    config = own_config(run, f"--out {run}")
+    categories = config["categories"] if isinstance(config.get("categories"), list) else categories
+    check_no_marks(run, categories, config)
+    clear_run(run, categories)
 
 
 def check_no_marks(run: Path, categories: list[str], config: dict[str, Any]) -> None:
@@ -267,10 +272,13 @@ def final_checkpoints(run: Path, dataset: Dataset, final: str, choice: Choice) -
     return CheckpointFolder(run / dataset.category / f"stage2-{final}", digest)
 
 
-def stage2_command(run: Path, final: str, settings: dict[str, Any]) -> str:
-    """The command that trains a final detector. settings: in config.json."""
-    detector = "" if final == settings["train_on"] else f" --detector {settings['detector']}"
-    return f"python stage2_train.py --run {typed(run)} --train-on {settings['train_on']}{detector}"
+def check_list(run: Path, dataset: Dataset, final: str) -> None:
+    """Raise a UserError if a final detector's list, or what a person said of its images, has changed since it was
+    trained."""
+    train_on = final.partition("-")[0]
+    if train_on in LISTED:
+        chosen = choose_images(train_on, run / dataset.category, dataset)
+        check_finished(final_checkpoints(run, dataset, final, chosen), 0)
 
 
 def finished_detectors(run: Path, config: dict[str, Any], wanted: str | None) -> list[str]:
@@ -286,7 +294,7 @@ def finished_detectors(run: Path, config: dict[str, Any], wanted: str | None) ->
         if all(folder.is_dir() for folder in folders):
             finished.append(final)
         elif wanted is None:
-            say(f"{final} is not finished and left out: {stage2_command(run, final, settings)}")
+            say(f"{final} is not finished and left out: {stage2_command(run, final)}")
     if not finished:
         choice = f" --train-on {wanted}" if wanted else ""
         raise UserError(f"--run {run}: no finished detector; first: python stage2_train.py --run {typed(run)}{choice}")

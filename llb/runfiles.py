@@ -81,6 +81,14 @@ def stage1_command(run: Path, config: dict[str, Any]) -> str:
     return " ".join([shlex.join(kept), *(f"{flag} {typed(place)}" for flag, place in places.items() if place)])
 
 
+def stage2_command(run: Path, final: str) -> str:
+    """The command of stage 2 that trains a final detector, by its name: of its list, and of a detector that is not
+    stage 1's."""
+    train_on, _, detector = final.partition("-")
+    other = f" --detector {detector}" if detector else ""
+    return f"python stage2_train.py --run {typed(run)} --train-on {train_on}{other}"
+
+
 def next_command(script: str, run: Path, settings) -> str:
     """The command of the next stage, with those flags of this one that it needs again: else it would encode anew."""
     return " ".join([f"python {script} --run {typed(run)}", shlex.join(typed_flags(settings, CARRIED))]).rstrip()

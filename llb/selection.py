@@ -6,18 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from llb.checkpoint import check_finished
 from llb.config import SELECTING, Stage1
 from llb.console import say
 from llb.data import Dataset
-from llb.files import UserError, discard_files, write_json
-from llb.head import head_file
-from llb.manifest import evaluation_files
-from llb.maps import map_names
-from llb.marks import LISTED, choose_images, review_file
+from llb.files import UserError, discard_files
+from llb.manifest import clear_evaluation, forget_metrics
 from llb.processes import process_0_first
-from llb.run import differences, final_checkpoints, stage2_command
-from llb.tables import METRICS_FILE, purified_text, read_metrics, read_scores, read_submodels
+from llb.run import check_list, differences
+from llb.runfiles import stage2_command
+from llb.tables import purified_text, read_scores, read_submodels
 
 RANKING = [name for name in SELECTING if name != "keep"]
 
@@ -61,21 +58,14 @@ def change_selection(
         if not purified_is_own(folder, dataset):
             edited = f"{folder / 'purified.txt'} was edited by hand, and other settings make another list ({changes})"
             raise UserError(f"{edited}: delete it for that, or give --overwrite to start again")
-    finals, trained = [], config.get("stage2", {}).items()  # a head's weight depends on the ranking
-    if any(config[name] != now[name] for name in RANKING):
-        finals = [final for final, of in trained if of["train_on"] == "reviewed"]
-    gone = [
-        "purification",
-        *finals,
-        *(final for final, of in trained if of["train_on"] == "purified"),
-    ]  # the old list's
-    metrics = read_metrics(run)
-    if any([entry.pop(name, None) is not None for entry in metrics.values() for name in gone]):
-        write_json(run / METRICS_FILE, metrics)
-    for folder, dataset in ((run / dataset.category, dataset) for dataset in datasets):
-        for final in finals:  # and what it has scored
-            discard_files(folder / f"maps-{final}", map_names([*dataset.train, *dataset.test]))
-            discard_files(folder, (review_file(final), head_file(final), *evaluation_files(final)))
+    trained = [(final, of["train_on"]) for final, of in config.get("stage2", {}).items()]
+    ranked_anew = any(config[name] != now[name] for name in RANKING)  # a head's weight depends on the ranking
+    heads = [final for final, train_on in trained if train_on == "reviewed" and ranked_anew]
+    of_list = [final for final, train_on in trained if train_on == "purified"]
+    forget_metrics(run, (*config["categories"], "mean"), ("purification", *of_list, *heads))
+    for folder in (run / dataset.category for dataset in datasets):
+        for final in heads:
+            clear_evaluation(folder, final)
         discard_files(folder, ["purified.txt"])
     config |= now | {"command": command}
     say(f"another selection ({changes}): what is trained and scored stays")
@@ -84,11 +74,9 @@ def change_selection(
 def outdated_detectors(run: Path, config: dict[str, Any], dataset: Dataset) -> list[str]:
     """The commands that train the final detectors again whose list has changed since they were trained."""
     commands = []
-    for final, settings in config.get("stage2", {}).items():
-        if settings["train_on"] in LISTED:
-            try:
-                chosen = choose_images(settings["train_on"], run / dataset.category, dataset)
-                check_finished(final_checkpoints(run, dataset, final, chosen), 0)
-            except UserError:
-                commands.append(stage2_command(run, final, settings) + " --overwrite")
+    for final in config.get("stage2", {}):
+        try:
+            check_list(run, dataset, final)
+        except UserError:
+            commands.append(stage2_command(run, final) + " --overwrite")
     return commands

@@ -135,6 +135,19 @@ def read_purified(folder: Path, dataset: Dataset) -> Choice:
     A UserError is raised if the list is missing, empty or no UTF-8 text, or a listed path is not among the training
     images or not on the disk.
     """
+    file, listed = folder / "purified.txt", listed_images(folder, dataset)
+    for number, path in ((number, dataset.train[index].path) for number, index in listed):
+        if not (dataset.root / path).is_file():
+            raise UserError(f"{file}, line {number}: {path} is not in {dataset.root}; fix or delete the line")
+    chosen = np.unique([index for _, index in listed])
+    kept = np.flatnonzero(read_scores(folder, dataset)["kept"])
+    added, removed = len(np.setdiff1d(chosen, kept)), len(np.setdiff1d(kept, chosen))
+    note = f"purified.txt was edited by hand: {added} added, {removed} removed" if added or removed else None
+    return Choice(chosen, note)
+
+
+def listed_images(folder: Path, dataset: Dataset) -> list[tuple[int, int]]:
+    """As `read_purified`, of images that need not be on the disk: for each line its number, and the image's index."""
     file = folder / "purified.txt"
     position = {record.path: index for index, record in enumerate(dataset.train)}
     if not file.is_file():
@@ -150,15 +163,9 @@ def read_purified(folder: Path, dataset: Dataset) -> Choice:
     for number, path in listed:
         if path not in position:
             raise UserError(f"{file}, line {number}: {path} is not among the training images; fix or delete the line")
-        if not (dataset.root / path).is_file():
-            raise UserError(f"{file}, line {number}: {path} is not in {dataset.root}; fix or delete the line")
     if not listed:
         raise UserError(f"{file} lists no image: list at least one, or delete the file and run stage 1 again")
-    chosen = np.unique([position[path] for _, path in listed])
-    kept = np.flatnonzero(read_scores(folder, dataset)["kept"])
-    added, removed = len(np.setdiff1d(chosen, kept)), len(np.setdiff1d(kept, chosen))
-    note = f"purified.txt was edited by hand: {added} added, {removed} removed" if added or removed else None
-    return Choice(chosen, note)
+    return [(number, position[path]) for number, path in listed]
 
 
 def write_predictions(folder: Path, train_on: str, records: Sequence[Record], scores: np.ndarray) -> None:

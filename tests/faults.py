@@ -254,10 +254,8 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: the file system is unmounted
     began, only, table = time.monotonic(), settings.only or list(FAULTS), {}
-    bench, numbers = (
-        Bench(Path(tempfile.mkdtemp(prefix="llb-faults-")), settings.detector),
-        (settings.kills, settings.most),
-    )
+    bench = Bench(Path(tempfile.mkdtemp(prefix="llb-faults-")), settings.detector)
+    numbers = (settings.kills, settings.most)
     try:
         bench.prepare("mvtec")
         outcomes = chains(bench, queue_of(bench, *numbers, only, settings.seed))
