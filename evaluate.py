@@ -29,7 +29,7 @@ from llb.images import load_image
 from llb.lock import hold
 from llb.manifest import forget_metrics
 from llb.maps import map_names, replace_maps, write_maps
-from llb.marks import LISTED, THRESHOLD_OF, normal_images
+from llb.marks import EDITABLE, THRESHOLD_OF, normal_images
 from llb.masks import MaskRule, load_masks
 from llb.metrics import (
     PixelCounts,
@@ -114,7 +114,7 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     for name in names:
         for final in tables.detector_names(metrics[name]):
             threshold = tables.read_threshold(run / name, final)
-            if threshold and final.startswith(LISTED):
+            if threshold and final.startswith(EDITABLE):
                 train_on = final.partition("-")[0]
                 doubt = threshold_doubt(run / name, datasets[name], config["seed"]) if train_on == "reviewed" else ""
                 say(f"{name}, {final}: {tables.threshold_line(threshold, THRESHOLD_OF[train_on])}{doubt}")

@@ -28,7 +28,7 @@ from llb.fit import learn
 from llb.flags import parse_flags
 from llb.learning import loss_file, write_losses
 from llb.lock import hold
-from llb.marks import UNSEEN, choose_images
+from llb.marks import WITHOUT_MARKS, choose_images
 from llb.processes import agreed
 from llb.protocols import steps_of
 from llb.run import begin_stage2, final_checkpoints, final_name, find_run, load_datasets, read_run, run_encoder
@@ -52,11 +52,11 @@ def main() -> None:
 
 
 def lists_to_train_on(run: Path, settings: Stage2) -> tuple[str, ...]:
-    """What --train-on gives; without it UNSEEN on the demo set, which is there to compare, else "purified"."""
+    """--train-on if given. Else purified, all and clean on the demo set, which is there to compare; else purified."""
     if settings.train_on is not None:
         return (settings.train_on,)
     demo = own_config(run, f"--run {run}")["data"] is None
-    return UNSEEN if demo and not settings.released else ("purified",)
+    return WITHOUT_MARKS if demo and not settings.released else ("purified",)
 
 
 def run_stage2(run: Path, settings: Stage2) -> None:

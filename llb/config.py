@@ -49,7 +49,7 @@ no_cache_flag = partial(flag, False, STREAMED, affects=False)
 coordinator_flag = partial(flag, None, TOGETHER, shown="from srun or mpirun, else one process", affects=False)
 with_coordinator = partial(flag, None, shown="likewise", affects=False)
 SETS = "the detector's own settings, NAME=VALUE,… (another NAME lists them)"
-SCORED = "what of a map is the score of an image"
+SCORED = "how the score of an image is taken from its map (patch-max: from the distances)"
 set_flag = partial(flag, None, SETS, shown="as published")
 image_score_flag = partial(flag, None, SCORED, choices=tuple(SCORES), shown="the detector's")
 processes_flag = partial(with_coordinator, "with --coordinator: how many processes", whole(1))
@@ -89,7 +89,10 @@ class Stage1:
         None, "model.safetensors from Hugging Face or the original release's .pth", shown="downloaded from the hub once"
     )
     image_size: int | None = flag(
-        None, "side in pixels, a multiple of the patch size", SIDE, shown="392, 384 for patch 16, 224 CNNs, 112 tiny"
+        None,
+        "side in pixels, a multiple of the patch size (of a CNN: 32)",
+        SIDE,
+        shown="392, 384 for patch 16, 224 CNNs, 112 tiny",
     )
     resize: int | None = flag(
         None, "side of a larger square, of which the centre is taken", SIDE, shown="the image size: nothing is cut off"
@@ -155,9 +158,13 @@ class Stage2:
         None,
         "purified: by stage 1; reviewed: all but what a person called defective; all: unpurified; clean: by the labels",
         choices=TRAIN_ON,
-        shown="purified, demo set all three",
+        shown="purified; demo set purified, all, clean",
     )
-    head: str = flag("auto", "reviewed: learn from what was called defective, or only leave it out", choices=HEADS)
+    head: str = flag(
+        "auto",
+        "of reviewed: auto also trains a linear head on the marked images, none only leaves out the defects",
+        choices=HEADS,
+    )
     detector: str | None = flag(None, "the final detector", choices=DETECTORS, shown="stage 1's")
     set: Any = set_flag()
     image_score: str | None = image_score_flag()

@@ -9,15 +9,17 @@
 
     above(x) = √max(0, (x − median) / MAD), both over the positions of the training images
 
-A detector sees that a patch is unusual; the head knows what unusual patches a person minds. It knows no detector by
-name. Features come in batches, and only patches that are learned from stay in memory: some of each image that was
-looked at, and of IMAGES others.
+A detector finds unusual patches. Not every unusual patch is a defect: the head learns the difference from the marks. It
+works with every detector. Features come in batches, and only patches that are learned from stay in memory: some of each
+image that was looked at, and of IMAGES others.
 
-λ comes from evidence: 0 unless MARKS images of each verdict were given, since of few marks only the loudest defects
-are known; else (L − ½) / (R − ½) within 0 … LARGEST. L is the lower bound of the AUROC that heads reach on the images
-of a person's look which they have not learned from (FOLDS folds); R is that of stage 1's ranking on the same images,
-which were picked by it. So the better the head and the worse the ranking, the more the
-head counts. With λ = 0 the detector is as it was.
+λ says how much the head counts, and it comes from evidence. It is 0 with fewer than MARKS images of either verdict,
+since few marks show only the plainest defects. Else λ = (L − ½) / max(R − ½, LEAST), clipped to 0 … LARGEST. L is the
+lower bound of the AUROC that heads reach on marked images which they have not learned from (FOLDS folds). R is the
+AUROC of stage 1's ranking on the same images, which were picked by it. So the better the head and the worse the
+ranking, the more the head counts. With λ = 0 the detector is as it was.
+
+Source: none; the head is llb's own addition to the method.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from llb.layouts import Record
 
 def write_maps(folder: Path, records: list[Record], maps: np.ndarray) -> None:
     """One 16-bit PNG for each image, at its path below `folder`. The text chunk "scale" times the pixel is the map,
-    plus the chunk "offset" where the map has negative numbers."""
+    plus the chunk "offset" where the map has negative numbers. maps: float32 (n, S, S)."""
     for name, heat in zip(map_names(records), maps):
         file = folder / name
         low = min(0.0, float(heat.min()))

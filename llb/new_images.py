@@ -30,7 +30,7 @@ from llb.images import ImageFiles, load_image
 from llb.lock import hold
 from llb.manifest import check_readable, listed
 from llb.maps import map_names, write_maps
-from llb.marks import LISTED, choose_images, normal_images, training_set
+from llb.marks import EDITABLE, choose_images, normal_images, training_set
 from llb.pictures import contact_sheet
 from llb.run import as_shown, final_checkpoints, final_name, finished_detectors, run_encoder, steps_in
 from llb.runfiles import read_config
@@ -125,7 +125,7 @@ def choose(run: Path, config: dict[str, Any], settings: Evaluate) -> tuple[str, 
     finished = finished_detectors(run, config | {"categories": [name]}, settings.train_on)
     finals = [f for f in finished if settings.detector in (None, config["stage2"][f]["detector"])]
     detector = settings.detector or config["detector"]
-    lists = (settings.train_on,) if settings.train_on else LISTED[::-1]
+    lists = (settings.train_on,) if settings.train_on else EDITABLE[::-1]
     wanted = [final_name(train_on, detector, config) for train_on in lists]
     best = [final for final in wanted if final in finals]
     if not best and len(finals) != 1:
@@ -140,7 +140,7 @@ def check_lists(run: Path, name: str, final: str, settings: dict[str, Any]) -> N
     folder, train_on = run / name, settings["train_on"]
     training = training_set(folder)
     purified = np.unique([index for _, index in tables.listed_images(folder, training)])
-    if train_on in LISTED:
+    if train_on in EDITABLE:
         chosen = Choice(purified) if train_on == "purified" else choose_images(train_on, folder, training)
         check_finished(final_checkpoints(run, training, final, chosen), steps_in(settings, name))
     facts = tables.read_threshold(folder, final)

@@ -2,6 +2,7 @@
 
 Source: LLBNAD (arXiv 2508.07441). Every sub-model scores a normal image low. A defective image scores high with every
 sub-model that was not trained on it, and often with the one that was; so its aggregated score is high.
+Differs from the paper: `standardised` and the aggregates median, max and out-of-fold are llb's own.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,10 @@ def partition(key: jax.Array, images: int, submodels: int) -> np.ndarray:
 
 
 def seen_by(subset: np.ndarray, submodels: int, others: bool) -> np.ndarray:
-    """bool (N, K): whether a sub-model has learned from an image. others: from all subsets but its own."""
+    """bool (N, K): whether a sub-model has learned from an image, so that its score is in-fold.
+
+    subset: int (N,), 0 … K − 1; others: sub-models have learned from all subsets but their own.
+    """
     return (np.arange(submodels) == subset[:, None]) ^ others
 
 
@@ -42,7 +46,7 @@ def standardised(scores: jax.Array, seen: jax.Array) -> jax.Array:
 
 
 def out_of_fold(scores: jax.Array, seen: jax.Array) -> jax.Array:
-    """The mean over the sub-models that have not seen the image (K ≥ 2)."""
+    """The mean over the sub-models that have not seen the image (K ≥ 2). As in AGGREGATES."""
     return jnp.where(seen, 0.0, scores).sum(axis=1) / (~seen).sum(axis=1)
 
 
@@ -57,7 +61,9 @@ AGGREGATES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 def combine(scores: np.ndarray, subset: np.ndarray, others: bool, standardise: bool, how: str) -> np.ndarray:
-    """From scores (N, K) of sub-models that have learned from their own subset, or from all others, to one for each
-    image, float32 (N,): `standardised` if wanted, then one of AGGREGATES."""
+    """From N × K scores to one for each image, float32 (N,): `standardised` if wanted, then one of AGGREGATES.
+
+    scores: float32 (N, K); subset, others: as in `seen_by`; how: a name in AGGREGATES.
+    """
     comparable, seen = jnp.asarray(scores), jnp.asarray(seen_by(subset, scores.shape[1], others))
     return np.asarray(AGGREGATES[how](standardised(comparable, seen) if standardise else comparable, seen))

@@ -6,7 +6,8 @@
 
 RUN/report.html shows the suspects and saves marks.csv: category, path, verdict (defect, fine).
 
---simulate and `--train-on clean` are the only places where labels decide. config.json says so of the run ("review").
+Labels decide in --simulate, as in `--train-on clean` and in the figures of llb.dropping. config.json says so of the run
+("review").
 """
 
 import csv

@@ -25,7 +25,7 @@ from llb.images import find_white
 from llb.layouts import read_root
 from llb.lock import turn
 from llb.manifest import check_manifest, clear_run, clear_stage2
-from llb.marks import LISTED, MARKS_FILE, choose_images
+from llb.marks import EDITABLE, MARKS_FILE, choose_images
 from llb.processes import process_0_first
 from llb.runfiles import VERSION, data_of, own_config, read_config, stage1_command, stage2_command, write_config
 from llb.tables import Choice
@@ -276,7 +276,7 @@ def check_list(run: Path, dataset: Dataset, final: str) -> None:
     """Raise a UserError if a final detector's list, or what a person said of its images, has changed since it was
     trained."""
     train_on = final.partition("-")[0]
-    if train_on in LISTED:
+    if train_on in EDITABLE:
         chosen = choose_images(train_on, run / dataset.category, dataset)
         check_finished(final_checkpoints(run, dataset, final, chosen), 0)
 

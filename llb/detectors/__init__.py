@@ -1,7 +1,8 @@
 """Anomaly detectors on the features of a frozen encoder, by name. They import no run, report or data.
 
 A detector is a module of pure functions, written for ONE sub-model. `setup` (llb.detectors.common.Setup) is what it
-may know, `features` a batch as it is cached; `maps_of(setup, features)` makes maps (B, h, w, C) of it. It has
+may know, `features` a batch as it is cached: float16 (B, 2, T, D) of a ViT, (B, L) of a CNN. `maps_of(setup, features)`
+makes maps (B, h, w, C) of it. It has
 
     Settings, STRIDES          its own numbers, changed by --set; the stages of a CNN that it takes, by stride in pixels
     MAP, SCORE, AGGREGATE      how distances become a map, a map a score, and K scores one (a default each)
@@ -13,9 +14,10 @@ and learns in one of two ways. In closed form, from batches that come once (llb.
     add(setup, state, features, weight, first) → state            weight (B,): 1, or 0 for what fills the last batch
     finish(setup, state, key) → params
 
-first: the place of the batch's first image. ADDITIVE: states may be summed; the default is then that each sub-model
-learns from all subsets but its own (--folds others), in one pass. Or a detector learns by an optimiser, step by step
-(llb.train); `params` are then Flax's collections {"params": …, "batch_stats": …}:
+images: how many will come, those that fill the last batch included; first: the place of the batch's first image, a
+scalar; state: any tree of arrays; key: a JAX key, the sub-model's own. ADDITIVE: states may be summed; the default is
+then that each sub-model learns from all subsets but its own (--folds others), in one pass. Or a detector learns by an
+optimiser, step by step (llb.train); `params` are then Flax's variables, {"params": …, "batch_stats": …}:
 
     init(setup, key) → params
     loss(setup, params, features, key, step) → loss, (each, changed)    each (B,): what the step sees of every image,

@@ -104,7 +104,7 @@ def flow(blocks: tuple[dict, jax.Array], x: jax.Array, condition: jax.Array, pre
     return jax.lax.scan(block, (x, jnp.zeros(len(x))), blocks)[0]
 
 
-def likelihood(setup: Setup, variables: dict, level: int, maps: jax.Array, chosen: jax.Array) -> jax.Array:
+def log_likelihood(setup: Setup, variables: dict, level: int, maps: jax.Array, chosen: jax.Array) -> jax.Array:
     """log p(x | position) / C, float32 (n,), of some vectors of a level. maps: (B, h, w, C); chosen: int (n,)."""
     _, height, width, channels = maps.shape
     x = maps.reshape(-1, channels)[chosen]
@@ -119,7 +119,7 @@ def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, ste
     total, each, highest = 0.0, 0.0, []
     for level, maps in enumerate(maps_of(setup, features)):
         chosen = jax.random.permutation(jax.random.fold_in(key, level), maps[..., 0].size)[: setup.settings.fibre]
-        values = likelihood(setup, variables, level, maps, chosen)
+        values = log_likelihood(setup, variables, level, maps, chosen)
         surprise, image = -nn.log_sigmoid(values), chosen // maps[0, ..., 0].size
         drawn = image == jnp.arange(len(maps))[:, None]  # (B, n)
         total, each = total + surprise.mean(), each + jnp.nanmax(jnp.where(drawn, surprise, jnp.nan), axis=1)
@@ -140,11 +140,13 @@ def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTr
     return optax.adam(rate)
 
 
-def distance(setup: Setup, params: dict, features: jax.Array) -> jax.Array:
+def distance(setup: Setup, variables: dict, features: jax.Array) -> jax.Array:
     """Cached features → float32 (B, S, S), in 0 … levels."""
     total = 0.0
     for level, maps in enumerate(maps_of(setup, features)):
-        values = likelihood(setup, params, level, maps, jnp.arange(maps[..., 0].size)).reshape(*maps.shape[:3], 1)
-        share = jnp.exp(jnp.minimum(values - params["highest"][level], 0.0))
+        values = log_likelihood(setup, variables, level, maps, jnp.arange(maps[..., 0].size)).reshape(
+            *maps.shape[:3], 1
+        )
+        share = jnp.exp(jnp.minimum(values - variables["highest"][level], 0.0))
         total += 1.0 - resize(share, setup.image_size, setup.image_size, align_corners=True)[..., 0]
     return total

@@ -13,7 +13,9 @@ defects badly. So the cosine distance between a feature and its reconstruction t
     map      (B, S, S)      mean of the distances over the groups, upsampled with aligned corners and blurred
     score    (B,)           mean of the map's highest 1 %
 
-Differs from the release: the attention's denominator has a larger ε, so it never is zero.
+Differs from the release: the attention's denominator gets + 1e-6, so it never is zero. By default images are resized to
+392 × 392 (there 448, then the centre), maps are blurred at full size (there at 256, by a 5 × 5 kernel), and positions
+are interpolated as in transformers; --protocol dinomaly follows the release in these three.
 """
 
 import dataclasses
@@ -152,13 +154,13 @@ def init(setup: Setup, key: jax.Array) -> dict:
     return model.init(key, prepared(setup, jnp.zeros((1, groups, tokens, setup.spec.width), jnp.float16)))
 
 
-def loss(setup: Setup, params: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
+def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
     recipe, model, features = recipe_of(setup), network(setup), prepared(setup, features)
     noisy = features
     if setup.settings.noise == "jitter":
         length = jnp.linalg.norm(features.astype(jnp.float32), axis=-1, keepdims=True) / features.shape[-1]
         noisy = features + JITTER * length * jax.random.normal(key, features.shape)
-    decoded = model.apply(params, noisy, train=True, rngs={"dropout": key})
+    decoded = model.apply(variables, noisy, train=True, rngs={"dropout": key})
     # on the host, in double precision; after the ramp the number stays
     hard = [hard_positions(recipe, s, len(features) * model.patches) for s in range(recipe.ramp_steps + 1)]
     hard = jnp.array(hard, jnp.int32)[jnp.minimum(step, recipe.ramp_steps)]
@@ -170,9 +172,9 @@ def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTr
     return make_optimizer(RECIPES[setup.settings.recipe], setup.learning_rate, setup.steps, steps_per_pass)
 
 
-def distance(setup: Setup, params: dict, features: jax.Array) -> jax.Array:
+def distance(setup: Setup, variables: dict, features: jax.Array) -> jax.Array:
     model, features = network(setup), prepared(setup, features)
-    distances = cosine_distance(model.apply(params, features), patch_targets(features, model.patches))  # (B, G, P)
+    distances = cosine_distance(model.apply(variables, features), patch_targets(features, model.patches))  # (B, G, P)
     return distances.mean(axis=1).reshape(len(features), *setup.grids[0][:2])
 
 

@@ -68,8 +68,8 @@ def normalised(x: jax.Array, means: nn.Variable, variances: nn.Variable, train: 
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, then BatchNorm. The kernel begins as the deviation that it is to be drawn with, which
-    whoever trains it does (`llb.detectors.destseg.init`)."""
+    """A convolution without bias, then BatchNorm. Flax fills the kernel with its standard deviation, a constant:
+    `llb.detectors.destseg.init` multiplies that by random numbers, since one draw for all kernels compiles faster."""
 
     width: int
     size: int = 3

@@ -140,10 +140,11 @@ def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTr
     return optax.multi_transform(both, {name: name for name in both})
 
 
-def distance(setup: Setup, params: dict, features: jax.Array) -> jax.Array:
+def distance(setup: Setup, variables: dict, features: jax.Array) -> jax.Array:
     """−D at each position: cached features → float32 (B, h, w). BatchNorm takes its running statistics."""
     x = embedding(maps_of(setup, features))
     adaptor, discriminator = networks(setup, x.shape[-1])
-    q = adaptor.apply({"params": params["params"]["adaptor"]}, x.reshape(-1, x.shape[-1])).astype(jnp.float32)
-    of_discriminator = {"params": params["params"]["discriminator"], "batch_stats": params["batch_stats"]}
+    params = variables["params"]
+    q = adaptor.apply({"params": params["adaptor"]}, x.reshape(-1, x.shape[-1])).astype(jnp.float32)
+    of_discriminator = {"params": params["discriminator"], "batch_stats": variables["batch_stats"]}
     return -discriminator.apply(of_discriminator, q).reshape(x.shape[:3])

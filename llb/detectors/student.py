@@ -1,4 +1,6 @@
-"""Student: PaDiM's Gaussian for every position, fitted so that outliers in the training images count little.
+"""Student's t: PaDiM's Gaussian for every position, fitted so that outliers in the training images count little.
+
+No network is trained here; the student networks of the field are in rd.py and destseg.py.
 
 Source: the t distribution's maximum likelihood by expectation and maximisation, Liu and Rubin, "ML Estimation of the t
 Distribution Using EM and Its Extensions, ECM and ECME" (Statistica Sinica 5, 1995), with ν known. The idea: hidden

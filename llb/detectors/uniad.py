@@ -1,7 +1,7 @@
-"""UniAD: a transformer rebuilds all feature tokens of an image, and three means keep it from copying them.
+"""UniAD: a transformer rebuilds all feature tokens of an image, and three measures keep it from copying them.
 
 Source: You et al., "A Unified Model for Multi-class Anomaly Detection" (NeurIPS 2022, arXiv 2206.03687), section 3. The
-three means: attention that is blind for a token's own neighbourhood; a decoder whose every layer starts from learned
+three measures: attention that is blind for a token's own neighbourhood; a decoder whose every layer starts from learned
 queries in place of the tokens; and noise on the input, "jitter". A defect, which training has not shown, is rebuilt
 badly. Sizes for EfficientNet-B4 at 224 pixels:
 

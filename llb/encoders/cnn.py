@@ -190,7 +190,7 @@ def parameter_shapes(spec: CnnSpec) -> dict:
     return jax.eval_shape(CNN(spec).init, jax.random.key(0), images)["params"]
 
 
-# An EfficientNet's convolutions, each with the BatchNorm behind it, by lukemelas' names and by timm's.
+# An EfficientNet's convolutions, each with the BatchNorm behind it: names of lukemelas/EfficientNet-PyTorch, of timm.
 NAMES = {
     "stem": (("_conv_stem", "_bn0"), ("conv_stem", "bn1")),
     "expand": (("_expand_conv", "_bn0"), ("conv_pw", "bn1")),
@@ -217,7 +217,8 @@ class Released:
 def released(spec: CnnSpec, tensors: Collection[str]) -> Iterator[Released]:
     """All convolutions, by the names that a file with these tensors has.
 
-    A ResNet has torchvision's names, which are timm's too; an EfficientNet timm's or lukemelas'.
+    A ResNet has torchvision's names, which are timm's too; an EfficientNet timm's, or those of
+    lukemelas/EfficientNet-PyTorch.
     """
     timm, blocks = "conv_stem.weight" in tensors, block_sizes(spec)
     for (*block, part, kind), leaf in flatten_dict(parameter_shapes(spec)).items():

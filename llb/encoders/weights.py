@@ -1,7 +1,8 @@
 """Encoder weights: from a file's tensors to the parameter tree of vit.ViT or cnn.CNN, and `tiny`'s own format.
 
 Two formats are read: safetensors (Hugging Face's) and .pth (the original releases', see pickles.py). Of a ViT two sets
-of names are known, the original releases' and transformers'; of a CNN torchvision's, timm's and lukemelas' (cnn.py).
+of names are known, the original releases' and transformers'; of a CNN torchvision's, timm's and those of
+lukemelas/EfficientNet-PyTorch (cnn.py).
 """
 
 import hashlib

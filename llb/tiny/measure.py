@@ -23,7 +23,7 @@ from llb.data import choose_categories
 from llb.device import start_jax
 from llb.files import UserError, check_writable, read_json, write_json
 from llb.flags import flag, parse_flags, whole
-from llb.marks import UNSEEN
+from llb.marks import WITHOUT_MARKS
 from llb.run import PROJECT, demo_or_given_root
 from llb.tables import METRICS_FILE, mean_defined, read_purified
 from llb.tiny.heldout import write_heldout
@@ -141,7 +141,7 @@ def measure(a_set: Set, seed: int, settings: Measure) -> SeedValues:
     weights = ["--weights", settings.weights] if settings.weights is not None else []
     run_stage("stage1_partition.py", "--out", folder, "--seed", seed, *a_set.stage1_flags, *weights)
     # without defects in train, "all" and "clean" are the same images
-    trained = UNSEEN if a_set.noise_ratio else ("purified", "clean")
+    trained = WITHOUT_MARKS if a_set.noise_ratio else ("purified", "clean")
     for train_on in trained:
         run_stage("stage2_train.py", "--run", folder, "--train-on", train_on, *a_set.stage2_flags)
     run_stage("evaluate.py", "--run", folder)
