@@ -42,7 +42,10 @@ def test_stage_1_at_its_defaults_finds_the_planted_defects(tmp_path):
 def test_the_readme_is_short_and_the_paths_and_functions_that_it_names_are_there():
     assert len(README.splitlines()) <= 240
     for link in re.findall(r"\]\((?!http)([^)]+)\)|(?:src|srcset)=\"([^\"]+)\"", README):
-        assert (ROOT / (link[0] or link[1])).exists(), link
+        if link[0].startswith("#"):
+            assert link[0][1:].replace("-", " ") in re.findall(r"^## (.*)$", README.lower(), re.M), link
+        else:
+            assert (ROOT / (link[0] or link[1])).exists(), link
     sources = {}
     for place in set(re.findall(r"`([\w/]+\.py)`", README)):
         sources[place] = (ROOT / place).read_text(encoding="utf-8")

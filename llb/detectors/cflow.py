@@ -144,9 +144,7 @@ def distance(setup: Setup, variables: dict, features: jax.Array) -> jax.Array:
     """Cached features → float32 (B, S, S), in 0 … levels."""
     total = 0.0
     for level, maps in enumerate(maps_of(setup, features)):
-        values = log_likelihood(setup, variables, level, maps, jnp.arange(maps[..., 0].size)).reshape(
-            *maps.shape[:3], 1
-        )
-        share = jnp.exp(jnp.minimum(values - variables["highest"][level], 0.0))
+        values = log_likelihood(setup, variables, level, maps, jnp.arange(maps[..., 0].size))
+        share = jnp.exp(jnp.minimum(values - variables["highest"][level], 0.0)).reshape(*maps.shape[:3], 1)
         total += 1.0 - resize(share, setup.image_size, setup.image_size, align_corners=True)[..., 0]
     return total

@@ -21,8 +21,7 @@ With another encoder the student stays as it is, and its outputs are resized to 
 maps lie on one grid, that is the outputs of the decoder's 256 and 128 channels. A 1 × 1 convolution brings each to
 the teacher's channels, if it has not these channels or if they are signed (a block's output never is negative).
 
-Differs from the release: textures (see damage); normal images are not rotated; the student's loss is 32 times the mean
-over the batch (there the sum over a batch of 32).
+Differs from the release: textures (see damage), normal images are not rotated, the student's loss is 32 · batch mean.
 """
 
 from dataclasses import dataclass
