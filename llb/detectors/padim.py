@@ -14,7 +14,7 @@ hundred normal images tell how its features are distributed there.
 Without the ridge the images of the fit have a mean squared distance of d(n − 1)/n whatever they show, and none above
 (n − 1)²/n: in-fold scores say little while n is not far above d. (Ranking AUROC on the demo set, n = 133, d = 100, each
 sub-model fitted to all subsets but one, seeds 0 to 2: .894 by the mean of all, .883 out of fold.) Sums are float32,
-about zero: those of subsets add up. A channel mean 16 deviations from 0 costs 4e-5 of a distance, 64 6e-4; tiny's is 13.
+about zero: so subsets add up. A channel mean 16 deviations from 0 costs 4e-5 of a distance, 64 6e-4; tiny's is 13.
 
 Differs from the release: encoders that are no ResNets have one coarse grid (pooling "mean") and the score `top-1%` in
 place of the maximum, and sums replace the features of all images in memory.
