@@ -29,7 +29,7 @@ from llb.keep import choose
 from llb.layouts import read_root
 from llb.learning import learning_line, write_learning
 from llb.lock import hold
-from llb.manifest import record_images
+from llb.manifest import check_readable, copies_line, record_images
 from llb.metrics import purification, ranks
 from llb.pictures import contact_sheet
 from llb.processes import agreed
@@ -117,9 +117,15 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
     sizes = sorted({len(s) for s in subsets})
     count, plural = settings.submodels, "s" * (settings.submodels > 1)
     say(f"{name}: {images} images in {count} subset{plural} of {' or '.join(map(str, sizes))}")
+    if copies := copies_line(folder, dataset):
+        say(f"{name}: copies: {copies}")
 
     # ---- train the K sub-models together, on features that are computed once ----
-    features = load_features(stage, dataset, "train")
+    try:
+        features = load_features(stage, dataset, "train")
+    except UserError:
+        check_readable(dataset, dataset.train)  # names all that cannot be read, not the first alone
+        raise
     others = settings.folds == "others"  # each learns from all subsets but its own
     submodels = Submodels(subsets, submodel_keys(models_key, settings.submodels), others)
     at = CheckpointFolder(folder / "stage1", paths_digest([record.path for record in dataset.train]))

@@ -29,36 +29,45 @@ from llb.tiles import next_tiles_file, tiles_file
 from llb.times import TIMES_FILE
 
 READERS, AHEAD = 8, 256  # threads, and files that wait for their turn
-SHOWN = 3  # paths that a message names
+SHOWN, MOST_NAMED = 3, 20  # paths that a message names, of changes and of unreadable files
 
 
 # ---- the images ----
 
 
 def record_images(run: Path, datasets: Sequence[Dataset], verify: bool, command: str) -> None:
-    """Write images.csv of each category that has not begun, and compare the images of all with it."""
+    """Write images.csv of each category of which nothing is learned yet, and compare the images of all with it."""
     for dataset in datasets:
         folder = run / dataset.category
-        written = (folder / name for name in (IMAGES_FILE, "scores.csv"))
-        if not any([*checkpoints_in(folder / "stage1"), *(file for file in written if file.exists())]):
-            check_readable(dataset)
+        if checkpoints_in(folder / "stage1") or (folder / "scores.csv").exists():
+            continue
+        # an image that could not be read was removed or replaced, as the message had asked for
+        if not (folder / IMAGES_FILE).exists() or _problem(folder, dataset, verify):
+            check_readable(dataset, dataset.test)  # only the evaluation reads them, and then it is too late
             write_manifest(folder, dataset)
     check_manifest(run, datasets, verify, command)
 
 
-def check_readable(dataset: Dataset) -> None:
-    """Decode the test images and masks. Only the evaluation reads them, and then it is too late to replace one.
+def check_readable(dataset: Dataset, records: Sequence[Record]) -> None:
+    """Decode images and their masks. A UserError is raised that names all that cannot be read, so that they are mended
+    at once."""
 
-    A UserError is raised for the first that cannot be read.
-    """
+    def problem_of(record: Record) -> str | None:
+        try:
+            load_image(dataset.root / record.path, 1, dataset.white)
+            load_masks(dataset.root, [record], 1)
+        except UserError as error:
+            return str(error)
 
-    def decode(record: Record) -> None:
-        load_image(dataset.root / record.path, 1, dataset.white)
-        load_masks(dataset.root, [record], 1)
-
-    with progress(total=len(dataset.test), desc=f"{dataset.category}, test images", unit="image") as bar:
-        for _ in prefetch(decode, dataset.test, READERS, AHEAD):
+    problems = []
+    with progress(total=len(records), desc=f"{dataset.category}, images", unit="image") as bar:
+        for record, problem in prefetch(problem_of, records, READERS, AHEAD):
+            problems += [(record.path, problem)] if problem else []
             bar.update()
+    if problems:
+        others = f"; {len(problems) - 1} others, too: " + ", ".join(path for path, _ in problems[1:][:MOST_NAMED])
+        more = ", …" * (len(problems) > MOST_NAMED + 1)
+        raise UserError(problems[0][1] + (others + more) * (len(problems) > 1))
 
 
 def write_manifest(folder: Path, dataset: Dataset) -> None:
@@ -78,6 +87,23 @@ def image_digests(folder: Path, root: Path, paths: Sequence[str]) -> tuple[str, 
         if (status.st_size, status.st_mtime_ns) != states[path][:2]:
             raise UserError(f"{root / path} is not the file that {folder / IMAGES_FILE} lists: share the images")
     return tuple(states[path][2] for path in paths)
+
+
+def copies_line(folder: Path, dataset: Dataset) -> str:
+    """A line on images of the same contents, "" if there are none. A copy in another subset makes an out-of-fold score
+    in-fold; a test image in training was learned. By images.csv."""
+    states, first, twice, tested = read_manifest(folder), {}, [], []
+    for records, found in ((dataset.train, twice), (dataset.test, tested)):
+        for record in records:
+            path, digest = record.path, states[record.path][2]
+            if digest in first:
+                found.append(f"{path} is {first[digest]}")
+            elif records is dataset.train:
+                first[digest] = path
+    told = []
+    for found, what in ((twice, "training images"), (tested, "training images among the test images")):
+        told += [f"{len(found)} of {what} ({', '.join(found[:SHOWN])}{', …' * (len(found) > SHOWN)})"] * bool(found)
+    return "; ".join(told)
 
 
 def check_manifest(run: Path, datasets: Sequence[Dataset], verify: bool, command: str) -> None:

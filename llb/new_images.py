@@ -62,7 +62,7 @@ def score_images(run: Path, settings: Evaluate) -> None:
         out, about = place(run, name, settings)
         encoder = run_encoder(run, config)
         stage = make_stage(run, settings, encoder, config | config["stage2"][final], final)
-        check_readable(dataset)  # before anything is written
+        check_readable(dataset, dataset.test)  # before anything is written
         params = final_params(stage, name)
 
         # ---- what an earlier command has written goes: it may be of images that are no longer there ----

@@ -201,6 +201,32 @@ def test_images_that_changed_since_stage_1_are_named_by_every_command(moved):
         assert "images.csv is damaged" in refuse(*command)
 
 
+def test_all_unreadable_images_are_named_at_once_and_the_same_command_goes_on_without_them(tmp_path):
+    images, flags = tmp_path / "images", ("--detector", "padim", "--encoder", "tiny", "--image-size", 32)
+    for i in range(12):
+        draw(images / f"{i:03}.png", i)
+    line = ("stage1_partition", "--data", images, "--out", tmp_path / "run", "--cache", tmp_path / "cache", *flags)
+    broken = [images / f"{i:03}.png" for i in (4, 7, 11)]
+    for file in broken:
+        file.write_bytes(file.read_bytes()[:700])
+    told = refuse(*line)
+    assert "004.png cannot be read (truncated): remove or replace it; 2 others, too: 007.png, 011.png" in told
+    for file in broken:
+        file.unlink()
+    assert "9 images in 3 subsets" in succeed(*line)
+    assert "removed (1: 000.png)" in ((images / "000.png").unlink(), refuse(*line))[1]  # now they are learned
+
+
+def test_copies_of_an_image_are_told(tmp_path):
+    root = draw_mvtec(tmp_path / "root")
+    for copy, of in (("train/good/003.png", "train/good/001.png"), ("test/good/002.png", "train/good/008.png")):
+        shutil.copy(root / "tile" / of, root / "tile" / copy)
+    flags = ("--detector", "padim", "--encoder", "tiny", "--image-size", 32)
+    out = succeed("stage1_partition", "--data", root, "--out", tmp_path / "run", "--cache", tmp_path / "cache", *flags)
+    assert "copies: 1 of training images (tile/train/good/003.png is tile/train/good/001.png)" in out
+    assert "1 of training images among the test images (tile/test/good/002.png is tile/train/good/008.png)" in out
+
+
 def test_a_run_finds_its_images_and_no_others_of_that_name(moved, tmp_path, monkeypatch):
     run, root = moved
     (tmp_path / "link").symlink_to(root)
