@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from llb.files import UserError
 from llb.images import HEADER, WORKERS, centre, decode, opened, to_rgb, with_8_bits
@@ -56,7 +56,8 @@ def load_masks(
     """
 
     def load(record: Record) -> tuple[np.ndarray, bool]:
-        marked = [_defective(root / path) for path in record.masks] if record.label == 1 else []
+        masks = record.masks if record.label == 1 else ()
+        marked = [_turned(_defective(root / path), root / record.path) for path in masks]
         judged = record.label == 0 or any(defect.any() for defect in marked)
         side = rule.side or size
         return np.any(
@@ -71,6 +72,18 @@ def load_masks(
 def is_black(path: Path | str) -> bool:
     """Whether a mask marks nothing as defective."""
     return not _defective(path).any()
+
+
+def _turned(defect: np.ndarray, path: Path) -> np.ndarray:
+    """Marks of an image that EXIF turns on its side: turned with it if they have the size that the file of the image
+    has, as programs draw them that do not know EXIF. defect: bool (H, W); path: of the image."""
+    with opened(path) as image:
+        orientation, (width, height) = image.getexif().get(ExifTags.Base.Orientation, 1), image.size
+    if orientation < 5 or width == height or defect.shape != (height, width):
+        return defect
+    mask = Image.fromarray(defect)
+    mask.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(ImageOps.exif_transpose(mask))
 
 
 def _follow(defect: np.ndarray, size: int, rule: MaskRule) -> np.ndarray:

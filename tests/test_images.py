@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llb.data import Dataset, Record
 from llb.files import UserError
@@ -181,6 +181,23 @@ def test_an_opaque_alpha_changes_nothing_and_a_transparent_one_shows_white(tmp_p
     assert (load_image(deep, 16)[..., 0] == np.where(RAMP == 0, 255, RAMP)).all()
 
 
+@pytest.mark.parametrize("orientation", range(5, 9))
+def test_a_mask_without_exif_that_has_the_size_of_the_stored_image_is_turned_with_it(orientation, tmp_path):
+    stored = np.zeros((24, 48), np.uint8)
+    stored[:8, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    saved(tmp_path / "image.png", Image.fromarray(stored), exif=exif)
+    saved(tmp_path / "mask.png", Image.fromarray(stored))
+    with Image.open(tmp_path / "image.png") as image:
+        upright = ImageOps.exif_transpose(image)
+    saved(tmp_path / "upright.png", upright)
+    records = [Record("image.png", 1, (mask,), "") for mask in ("mask.png", "upright.png")]
+    masks, _ = load_masks(tmp_path, records, 48)
+    expected = load_image(tmp_path / "image.png", 48)[..., 0] >= 128
+    assert expected.any() and (masks == expected).all()
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied_to_images_and_masks(orientation, tmp_path):
     # how a camera stores the pixels of orientations 2 to 8
@@ -340,6 +357,8 @@ def test_a_mask_that_cannot_be_told_from_its_background_is_refused(name, mask, o
 def test_several_masks_are_united_and_only_known_pixels_are_judged(tmp_path):
     for name, mask in {"one.png": FAINT, "two.png": FAINT.T, "black.png": 0 * FAINT, "all.png": 1 - 0 * FAINT}.items():
         saved(tmp_path / name, mask)
+    for name in "abcdef":
+        saved(tmp_path / f"{name}.png", FAINT)
     records = [
         Record("a.png", 1, ("one.png", "black.png", "two.png"), "hole"),
         Record("b.png", 0, (), "good"),
