@@ -153,6 +153,11 @@ def _kind_of(name: str) -> str:
     return next((kind for kind in ("train", "test", "defect", "normal") if kind in of_words), "")
 
 
+def quality_of(name: str) -> str:
+    """normal, defect or "": what a name says besides the part, as train_ng does."""
+    return kind_of(" ".join(set(words(name)) - TRAIN_WORDS - TEST_WORDS))
+
+
 def _says(word: str) -> str:
     """normal, defect or ""."""
     if NORMAL.fullmatch(word):
@@ -211,6 +216,8 @@ def suspicions(images: Sequence[str]) -> tuple[list[str], str]:
         found = [pair for pair in OPPOSITES if pair <= kinds.keys()]
         hints += [" beside ".join(f"{below[name]}/" for name in sorted(pair)) for pair in found]
         for one, others in (("train", {"test"}), ("normal", {"defect", "", "test"})):
+            if one == "normal":  # train_ok beside train_ng
+                kinds = {name: quality_of(below[name].rpartition("/")[2]) or kind for name, kind in kinds.items()}
             ones = [f"{below[name]}/" for name, kind in kinds.items() if kind == one]
             rest = [f"{below[name]}/" for name, kind in kinds.items() if kind in others]
             if one == "normal":
@@ -221,11 +228,11 @@ def suspicions(images: Sequence[str]) -> tuple[list[str], str]:
                 if inner and not ones[0].startswith(tuple(f"{folder}/" for folder in masks)):
                     better = ones[0]
                 break
-    named = [folder for folder in counts if kind_of(folder.rpartition("/")[2]) == "defect"]
+    named = [folder for folder in counts if quality_of(folder.rpartition("/")[2]) == "defect"]
     defects = [folder for folder in named if counts[folder] < len(images)]  # not a folder around everything
     if defects and not better:
         hints.append(f"defects in {defects[0]}/ ({counts[defects[0]]} of the images)")
-    labelled = {kind_of(name): path for path, name in stems.items()}
+    labelled = {quality_of(name): path for path, name in stems.items()}
     if {"normal", "defect"} <= labelled.keys():
         hints.append(f"{labelled['normal']} and {labelled['defect']}")
     tested = [path for path in images if "_test." in path and path.replace("_test.", "_temp.") in stems]
