@@ -3,8 +3,9 @@
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import combinations
 from pathlib import PurePosixPath
 
 from llb.files import UserError
@@ -104,9 +105,10 @@ def stem(path: str) -> str:
 TRAIN_WORDS = {"train", "training"}
 TEST_WORDS = {"test", "testing", "validation", "valid", "val", "eval", "dev", "holdout"}
 MASK = re.compile(
-    r"gts?|masks?|label(?:map)?s?|groundtruths?|\w*annot(?:ation)?s?|ann[os]?|segm?|segmentations?"
+    r"gts?|masks?|msks?|label(?:map)?s?|lbls?|groundtruths?|\w*annot(?:ation)?s?|ann[os]?|segm?|segmentations?"
     r"|masken?|masques?|mascaras?|掩码|掩膜|标签"
 )
+DRAWN = re.compile(r"heatmaps?|overlays?")  # over an image: it is no mask, and nothing to learn from
 NORMAL = re.compile(
     r"goods?|ok|okay|normals?|negatives?|io|gut|gutteile?|intact|healthy|perfect|buen[oa]s?|bons?|buon[oi]|conform\w*"
     r"|良品|良好|合格品?|正常|양품|정상|годн\w+|хорош\w+"
@@ -121,6 +123,8 @@ FLIP = re.compile(r"(?:no[nt]?|un|in|ab|不|非|无)[ _-]?(.+)|(.+)(?:free|frei|
 NEGATIONS = {"no", "not", "non", "free", "frei", "without", "ohne", "sans", "sin", "senza"}
 NO_DIGITS = dict.fromkeys(map(ord, "0123456789"), "_")  # few names are left to look at
 OPPOSITES = ({"yes", "no"}, {"pos", "neg"}, {"true", "false"})  # which of them is normal depends
+OPPOSITES += ({"rgb", "depth"}, {"rgb", "xyz"})
+FEW = 12  # folders of one parent whose files are compared
 NEUTRAL = set("image images img imgs class part parts sample samples set data only test train".split())
 
 
@@ -195,16 +199,17 @@ def suspicions(images: Sequence[str]) -> tuple[list[str], str]:
 
     And the folder below it that seems to hold the images for training, "" for none.
     """
-    counts, children = defaultdict(int), defaultdict(dict)  # folder → images in it and below; folder → folders in it
+    inside, children = defaultdict(list), defaultdict(dict)  # folder → images in it and below; folder → folders in it
     in_folder = defaultdict(list)
     for path in images:
         *parts, name = path.split("/")
         in_folder["/".join(parts)].append(name)
         for depth, part in enumerate(parts):
             folder = "/".join(parts[: depth + 1])
-            counts[folder] += 1
+            inside[folder].append(path[len(folder) + 1 :])
             children["/".join(parts[:depth])][fold(part)] = folder
-    masks = [folder for folder in counts if any(map(MASK.fullmatch, words(folder.rpartition("/")[2])))]
+    counts = {folder: len(below) for folder, below in inside.items()}
+    masks = [folder for folder in counts if any(map(_says_mask, words(folder.rpartition("/")[2])))]
     hints = [f"masks in {folder}/ ({counts[folder]} of the images)" for folder in masks[:1]]
     stems = {path: path.rpartition("/")[2].rpartition(".")[0] for path in images}
     beside = [path for path, name in stems.items() if _is_mask_by_name(name)]
@@ -241,12 +246,19 @@ def suspicions(images: Sequence[str]) -> tuple[list[str], str]:
     twins = [path for folder, names in in_folder.items() for path in _twins(folder, names)]
     if len(twins) > 1:
         hints.append(f"two files of one name, as image and mask ({twins[0]}.*; {len(twins)} pairs)")
+    if not hints:
+        pairs = [pair for below in children.values() for pair in _counterparts({f: inside[f] for f in below.values()})]
+        hints += [f"two files of one name, as image and mask ({pair})" for pair in pairs[:1]]
     return hints, better
+
+
+def _says_mask(word: str) -> bool:
+    return bool(MASK.fullmatch(word) or DRAWN.fullmatch(word))
 
 
 def _is_mask_by_name(name: str) -> bool:
     said = words(name)
-    return bool(said) and (bool(MASK.fullmatch(said[-1])) or name.casefold().startswith("mask_"))
+    return bool(said) and (_says_mask(said[-1]) or name.casefold().startswith("mask_"))
 
 
 def _twins(folder: str, names: Sequence[str]) -> list[str]:
@@ -257,3 +269,15 @@ def _twins(folder: str, names: Sequence[str]) -> list[str]:
         endings[front].add(ending.lower())
     twins = [name for name, of_name in endings.items() if len(of_name) > 1]
     return [f"{folder}/{name}".lstrip("/") for name in twins]
+
+
+def _counterparts(folders: Mapping[str, Sequence[str]]) -> list[str]:
+    """Pairs of folders beside each other with the same names and other endings. folders: the paths below each."""
+    stems = {folder: set(map(stem, paths)) for folder, paths in folders.items() if len(folders) <= FEW}
+    endings = {folder: {path.rpartition(".")[2].lower() for path in folders[folder]} for folder in stems}
+    pairs = []
+    for one, other in combinations(stems, 2):
+        same, fewer = len(stems[one] & stems[other]), min(len(stems[one]), len(stems[other]))
+        if endings[one].isdisjoint(endings[other]) and same > 1 and same >= fewer / 2:
+            pairs.append(f"{one}/ and {other}/")
+    return pairs

@@ -108,14 +108,14 @@ SETS = {
     ),
     "masks that lie in no kind's folder, or by the images": (
         "a/train/good/{0,1}.png a/test/{cut,hole}/{images,anomaly_mask}/0.png a/test/dent/1{,_seg}.png a/test/x/2.png "
-        "a/ground_truth/2.png a/test/bad_label/mask_3.png a/test/bad_label/3.png a/train/good/u/masks/0.png",
+        "a/ground_truth/2.png a/test/bad_label/mask_3.png a/test/bad_label/3.png a/train/good/{u/masks,msk,lbl}/0.png",
         (
             "mvtec a",
             *(2, 0, 0),
             "a/test/bad_label/3.png a/test/bad_label/mask_3.png "
             "a/test/cut/images/0.png a/test/cut/anomaly_mask/0.png a/test/dent/1.png a/test/dent/1_seg.png "
             "a/test/hole/images/0.png a/test/hole/anomaly_mask/0.png a/test/x/2.png a/ground_truth/2.png",
-            {"masks of normal images": 1},
+            {"masks of normal images": 3},
         ),
     ),
     "other words for normal and defective": (
@@ -165,6 +165,15 @@ def test_a_public_set_is_read_as_it_unpacks(name, tmp_path):
 REFUSED = {
     "masks in a folder": ("{img,ground_truth}/{0,1}.png", "masks in ground_truth/ (2 of the images)"),
     "masks beside images": ("{0,1}.png {0,1}_mask.png", "masks beside images (0_mask.png; 2 of the images)"),
+    "masks in short": ("{images,msk}/{0,1}.png", "masks in msk/ (2 of the images)"),
+    "labels in short, beside images": ("{0,1}.jpg {0,1}_lbl.png", "masks beside images (0_lbl.png; 2 of the images)"),
+    "maps drawn over images": ("{images,heatmaps}/{0,1}.png", "masks in heatmaps/ (2 of the images)"),
+    "such maps beside images": ("{0,1}.jpg {0,1}_overlay.png", "masks beside images (0_overlay.png"),
+    "such maps in train/good": ("a/train/good/{0,overlay/0}.png", "a/train/good: masks in overlay/", "--layout mvtec"),
+    "such maps in a defect's kind": ("a/train/good/0.png a/test/cut/{0,overlay/0}.png", "a/test/cut: masks beside"),
+    "depth": ("{rgb,depth}/{0,1}.png", "depth/ beside rgb/"),
+    "points": ("rgb/{0,1}.png xyz/{0,1}.tiff", "rgb/ beside xyz/"),
+    "masks of any name": ("x/images/u/{0,1,2}.jpg x/binary/u/{1,2}.png", "image and mask (x/binary/ and x/images/)"),
     "masks of the same name": ("cut/{0,1}.{jpg,png}", "cut/0.*; 2 pairs"),
     "train beside test": ("train/{0,1}.png test/0.png", "train/ beside test/", "{root}/train"),
     "a classification set": ("{train,val}/{cat,dog}/0.png", "train/ beside val/"),
@@ -224,6 +233,8 @@ def test_folders_that_say_nothing_of_defects_are_a_plain_folder(tmp_path):
         tmp_path,
         "{inox,nonwoven,wireless,no_flash,2024-05-01,clean_room,pass_2,Nr_1}/SN1_ok.png",
     )
+    plant(tmp_path, "x/a/{0,1,2}.jpg x/b/{2,3,4}.png y/a/0.jpg y/b/0.png")  # few of one name
+    plant(tmp_path, "many/{0,1,2,3,4,5,6,7,8,9,a,b}/{0,1}.png many/c/{0,1}.jpg")
     assert read_root(tmp_path).layout == "folder"
 
 
