@@ -243,7 +243,7 @@ def _mvtec(images: Iterable[str], own_name: str) -> Found:
         of_kind += beside
         title = titles[folder, kind] if label else "good"
         names = [below if part == "train" else below.replace("/", " ") for below, path in images if path not in paired]
-        if hints := suspicions(names)[0]:
+        if hints := suspicions(names, "defect" if label else "normal")[0]:
             found.doubts.append(f"{os.path.dirname(images[0][1])}: {', '.join(hints[:3])}")
         splits[folder][part == "test"].extend(Record(path, label, paired.get(path, ()), title) for _, path in images)
     for (_, kind), of_kind in masks.items():

@@ -194,10 +194,11 @@ def is_masks(name: str) -> bool:
 # ---- a folder of images that is more than that ----
 
 
-def suspicions(images: Sequence[str]) -> tuple[list[str], str]:
+def suspicions(images: Sequence[str], known: str = "") -> tuple[list[str], str]:
     """What hints at masks or at known defects among the images of a folder: phrases for a message.
 
-    And the folder below it that seems to hold the images for training, "" for none.
+    And the folder below it that seems to hold the images for training, "" for none. known: "normal" or "defect" if a
+    folder's name says what all of them are.
     """
     inside, children = defaultdict(list), defaultdict(dict)  # folder → images in it and below; folder → folders in it
     in_folder = defaultdict(list)
@@ -237,9 +238,12 @@ def suspicions(images: Sequence[str]) -> tuple[list[str], str]:
     defects = [folder for folder in named if counts[folder] < len(images)]  # not a folder around everything
     if defects and not better:
         hints.append(f"defects in {defects[0]}/ ({counts[defects[0]]} of the images)")
+    bad = [path for path, name in stems.items() if quality_of(name) == "defect"]
     labelled = {quality_of(name): path for path, name in stems.items()}
     if {"normal", "defect"} <= labelled.keys():
         hints.append(f"{labelled['normal']} and {labelled['defect']}")
+    elif known != "defect" and 0 < len(bad) < len(images):
+        hints.append(f"defects by name ({bad[0]}; {len(bad)} of {len(images)})")
     tested = [path for path in images if "_test." in path and path.replace("_test.", "_temp.") in stems]
     if tested:
         hints.append(f"templates beside {tested[0]}")

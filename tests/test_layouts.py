@@ -86,8 +86,13 @@ SETS = {
         ("mvtec a", 2, 0, 1, "a/test/Ungood/img/0.png a/test/Ungood/label/0.png", {"masks of normal images": 1}),
     ),
     "VAD": (
-        "a/{train,test}/{good,bad}/{0,1}.png",
-        ("mvtec a", 2, 0, 2, "a/test/bad/0.png - a/test/bad/1.png -", {"in train, defective by their folder": 2}),
+        "a/{train,test}/{good,bad}/{0,1}.png a/test/bad/scratch.png",
+        (
+            "mvtec a",
+            *(2, 0, 2),
+            "a/test/bad/0.png - a/test/bad/1.png - a/test/bad/scratch.png -",
+            {"in train, defective by their folder": 2},
+        ),
     ),
     "AeBAD": (
         "a/train/good/{u,v}/0.png a/test/{good,cut}/u/0.png a/ground_truth/cut/u/0.png",
@@ -193,11 +198,13 @@ REFUSED = {
     "yes and no": ("{yes,no}/0.png", "no/ beside yes/"),
     "templates": ("x/{0,1}_{temp,test}.jpg", "templates beside x/0_test.jpg"),
     "labels in names": ("cast_{ok,def}_0.png", "cast_ok_0.png and cast_def_0.png"),
+    "defects in names": ("part_{0,1,2}{,_scratch}.jpg", "defects by name (part_0_scratch.jpg; 3 of 6)"),
     "masks in camel case": ("{JPEGImages,SegmentationClass}/0.png", "masks in SegmentationClass/"),
     "years in names": ("{train2017,val2017}/0.png", "{root}/train2017"),
     "masks in parts, too": ("{gtFine,leftImg8bit}/{train,val}/0.png", "{root}/leftImg8bit/train,"),
     "kinds in train": ("{train,test}/{ok_front,def_front}/0.png", "{root}/train/ok_front,"),
     "defects in train/good": ("a/train/good/{OK,NG}/0.png", "a/train/good/NG: OK/ beside NG/", "--layout mvtec"),
+    "defects in names there": ("a/train/good/{0,0_bad}.png", "a/train/good: defects by name (0_bad.png; 1 of 2)"),
     "masks in train/good": ("a/train/good/{0,1}.{jpg,png}", "a/train/good: two files of one name"),
     "one level too high": ("mvtec/a/train/good/0.png", "{root}/mvtec (mvtec)"),
     "two levels too high": ("x/y/kos01/Part0{,_label}.jpg", "{root}/x/y (ksdd)"),
@@ -236,6 +243,7 @@ def test_folders_that_say_nothing_of_defects_are_a_plain_folder(tmp_path):
     plant(tmp_path, "x/a/{0,1,2}.jpg x/b/{2,3,4}.png y/a/0.jpg y/b/0.png")  # few of one name
     plant(tmp_path, "many/{0,1,2,3,4,5,6,7,8,9,a,b}/{0,1}.png many/c/{0,1}.jpg")
     assert read_root(tmp_path).layout == "folder"
+    assert read_root(plant(tmp_path / "crack_detector", "crack_{0,1}.png")).layout == "folder"  # all are named so
 
 
 def test_a_layout_said_outright_that_does_not_fit_says_where_the_images_lie(tmp_path):
