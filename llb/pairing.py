@@ -111,14 +111,15 @@ MASK = re.compile(
 DRAWN = re.compile(r"heatmaps?|overlays?")  # over an image: it is no mask, and nothing to learn from
 NORMAL = re.compile(
     r"goods?|ok|okay|normals?|negatives?|io|gut|gutteile?|intact|healthy|perfect|buen[oa]s?|bons?|buon[oi]|conform\w*"
-    r"|良品|良好|合格品?|正常|양품|정상|годн\w+|хорош\w+"
+    r"|regular|golden|良|良好|合格|正常|양품|정상|годн\w+|хорош\w+"
 )
 DEFECT = re.compile(
     r"ng|nok|ko|nio|bad|bads|def|defe[ck]t\w*|anomal\w*|fault\w*|fail\w*|reject\w*|positives?|scrap|damag\w*|broken"
     r"|crack(?:s|ed)?|scratch\w*|dents?|dented|blowholes?|contaminat\w*|flaw\w*|dirty|invalid|wrong|incorrect|diseased"
-    r"|fehler\w*|schlecht\w*|ausschuss\w*|mal[oa]s?|mauvais|d[eé]faut\w*|d[eé]fectu\w*|difett\w*|scart[io]"
+    r"|irregular|fehler\w*|schlecht\w*|ausschuss\w*|mal[oa]s?|mauvais|d[eé]faut\w*|d[eé]fectu\w*|difett\w*|scart[io]"
     r"|缺陷|瑕疵|异常|異常|불량품?|брак|дефект\w*"
 )
+THINGS = re.compile(r"(?:parts?|pieces?|images?|imgs?|samples?|品|件)$")  # goodparts, NG品
 FLIP = re.compile(r"(?:no[nt]?|un|in|ab|不|非|无)[ _-]?(.+)|(.+)(?:free|frei|less)")  # nondefective, 不良品, flawless
 NEGATIONS = {"no", "not", "non", "free", "frei", "without", "ohne", "sans", "sin", "senza"}
 NO_DIGITS = dict.fromkeys(map(ord, "0123456789"), "_")  # few names are left to look at
@@ -164,6 +165,7 @@ def quality_of(name: str) -> str:
 
 def _says(word: str) -> str:
     """normal, defect or ""."""
+    word = THINGS.sub("", word)
     if NORMAL.fullmatch(word):
         return "normal"
     if (match := FLIP.fullmatch(word)) and (rest := _says(match[1] or match[2])):
@@ -220,6 +222,8 @@ def suspicions(images: Sequence[str], known: str = "") -> tuple[list[str], str]:
     for folder, below in children.items():
         kinds = {name: kind_of(below[name].rpartition("/")[2]) for name in sorted(below)}
         found = [pair for pair in OPPOSITES if pair <= kinds.keys()]
+        if kinds.keys() == {"0", "1"} and not in_folder[folder] and not known:  # classes by number
+            found.append(kinds.keys())
         hints += [" beside ".join(f"{below[name]}/" for name in sorted(pair)) for pair in found]
         for one, others in (("train", {"test"}), ("normal", {"defect", "", "test"})):
             if one == "normal":  # train_ok beside train_ng

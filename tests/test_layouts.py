@@ -125,8 +125,8 @@ SETS = {
     ),
     "other words for normal and defective": (
         "a/training/{gut,Ausschuss}/0.png a/testing/{gut,No_Defect,OK_01,不良品}/0.png b/train/良品/0.png "
-        "c/train/i.O./0.png",
-        ("mvtec a b c", 1, 0, 3, "a/testing/不良品/0.png -", {"in train, defective by their folder": 1}),
+        "c/train/i.O./0.png d/train/okParts/{0,1}/2.png",
+        ("mvtec a b c d", 1, 0, 3, "a/testing/不良品/0.png -", {"in train, defective by their folder": 1}),
     ),
     "categories that are called like parts": (
         "{test,mask}/train/good/0.png {test,mask}/test/cut/0.png {test,mask}/ground_truth/cut/0_mask.png",
@@ -196,6 +196,12 @@ REFUSED = {
     "in Chinese": ("{合格,不合格}/0.png", "{root}/合格"),
     "a word for not": ("{nonDefective,Defective}/0.png", "{root}/nonDefective"),
     "yes and no": ("{yes,no}/0.png", "no/ beside yes/"),
+    "good parts beside bad": ("{goodparts,badparts}/0.png", "goodparts/ beside badparts/", "{root}/goodparts"),
+    "parts in Chinese": ("{OK品,NG品}/0.png", "OK品/ beside NG品/"),
+    "one sign": ("{良,不良}/0.png", "良/ beside 不良/"),
+    "regular": ("{regular,irregular}/0.png", "regular/ beside irregular/"),
+    "a golden sample": ("{golden,test}/0.png", "golden/ beside test/", "{root}/golden"),
+    "classes by number": ("x/{0,1}/{0,1}.png", "x/0/ beside x/1/"),
     "templates": ("x/{0,1}_{temp,test}.jpg", "templates beside x/0_test.jpg"),
     "labels in names": ("cast_{ok,def}_0.png", "cast_ok_0.png and cast_def_0.png"),
     "defects in names": ("part_{0,1,2}{,_scratch}.jpg", "defects by name (part_0_scratch.jpg; 3 of 6)"),
@@ -242,6 +248,7 @@ def test_folders_that_say_nothing_of_defects_are_a_plain_folder(tmp_path):
     )
     plant(tmp_path, "x/a/{0,1,2}.jpg x/b/{2,3,4}.png y/a/0.jpg y/b/0.png")  # few of one name
     plant(tmp_path, "many/{0,1,2,3,4,5,6,7,8,9,a,b}/{0,1}.png many/c/{0,1}.jpg")
+    plant(tmp_path, "numbers/{0,1,2}/0.png others/{0,1,.}/0.png pieces/{image,sample}/0.png")
     assert read_root(tmp_path).layout == "folder"
     assert read_root(plant(tmp_path / "crack_detector", "crack_{0,1}.png")).layout == "folder"  # all are named so
 
