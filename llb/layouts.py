@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llb.files import UserError
+from llb.files import UserError, typed
 from llb.pairing import VIEWS, is_masks, is_normal, pair, split_beside, split_views, suspicions
 from llb.tree import AGAIN, OTHER, Tree, by_folder, count, fold, fold_path, summary, walk
 
@@ -118,12 +118,12 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
     if not tree.images and not layout.startswith("real-iad"):
         rest = f" ({summary(count(tree.left_out))})" if tree.left_out else ""
         raise UserError(f"--data {path} holds no images{rest}: give {KNOWN}")
-    has_csv = layout == "visa" and visa_csv(files) is not None
-    if layout.startswith("real-iad") or has_csv:
+    if layout.startswith("real-iad") or (layout == "visa" and visa_csv(files)):
         return Root(path, layout, tree, None, {}, tree.left_out, ())
     full = path.absolute()
     if layout == "visa" and os.path.isfile(full.parent / "split_csv" / "1cls.csv"):
-        raise UserError(f"--data {path}: split_csv lies beside it; give --data {full.parent} --category {full.name}")
+        above = f"--data {typed(full.parent)} --category {typed(full.name)}"
+        raise UserError(f"--data {path}: split_csv lies beside it; give {above}")
     again = again if layout == "mvtec" else ()
     images = by_folder((*tree.images, *again)) if again else tree.images
     found = READERS[layout](images, Path(os.path.abspath(path)).name.lstrip(".") or "images")
@@ -164,16 +164,16 @@ def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
             if rest and (layout := _sign(rest[0])):
                 below.setdefault("/".join(real.split("/")[:depth]), layout)
         if below:
-            places = " or ".join(f"--data {root / folder} ({layout})" for folder, layout in list(below.items())[:3])
+            places = " or ".join(f"--data {typed(root / folder)} ({layout})" for folder, layout in [*below.items()][:3])
             raise UserError(f"--data {root}: the image set lies deeper; give {places}")
     if any(REALIAD_NAME.search(file) for file in folded):
         raise UserError(
             f"--data {root} holds Real-IAD's images without its JSON files: unpack realiad_jsons beside realiad_1024, "
-            "which holds a folder for each category, and give the folder that holds both"
+            "which holds a folder for each category, and give the folder of both; --layout folder trains on every image"
         )
     hints, better = suspicions(images)
     if hints:
-        alone = f", as --data {root / better}" if better else ""
+        alone = f", as --data {typed(root / better)}" if better else ""
         raise UserError(
             f"--data {root} looks like a labelled image set, but is none that llb knows: {', '.join(hints[:3])}. "
             f"Give the folder of the training images alone{alone}, or arrange them as train/good, test/<kind>, "

@@ -220,7 +220,8 @@ def test_a_csv_that_is_not_visas_is_refused_and_validation_is_left_out(tmp_path)
     assert reading_line(describe(root, [dataset])).endswith(
         "left out: for validation: 1 (candle/Data/Images/Normal/0.JPG)"
     )
-    assert "--data" in error_of(read_root, tmp_path / "candle")  # the CSV lies above
+    (tmp_path / "candle").rename(tmp_path / "my candle")  # the CSV lies above
+    assert f"give --data {tmp_path} --category 'my candle'" in error_of(read_root, tmp_path / "my candle")
     for text in (b"image,label\nx,y\n", b"", ROWS[0].encode(), b"object,split,label,image,mask\n\xff\xff\n"):
         (tmp_path / "split_csv/1cls.csv").write_bytes(text)
         assert "1cls.csv" in error_of(categories, tmp_path)
@@ -344,6 +345,8 @@ def test_a_root_that_lacks_something_says_what_was_expected(tmp_path):
     assert "is a file" in error_of(read_root, tmp_path / "one.png")
     assert "realiad_jsons_fuiad_" in error_of(categories, tmp_path / "images")
     assert "realiad_1024" in error_of(load_category, put_realiad(tmp_path / "jsons", [], []), "cap")
+    (tmp_path / "jsons/realiad_1024").write_text("../far")  # a link, as git writes it where there are none
+    assert "realiad_1024 is a file of 6 bytes" in error_of(load_category, tmp_path / "jsons", "cap")
     (tmp_path / "empty/deep").mkdir(parents=True)
     assert all(word in error_of(read_root, tmp_path / "empty") for word in ("empty", "Real-IAD", "MVTec", "VisA"))
 
