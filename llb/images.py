@@ -120,6 +120,8 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for ever
             raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+        if not status.st_size:
+            raise ValueError("it is empty")
         _check_text(path, status.st_size)
         with Image.open(path, formats=FORMATS) as image:
             megapixels = image.width * image.height / 1e6
@@ -139,6 +141,8 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError:
         raise UserError(f"{path} is not there: put it back, or take it off the list") from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): grant access to it") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} cannot be read (no image format that llb knows): remove or replace it") from None
     except Exception as error:  # for damaged files Pillow raises OSError, SyntaxError, struct.error, zlib.error, …
@@ -148,9 +152,12 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
 
 
 def _check_text(path: Path | str, size: int) -> None:
-    """Raise a ValueError for a PNM with too much text in it: Pillow reads it byte by byte."""
+    """Raise an error for a text in an image's place, and for a PNM with too much text in it: Pillow reads it byte by
+    byte."""
     with open(path, "rb") as file:
         head = file.read(HEADER)
+        if head.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a git-LFS pointer, not the image: fetch the images with: git lfs pull")
         if size <= HEADER or not re.match(rb"P[0-6fy]", head):
             return
         numbers = 2 if head[:2] in (b"P1", b"P4") else 3  # width, height, largest value

@@ -1,5 +1,6 @@
 """Any picture becomes 8-bit RGB, any mask becomes bool, upright and square; what cannot be read is named."""
 
+import errno
 import io
 import os
 import struct
@@ -228,6 +229,8 @@ def test_a_truncated_damaged_or_missing_image_is_named(suffix, tmp_path):
         for read in (load_image, load_mask):
             with pytest.raises(UserError, match=f"broken{suffix} cannot be read .*: remove or replace it$"):
                 read(file, 16)
+    with pytest.raises(UserError, match=f"broken{suffix} cannot be read .it is empty"):
+        load_image(file, 16)
     with pytest.raises(UserError, match="absent.png is not there"):
         load_image(tmp_path / "absent.png", 16)
 
@@ -254,6 +257,12 @@ PAGES = {"save_all": True, "append_images": [Image.fromarray(RAMP.T)]}
         ("small_first.tif", RAMP[:8, :8], PAGES, "several frames or pages"),
         ("many.tif", RAMP, {"save_all": True, "append_images": [Image.new("L", (2, 2))] * 40}, "several frames"),
         ("eps.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", {}, "no image format"),
+        (
+            "lfs.png",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            {},
+            "git-LFS .*git lfs pull$",
+        ),
         ("a.pgm", b"P5\n16 16#" + b"x" * 5_000_000 + b"\n255\n" + bytes(256), {}, "comments in its header"),
         ("a.pgm", b"P2 1000 1000 255\n" + b"#\n" * 500_000 + b"9 " * 1_000_000, {}, "text"),
         ("a.pbm", b"P4 40000 40000\n", {}, "1600 megapixels, more than 1000"),
@@ -280,6 +289,16 @@ def test_what_cannot_be_read_rightly_is_refused_in_one_line_and_quickly(name, co
             read(file, 16)
         assert "\n" not in str(error.value) and name in str(error.value)
     assert time.perf_counter() - start < 1
+
+
+def test_an_image_that_may_not_be_read_is_not_to_be_removed(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    file = saved(tmp_path / "0.png", RAMP)
+    monkeypatch.setattr("llb.images._check_text", denied)  # who runs the tests may be allowed everything
+    with pytest.raises(UserError, match="0.png cannot be read .Permission denied.: grant access to it$"):
+        load_image(file, 16)
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path):
