@@ -13,6 +13,8 @@ also teach more than either: Li et al., "Deep batch active anomaly detection wit
 
 The estimate itself adds two images to the draws, with half of the last page's share of defects, since the share falls
 from there on. So its mean error was smaller than that of the draws alone at each noise ratio, from the first page on.
+The draws speak for all that lies there, so the defects that were found there otherwise, such as on a next page
+(llb.next_page), are taken off.
 """
 
 from collections.abc import Sequence
@@ -68,7 +70,7 @@ def unseen_defects(pages: Sequence[Page], rank: np.ndarray, marks: np.ndarray) -
         high = min(high, int(np.flatnonzero(likely > POOLED).max(initial=0)))
     share = (k + extra / max(m, 1)) / (n + 2)
     high = max(low, high)
-    return Unseen(unseen, int(np.clip(round(share * unseen), low, high)), low, high, on_last)
+    return Unseen(unseen, int(np.clip(round(share * (seen + unseen) - found), low, high)), low, high, on_last)
 
 
 def _defects(marks: np.ndarray) -> int:
