@@ -27,7 +27,6 @@ from llb.flags import parse_flags
 from llb.head import Headed, repeated
 from llb.images import load_image
 from llb.lock import hold
-from llb.manifest import forget_metrics
 from llb.maps import map_names, replace_maps, write_maps
 from llb.marks import EDITABLE, THRESHOLD_OF, normal_images
 from llb.masks import MaskRule, load_masks
@@ -44,16 +43,18 @@ from llb.new_images import check_flags, score_images
 from llb.next_page import write_next_page
 from llb.protocols import PROTOCOLS, mask_rule
 from llb.purify import combine
-from llb.report import write_report
+from llb.report import predicted, write_report
 from llb.review import threshold_doubt
-from llb.run import check_list, find_run, finished_detectors, load_datasets, read_run, run_encoder
+from llb.run import find_run, finished_detectors, load_datasets, read_run, run_encoder
 from llb.score import heat_maps, score, score_some
+from llb.selection import outdated_detectors
 from llb.stage import Stage, final_params, load_features, make_stage
 from llb.threshold import by_kind, list_digest, threshold_facts
 from llb.tiles import shown_tests, small, tiles_file, united, write_tiles
 from llb.times import timed
 
 PIXEL_ERROR = 1e-5  # a larger error of the pixel metrics is reported
+OUTDATED = "{} is outdated, and its metrics are left out: {}"
 
 
 def main() -> None:
@@ -77,17 +78,27 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     stages = {final: make_stage(run, settings, encoder, config | config["stage2"][final], final) for final in detectors}
 
     datasets = dict(zip(names, load_datasets(run, config, settings)))
-    facts, notes, lists = {}, {}, {}
+    old, facts, notes, lists, outdated = tables.read_metrics(run), {}, {}, {}, {}
     for name, dataset in datasets.items():
         purified = tables.read_purified(run / name, dataset)
         lists[name] = purified.indices
-        for final in stages:
-            check_list(run, dataset, final)
+        shown = tables.detector_names(old.get(name, {}) | dict.fromkeys([*stages, *predicted(run / name)]))
+        changed = outdated_detectors(run, dataset, shown)
+        outdated |= changed
         facts[name] = purification_facts(dataset, purified, run / name)
-        notes[name] = [purified.note] if purified.note else []
+        notes[name] = [purified.note] * bool(purified.note) + [OUTDATED.format(*pair) for pair in changed.items()]
         if not dataset.test:
             notes[name].append("there is no test set: the training images are scored, the dropped ones too")
             say(f"{name}: {notes[name][-1]}")
+
+    # ---- of an outdated detector no old metrics stay; it is refused, unless --train-on has another one ----
+    refused = [final for final in stages if final in outdated]
+    if refused and (settings.train_on is None or len(refused) == len(stages)):
+        raise outdated[refused[0]]
+    for final, problem in outdated.items():
+        say(OUTDATED.format(final, problem))
+        stages.pop(final, None)
+    tables.forget_metrics(run, (*names, "mean"), list(outdated))
 
     for name, dataset in datasets.items():
         for final, stage in stages.items():
@@ -175,7 +186,7 @@ def evaluate(
         say(f"{name}: so many scores are nearly equal that pixel metrics on {final} may be off by {error:.1g}")
 
     # ---- write; without metrics, which come last, it is not evaluated: killed in between, it is scored again ----
-    forget_metrics(stage.run, [name], [final])
+    tables.forget_metrics(stage.run, [name], [final])
     facts = threshold_facts(fair(params, normal), labels, scores)
     facts |= {"out_of_fold": int(unfair), "list": list_digest(normal)}
     if not len(normal):

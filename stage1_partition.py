@@ -36,7 +36,7 @@ from llb.processes import agreed
 from llb.purify import combine, partition
 from llb.report import review_command, write_report
 from llb.run import as_shown, command_line, demo_or_given_root, environment, open_run, place_run
-from llb.runfiles import next_command, stage1_command, write_config
+from llb.runfiles import next_command, stage1_command, stage2_command, write_config
 from llb.score import heat_maps, score_all
 from llb.selection import change_selection, outdated_detectors, read_submodel_scores
 from llb.sheet import lacks_tiles, whole_pages
@@ -97,7 +97,8 @@ def run_stage1(run: Path, settings: Stage1, device: str) -> None:
         else:
             with timed(run, dataset.category, "stage 1"):
                 stage1(stage, dataset)
-        for again in outdated_detectors(run, config, dataset):
+        for final in outdated_detectors(run, dataset, config.get("stage2", {})):
+            again = f"{stage2_command(run, final)} --overwrite"
             say(f"{dataset.category}: stage 2's detector was trained on another list; train it again: {again}")
     if is_writer():
         write_report(run)

@@ -4,7 +4,6 @@ Stage 1 writes RUN/<category>/images.csv first (llb.runfiles); every later comma
 folder is the same data, a changed image is not. Nothing is deleted but what the last part names.
 """
 
-import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from llb.console import progress
 from llb.data import Dataset, Record
 from llb.detectors import DETECTORS
 from llb.features import prefetch
-from llb.files import UserError, digest_of_file, discard, discard_files, is_writer, write_csv, write_json
+from llb.files import UserError, digest_of_file, discard, discard_files, is_writer, write_csv
 from llb.head import head_file
 from llb.images import load_image
 from llb.learning import LEARNING_FILE, loss_file
@@ -24,7 +23,7 @@ from llb.marks import MARKS_FILE, review_file
 from llb.masks import load_masks
 from llb.processes import agreed
 from llb.runfiles import COLUMNS, IMAGES_FILE, State, read_manifest
-from llb.tables import METRICS_FILE, TRAIN_ON, kinds_file, read_metrics, read_table, threshold_file
+from llb.tables import METRICS_FILE, TRAIN_ON, forget_metrics, kinds_file, read_table, threshold_file
 from llb.tiles import next_tiles_file, tiles_file
 from llb.times import TIMES_FILE
 
@@ -213,13 +212,6 @@ def clear_stage2(run: Path, categories: Sequence[str], final: str) -> None:
     forget_metrics(run, (*categories, "mean"), [final])  # llb.compare and llb.ablate read the mean
     for name in categories:
         clear_detector(run / name, final)
-
-
-def forget_metrics(run: Path, categories: Iterable[str], names: Iterable[str]) -> None:
-    """Take names, such as final detectors, out of the entries that categories, or "mean", have in metrics.json."""
-    metrics, pairs = read_metrics(run), list(itertools.product(categories, names))
-    if any([metrics.get(category, {}).pop(name, None) is not None for category, name in pairs]):
-        write_json(run / METRICS_FILE, metrics)
 
 
 def clear_detector(folder: Path, final: str) -> None:

@@ -29,7 +29,7 @@ from llb.metrics import ranks
 from llb.pages import Page, suspect_pages
 from llb.pictures import printable
 from llb.runfiles import read_config, stage1_command, write_config
-from llb.tables import read_table, stage1_finished
+from llb.tables import forget_metrics, read_metrics, read_table, stage1_finished
 from llb.unseen import unseen_defects
 
 COLUMNS = ["category", "path", "verdict"]
@@ -104,7 +104,7 @@ def merge(run: Path, config: dict[str, Any], datasets: Sequence[Dataset], files:
     record(run, None)
     for dataset in datasets:
         if (marks[dataset.category] != UNSAID).any():
-            write_marks(run / dataset.category, dataset, marks[dataset.category])
+            keep(run, dataset, marks[dataset.category])
     say(f"{new} new marks" + f", and {changed} others have changed" * (changed > 0))
 
 
@@ -163,7 +163,16 @@ def simulate(run: Path, config: dict[str, Any], datasets: Sequence[Dataset], set
         said[wrong] = 1 - said[wrong]
         marks = np.full(len(dataset.train), UNSAID, np.int8)
         marks[seen] = np.where(said == 1, DEFECT, FINE)
-        write_marks(run / dataset.category, dataset, marks)
+        keep(run, dataset, marks)
+
+
+def keep(run: Path, dataset: Dataset, marks: np.ndarray) -> None:
+    """Write the marks of a category. If they are others than before, the metrics of `reviewed` are outdated, and go."""
+    folder, metrics = run / dataset.category, read_metrics(run)
+    if (marks != read_marks(folder, dataset)).any():
+        reviewed = [final for final in metrics.get(folder.name, {}) if final.startswith("reviewed")]
+        forget_metrics(run, (folder.name, "mean"), reviewed)
+    write_marks(folder, dataset, marks)
 
 
 def record(run: Path, about: dict[str, Any] | None) -> None:

@@ -1,6 +1,7 @@
 """Another selection from the scores of a finished stage 1, by settings that select (`llb.config.SELECTING`)."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ from llb.config import SELECTING, Stage1
 from llb.console import say
 from llb.data import Dataset
 from llb.files import UserError, discard_files
-from llb.manifest import clear_evaluation, forget_metrics
+from llb.manifest import clear_evaluation
 from llb.processes import process_0_first
 from llb.run import check_list, differences
-from llb.runfiles import stage2_command
-from llb.tables import purified_text, read_scores, read_submodels
+from llb.tables import forget_metrics, purified_text, read_scores, read_submodels
 
 RANKING = [name for name in SELECTING if name != "keep"]
 
@@ -71,12 +71,12 @@ def change_selection(
     say(f"another selection ({changes}): what is trained and scored stays")
 
 
-def outdated_detectors(run: Path, config: dict[str, Any], dataset: Dataset) -> list[str]:
-    """The commands that train the final detectors again whose list has changed since they were trained."""
-    commands = []
-    for final in config.get("stage2", {}):
+def outdated_detectors(run: Path, dataset: Dataset, finals: Iterable[str]) -> dict[str, UserError]:
+    """Of final detectors those whose list has changed since they were trained, each with what `check_list` says."""
+    outdated = {}
+    for final in finals:
         try:
             check_list(run, dataset, final)
-        except UserError:
-            commands.append(stage2_command(run, final) + " --overwrite")
-    return commands
+        except UserError as error:
+            outdated[final] = error
+    return outdated

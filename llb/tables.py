@@ -23,12 +23,7 @@ from llb.files import UserError, read_cell, read_json, write_csv, write_json, wr
 from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, SAMPLE_METRICS, ranks
 from llb.pictures import printable
 
-TRAIN_ON = (
-    "purified",
-    "reviewed",
-    "all",
-    "clean",
-)  # the images that a final detector may be trained on, in the order of tables
+TRAIN_ON = ("purified", "reviewed", "all", "clean")  # what a final detector may be trained on, in the order of tables
 METRICS = IMAGE_METRICS + PIXEL_METRICS  # the samples' are shown where they are defined (`shown_metrics`)
 TITLES = {"auroc": "AUROC", "ap": "AP", "f1_max": "F1-max", "aupro": "AUPRO"}
 PURIFICATION = ("n", "kept", "contamination_before", "contamination_after", "train_auroc")  # the last: ranking AUROC
@@ -41,9 +36,8 @@ COLUMN_TYPES = {
     "score": lambda text: float(text) if math.isfinite(float(text)) else COLUMN_TYPES[text],
     "kept": {"0": False, "1": True}.__getitem__,
     "label": {"0": 0, "1": 1, "": None}.__getitem__,
-    "sha256": str,
 }
-COLUMN_TYPES |= {"verdict": {"fine": 0, "defect": 1}.__getitem__}
+COLUMN_TYPES |= {"verdict": {"fine": 0, "defect": 1}.__getitem__, "sha256": str}
 COLUMN_TYPES |= {column: partial(read_cell, column) for column in ("path", "kind", "category", "from", "to")}
 COLUMN_TYPES |= dict.fromkeys(("subset", "images", "bytes", "modified_ns", "step", "submodel"), int)
 COLUMN_TYPES |= dict.fromkeys(("distance", "loss"), float) | dict.fromkeys(("image_auroc", "found"), SHARE)
@@ -230,6 +224,13 @@ def read_metrics(run: Path) -> dict[str, Any]:
     return metrics
 
 
+def forget_metrics(run: Path, categories: Iterable[str], names: Sequence[str]) -> None:
+    """Take names, such as final detectors, out of the entries that categories, or "mean", have in metrics.json."""
+    metrics = read_metrics(run)
+    if any([metrics.get(category, {}).pop(name, None) is not None for category in categories for name in names]):
+        write_json(run / METRICS_FILE, metrics)
+
+
 def _are_facts(name: str, facts: Any) -> bool:
     """Whether this may stand in an entry of metrics.json: numbers by name, or the paths of images without masks."""
     if name == "missing_masks":
@@ -344,7 +345,6 @@ def summary_table(metrics: dict[str, Any]) -> str:
     if all(value is None for entry in detector_entries(metrics) for value in entry.values()):
         lines = ["no metric is defined: that takes test images that are known to be normal, and defective ones"]
     purified = {name: metrics[name]["purification"] for name in names if metrics[name].get("purification")}
-    if purified:
-        lines += ["", f"{'category':<{width}} purification"]
+    lines += ["", f"{'category':<{width}} purification"] * bool(purified)
     lines += [f"{shorten(name, width):<{width}} {purification_line(facts)}" for name, facts in purified.items()]
     return "\n".join(lines)

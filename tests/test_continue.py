@@ -20,6 +20,7 @@ from llb.device import silence_checkpoints
 from llb.encoders.weights import write_tree
 from llb.files import UserError, discard
 from llb.runfiles import write_config
+from llb.tables import read_metrics
 
 
 @pytest.fixture
@@ -219,7 +220,11 @@ def test_stage_2_trains_on_an_edited_list_and_the_report_says_so(copy, data):
     for line in (stage2, ("evaluate", "--run", copy)):
         problem = refuse(*line)
         assert "has changed since this was trained" in problem and "--train-on purified --overwrite" in problem
-    succeed("evaluate", "--run", copy, "--train-on", "all")
+    for _ in range(2):  # the metrics of the old list are gone; what it has scored is still there
+        told = succeed("evaluate", "--run", copy, "--train-on", "all")
+        assert "purified is outdated, and its metrics are left out" in told and "     purified" not in told
+        assert all("purified" not in entry and "all" in entry for entry in read_metrics(copy).values())
+        assert "purified is outdated" in (copy / "report.html").read_text(encoding="utf-8")
     out = succeed(*stage2, "--overwrite")
     assert "edited by hand: 0 added, 1 removed" in out and f"training on {len(lines) - 1} of 12" in out
     succeed("evaluate", "--run", copy)

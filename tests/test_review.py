@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from helpers import refuse, rows_of, succeed
 
-from llb.files import UserError, write_csv
+from llb.files import UserError, write_csv, write_json
 from llb.manifest import clear_run
 from llb.marks import DEFECT, FINE, UNSAID, training_set, write_marks
 from llb.pages import suspect_pages
 from llb.review import findings, threshold_doubt
 from llb.run import check_no_marks
 from llb.runfiles import read_config
+from llb.tables import read_metrics
 from llb.unseen import unseen_defects
 
 NAME = "llb.review"
@@ -93,6 +94,20 @@ def test_simulated_marks_are_the_labels_of_what_is_seen_with_errors_and_said_to_
     (run / "tile" / "marks.csv").unlink()
     assert "SIMULATED" not in succeed(NAME, "--run", run, own)
     assert "review" not in read_config(run, "", "")
+
+
+def test_other_marks_make_the_metrics_of_reviewed_those_of_an_old_list_and_the_same_marks_do_not(run, tmp_path):
+    one, two = (saved(tmp_path / f"{word}.csv", f"tile,{paths_of(run)[0]},{word}") for word in ("fine", "defect"))
+    before = read_metrics(run)
+    old = {name: entry | dict.fromkeys(("reviewed", "reviewed-padim"), entry["all"]) for name, entry in before.items()}
+    for look, other in ((("--simulate", 3), ("--simulate", 4)), ((one,), (two,))):
+        succeed(NAME, "--run", run, *look)
+        write_json(run / "metrics.json", old)
+        succeed(NAME, "--run", run, *look)
+        assert read_metrics(run) == old
+        succeed(NAME, "--run", run, *other)
+        assert read_metrics(run) == before
+        (run / "tile" / "marks.csv").unlink()
 
 
 def test_a_run_that_begins_again_has_no_marks_whose_origin_nobody_knows(run):

@@ -9,9 +9,11 @@ from helpers import TILE, contents, refuse, rows_of, succeed
 
 import evaluate
 import stage1_partition
+from llb.checkpoint import CheckpointFolder, save_finished
 from llb.config import Evaluate
 from llb.data import load_category
 from llb.files import write_json
+from llb.head import evidence
 from llb.marks import DEFECT, UNSAID, normal_images, training_set, write_marks
 from llb.runfiles import read_config, write_config
 from llb.stage import Stage
@@ -109,6 +111,21 @@ def test_where_all_that_is_not_dropped_is_called_defective_there_is_no_threshold
         assert read_threshold(copy / "tile", "all") is None and "all is evaluated" in succeed(*flags)
     assert "all is evaluated" not in succeed(*flags)
     assert read_threshold(copy / "tile", "all")["images"] == len(purified)
+
+
+def test_an_outdated_detector_does_not_hold_up_another_one_of_the_same_train_on(copy):
+    folder, config = copy / "tile", read_config(copy, "", "")
+    own = config["stage2"]["all"] | {"train_on": "reviewed"}  # nothing is marked: the list is the same
+    stage2 = config["stage2"] | {"reviewed-padim": own | {"detector": "padim", "set": {}}, "reviewed": own}
+    write_config(copy, config | {"stage2": stage2})
+    shutil.copytree(folder / "stage2-all", folder / "stage2-reviewed")
+    write_json(folder / "review-reviewed.json", evidence(np.empty(0)) | {"why": "no head"})
+    save_finished(CheckpointFolder(folder / "stage2-reviewed-padim", "of an old list"), 3, {"a": np.zeros(1)})
+    assert "stage2-reviewed-padim: the list" in refuse("evaluate", "--run", copy)
+    told = succeed("evaluate", "--run", copy, "--train-on", "reviewed")
+    assert "reviewed-padim is outdated" in told and "     reviewed " in told
+    shutil.rmtree(folder / "stage2-reviewed")
+    assert "stage2-reviewed-padim: the list" in refuse("evaluate", "--run", copy, "--train-on", "reviewed")
 
 
 def test_corrected_labels_and_kinds_are_evaluated_again(finished, data):
