@@ -114,7 +114,8 @@ function table() {
 }
 
 function save(desk) {
-  desk.section.querySelector(".saved").textContent = `${verdicts().size} marks are saved; then, with the path of the file,`;
+  const said = verdicts(), shown = all.filter((t) => said.has(t.image)).length; // the run has those of pages that are left out
+  desk.section.querySelector(".saved").textContent = `${shown} marks are saved; then, with the path of the file,`;
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([table()], { type: "text/csv" }));
   link.download = "marks.csv";

@@ -115,15 +115,25 @@ def scale_of(tiles: dict[str, Any]) -> tuple[str, str]:
 
 
 def fit_pages(categories: list[dict[str, Any]], most: int = LARGEST_HTML) -> None:
-    """Take last pages away until the pictures of all categories need at most `most` bytes; a first page stays."""
+    """Take pages away until the pictures of all categories need at most `most` bytes: those that are marked first, then
+    the last ones. One page stays, which is the next page if there is one. "cut" says whether a category has lost some.
+    """
     groups = [group for c in categories for part in (c, *c["detectors"]) for group in part["groups"].values()]
     size = bytes_of([tile for group in groups for tile in group["tiles"]])
-    fit = 0
-    for number in range(max((len(category["pages"]) for category in categories), default=0)):
-        size += sum(bytes_of(page) for c in categories for page in c["pages"][number : number + 1])
+    orders, fit = [by_need(category["pages"], category["asked"]) for category in categories], 0
+    for number in range(max(map(len, orders), default=0)):
+        size += sum(bytes_of(c["pages"][i]) for c, order in zip(categories, orders) for i in order[number : number + 1])
         fit += size <= most
-    for category in categories:
-        category["pages"] = category["pages"][: max(fit, 1)]
+    for category, order in zip(categories, orders):
+        shown = sorted(order[: max(fit, 1)])
+        category["asked"] = shown.index(category["asked"]) if category["asked"] in shown else None
+        category["pages"], category["cut"] = [category["pages"][i] for i in shown], len(shown) < len(order)
+
+
+def by_need(pages: list[list[dict[str, Any]]], asked: int | None) -> list[int]:
+    """The numbers of pages: the next page, those that a person has not marked whole, the others."""
+    marked = [all(tile["verdict"] for tile in page) for page in pages]
+    return sorted(range(len(pages)), key=lambda number: (number != asked, marked[number], number))
 
 
 def bytes_of(tiles: list[dict[str, Any]]) -> int:

@@ -147,7 +147,7 @@ def test_what_changed_is_told_beside_the_purified_detector_by_each_threshold(tmp
         write_report(run)
 
 
-def test_pages_are_cut_so_that_the_report_stays_small_and_more_of_them_need_more_tiles(tmp_path):
+def test_pages_are_cut_so_that_the_report_stays_small_and_more_of_them_need_more_tiles(tmp_path, monkeypatch):
     run = small_run(tmp_path, [f"{i}.png" for i in range(60)], category="bolt")
     assert not lacks_tiles(run / "bolt", 0, 60) and not lacks_tiles(run / "bolt", 0, 1000)
     tiles = read_tiles(run / "bolt" / tiles_file("suspects"))
@@ -159,13 +159,32 @@ def test_pages_are_cut_so_that_the_report_stays_small_and_more_of_them_need_more
     write_report(run)
     more = f"python stage1_partition.py --seed 4 --data &#39;new data&#39; --out {run} --suspects N"
     assert f"<code>{more}</code> shows more" in (run / "report.html").read_text(encoding="utf-8")
-    tile = {"image": "x" * 400, "heat": "y" * 600}  # with its words 2000 bytes
+    write_json(run / "bolt" / tiles_file("suspects"), tiles)
+    monkeypatch.setattr("llb.report.fit_pages", lambda categories: fit_pages(categories, 1))
+    write_report(run)
+    cut = (run / "report.html").read_text(encoding="utf-8")
+    assert "Here are 24 of 60 training images: with more this file would be too large" in cut and more not in cut
+    tile = {"image": "x" * 400, "heat": "y" * 600, "verdict": None}  # with its words 2000 bytes
     categories = [{"pages": [[tile] * 24] * 3, "groups": {"a": {"tiles": [tile] * 5}}, "detectors": []}, None]
     categories[1] = {"pages": [[tile] * 24], "groups": {}, "detectors": [{"groups": {}}]}
+    categories = [category | {"asked": None} for category in categories]
     for most, pages in ((10**6, 3), (202_000, 3), (201_999, 2), (153_999, 1), (1, 1)):
         cut = copy.deepcopy(categories)
         fit_pages(cut, most)
         assert [len(category["pages"]) for category in cut] == [pages, 1]
+        assert [category["cut"] for category in cut] == [pages < 3, False]
+
+
+def test_pages_that_are_marked_are_left_out_first_and_the_next_page_last():
+    kinds = {"marked": ["fine"] * 24, "asked": [None] * 14, "begun": ["fine", None], "open": [None] * 24}
+    names = ["marked", "marked", "asked", "begun", "open"]
+    tiles = [[{"image": name, "heat": "", "verdict": verdict} for verdict in kinds[name]] for name in names]
+    fits = {10**6: names, 70_000: ["marked", *names[2:]], 50_000: names[2:], 20_000: ["asked", "begun"], 1: ["asked"]}
+    for most, shown in fits.items():
+        category = {"pages": tiles, "groups": {}, "detectors": [], "asked": 2}
+        fit_pages([category], most)
+        assert [page[0]["image"] for page in category["pages"]] == shown
+        assert category["asked"] == shown.index("asked") and category["cut"] == (shown != names)
 
 
 def test_another_run_has_another_key(tmp_path):
