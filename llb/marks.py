@@ -23,10 +23,10 @@ TRAIN_AGAIN = "delete it and run stage2_train.py again, with --overwrite"
 ADVICE = "delete it and give llb.review the saved marks again"
 
 
-def training_set(folder: Path, root: Path = Path()) -> Dataset:
+def training_set(folder: Path) -> Dataset:
     """The training images by scores.csv alone: paths and labels; none before stage 1. folder: RUN/<category>."""
     rows = read_table(folder / "scores.csv", ("path", "label"))
-    return Dataset(root, "", folder.name, tuple(Record(row["path"], row["label"], (), "") for row in rows), ())
+    return Dataset(Path(), "", folder.name, tuple(Record(row["path"], row["label"], (), "") for row in rows), ())
 
 
 def read_marks(folder: Path, dataset: Dataset) -> np.ndarray:

@@ -28,7 +28,7 @@ from llb.marks import DEFECT, read_marks, training_set
 from llb.metrics import ranks
 from llb.pictures import printable
 from llb.runfiles import data_of, read_config, read_manifest, stage1_command
-from llb.tables import read_purified, read_table, stage1_finished
+from llb.tables import listed_images, read_table, stage1_finished
 
 MANIFEST, COLUMNS = "quarantine.csv", ["category", "path", "from", "to", "bytes", "sha256", "modified_ns"]
 LOST = "it says where the images lie: mend it by hand"
@@ -80,16 +80,23 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
         if not stage1_finished(run / name):
             raise UserError(f"stage 1 is not finished for {name}; continue with: {stage1_command(run, config)}")
         states = read_manifest(run / name)
-        for path in wanted(run / name, root, settings):
+        for path in wanted(run / name, settings):
             source, (size, modified, digest) = root / path, states.get(path, (0, 0, ""))
             modified = source.stat().st_mtime_ns if source.exists() else modified  # it may be touched since stage 1
             row = dict(zip(COLUMNS, (name, path, str(source), os.path.join(to, path), size, digest, modified)))
             if row["from"] not in old and os.path.lexists(row["to"]):
                 raise UserError(f"{row['to']} is there already, and nothing is overwritten: give another --to")
-            rows.append(old.get(row["from"], row))
+            if row["from"] not in old or not is_lost(old[row["from"]]):  # it was taken out, and deleted there
+                rows.append(old.get(row["from"], row))
     work = [row for row in rows if is_at(row["from"], row["to"], row)]
     if len({os.path.realpath(row["from"]) for row in work}) < len(work):
         raise UserError(f"{root}: two of these images are one file, by a link; put a copy in the place of the link")
+    folders = {folder for row in work for folder in Path(row["path"]).parents} if not settings.copy else ()
+    outside = [
+        each for each in folders if not Path(os.path.realpath(root / each)).is_relative_to(os.path.realpath(root))
+    ]
+    if outside:
+        raise UserError(f"{root}: images lie outside this folder, by the link {min(outside)}/: give --copy")
     shut = [] if settings.copy else [row["from"] for row in work if not os.access(Path(row["from"]).parent, os.W_OK)]
     if shut:
         raise UserError(f"{Path(shut[0]).parent} cannot be written: grant access to it, or give --copy")
@@ -111,31 +118,45 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
         say(f"{run}: {need} {stage1_command(Path('NEW'), config)}")
 
 
-def wanted(folder: Path, root: Path, settings: Quarantine) -> list[str]:
+def wanted(folder: Path, settings: Quarantine) -> list[str]:
     """The paths of a category that are to be taken out, the first suspect first. folder: RUN/<category>."""
     order = np.argsort(ranks(np.array([row["score"] for row in read_table(folder / "scores.csv", ["score"])])))
-    dataset = training_set(folder, root)
+    dataset = training_set(folder)
     stay = np.flatnonzero(read_marks(folder, dataset) != DEFECT) if settings.reviewed else ()
-    stay = stay if settings.reviewed or settings.top else read_purified(folder, dataset).indices
+    if not (settings.reviewed or settings.top):  # some of the listed may be in quarantine already
+        stay = np.unique([index for _, index in listed_images(folder, dataset)])
     return [dataset.train[i].path for i in order[~np.isin(order, stay)][: settings.top]]
 
 
 def undo(run: Path, names: list[str]) -> None:
-    """Put every image of the manifest back, with its date; then delete its row."""
+    """Put every image of the manifest back, with its date; then delete its row. The row of a lost image stays."""
     own = [row for row in read_table(run / MANIFEST, COLUMNS, advice=LOST) if row["category"] in names]
     if not own:
         raise UserError(f"--undo: no image of {run} is in quarantine")
     places = [[Path(row[end].removesuffix(os.path.normpath(row["path"]))) for end in ("from", "to")] for row in own]
     if missing := [root for root, _ in places if not root.is_dir()]:
         raise UserError(f"{missing[0]}, where the images belong, is not there: put it back")
-    work = [row for row in own if is_at(row["to"], row["from"], row)]
+    lost = [row for row in own if is_lost(row)]
+    first = ", ".join(printable(row["path"]) for row in lost[:3]) + ", …" * (len(lost) > 3)
+    forget = f"put them back and undo again; or forget them: delete their lines in {run / MANIFEST}"
+    line = f"{len(lost)} of {len(own)} images are neither in quarantine nor in their places ({first}): {forget}"
+    if len(lost) == len(own):
+        raise UserError(line)
+    work = [row for row in own if not is_lost(row) and is_at(row["to"], row["from"], row)]
     for row in progress(work, desc="undo", unit="image"):
         move_file(Path(row["to"]), Path(row["from"]), row["sha256"], row["modified_ns"])
     for row, (_, to) in zip(own, places):
         discard_files(to, [row["path"]])  # what a killed copy has left, and empty folders
-    rest = [[*row.values()] for row in read_table(run / MANIFEST, COLUMNS, advice=LOST) if row not in own]
+    rows = read_table(run / MANIFEST, COLUMNS, advice=LOST)
+    rest = [[*row.values()] for row in rows if row["category"] not in names or is_lost(row)]
     write_csv(run / MANIFEST, COLUMNS, rest) if rest else discard_files(run, [MANIFEST])
     say(f"{len(work)} images are back in their places")
+    if lost:
+        say(line)
+
+
+def is_lost(row: dict[str, Any]) -> bool:
+    return not any(os.path.lexists(row[end]) for end in ("from", "to"))
 
 
 def is_at(start: str, end: str, row: dict[str, Any]) -> bool:

@@ -80,9 +80,38 @@ def test_the_images_marked_as_defects_go_aside_and_no_other(own):
     )
     succeed(NAME, "--run", run, "--reviewed", "--go")
     assert {row["path"] for row in rows_of(run / "quarantine.csv")} == set(named)
+    assert f"{len(dropped(run)) - 1} of {len(dropped(run))} images to move" in succeed(NAME, "--run", run), "the others"
     assert not any((images / path).exists() for path in named) and all((images / path).exists() for path in fine)
     succeed(NAME, "--run", run, "--undo")
     assert all((images / path).exists() for path in named)
+
+
+def test_an_image_that_was_deleted_in_quarantine_holds_back_no_other(own):
+    run, images = own
+    gone, *others = paths = dropped(run)
+    undo = (NAME, "--run", run, "--undo")
+    succeed(NAME, "--run", run, "--go")
+    (run.parent / "run-quarantine" / gone).unlink()
+    assert f"0 of {len(others)} images to move" in succeed(NAME, "--run", run, "--go")
+    out = succeed(*undo)
+    assert f"{len(others)} images are back" in out and f"1 of {len(paths)} images are neither in quarantine" in out
+    assert f"({gone})" in out and f"delete their lines in {run / 'quarantine.csv'}" in out
+    assert all((images / path).exists() for path in others)
+    assert [row["path"] for row in rows_of(run / "quarantine.csv")] == [gone]
+    assert f"({gone})" in refuse(*undo), "nothing is put back"
+
+
+def test_images_of_another_folder_are_not_moved_out_of_it(own, tmp_path):
+    run, images = own
+    (images / "tile").rename(tmp_path / "theirs")
+    (images / "tile").symlink_to(tmp_path / "theirs")
+    before, go = state(tmp_path / "theirs"), (NAME, "--run", run, "--go")
+    assert "by the link tile/: give --copy" in refuse(*go)
+    assert state(tmp_path / "theirs") == before and not (run / "quarantine.csv").exists()
+    succeed(*go, "--copy")
+    assert state(tmp_path / "theirs") == before and len(state(tmp_path / "run-quarantine")) == len(dropped(run))
+    succeed(NAME, "--run", run, "--undo")
+    assert state(tmp_path / "theirs") == before and not (tmp_path / "run-quarantine").exists()
 
 
 @pytest.mark.parametrize("how", ["on one disk", "to another disk", "copied"])
