@@ -22,7 +22,7 @@ from llb.console import run_script, say
 from llb.data import Dataset, Record
 from llb.detectors import remembers
 from llb.device import start_jax
-from llb.files import UserError, discard_files, read_json, write_json
+from llb.files import UserError, discard_files, is_writer, read_json, write_json
 from llb.flags import parse_flags
 from llb.head import Headed, repeated
 from llb.images import load_image
@@ -41,6 +41,7 @@ from llb.metrics import (
 )
 from llb.new_images import check_flags, score_images
 from llb.next_page import write_next_page
+from llb.processes import agreed
 from llb.protocols import PROTOCOLS, mask_rule
 from llb.purify import combine
 from llb.report import predicted, write_report
@@ -103,7 +104,8 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     for name, dataset in datasets.items():
         for final, stage in stages.items():
             chosen = normal_images(config["stage2"][final]["train_on"], run / name, dataset, lists[name])
-            if final in tables.read_metrics(run).get(name, {}) and evaluated(run / name, stage, dataset, chosen):
+            known = final in tables.read_metrics(run).get(name, {})
+            if agreed(known and evaluated(run / name, stage, dataset, chosen)):
                 say(f"{name}: {final} is evaluated; --overwrite scores again")
                 continue
             rule = mask_rule(PROTOCOLS.get(config["protocol"]), config["resize"])
@@ -115,6 +117,8 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
             metrics.setdefault(name, {})[final] = values
             write_json(run / tables.METRICS_FILE, metrics)
 
+    if not is_writer():  # of several processes (llb.ablate): what follows reads what process 0 has just written
+        return
     metrics = tables.read_metrics(run)
     metrics = {name: metrics[name] | {"purification": facts[name]} for name in names}
     metrics["mean"] = tables.mean_metrics(metrics, names)

@@ -35,7 +35,7 @@ from llb.flags import SEVERAL, flag, influential, parse_flags, real, typed_flags
 from llb.lock import hold
 from llb.pages import PAGE
 from llb.presets import PRESETS
-from llb.processes import process_0_first
+from llb.processes import process_0_first, wait
 from llb.review import Review, run_review
 from llb.run import place_run, sources_digest
 from llb.runfiles import CARRIED, own_config
@@ -194,7 +194,9 @@ def make(cell: Cell, done: Sequence[Cell], device: str, overwrite: bool) -> None
             borrow_detector(cell, final, done)
             run_stage2(run, final)
         if cell.finals:
+            wait("final detectors")
             run_evaluation(run, cell.evaluate)
+    wait("whole run")  # its files are read next
 
 
 if __name__ == "__main__":

@@ -34,6 +34,16 @@ facts = json.dumps([seen, is_writer(), same, together])
 atomic(folder / f"facts {number}", lambda file: file.write_text(facts), by_any_process=True)
 """
 
+# likewise, a grid; process 0 is slow to write
+GRID = """
+import os, sys, time
+from llb import ablate
+write = os.fsync
+if sys.argv[-1] == "0":
+    os.fsync = lambda file: (time.sleep(0.1), write(file))
+ablate.run_script(ablate.main)
+"""
+
 
 def in_two_processes(*line, status: int = 0):
     """Run Python twice at once, with the flags of several processes; each process has two CPU devices."""
@@ -73,6 +83,15 @@ def test_two_processes_with_two_devices_each_give_the_results_of_one(finished, d
     tables = [rows_of(run / "tile" / "predictions-purified.csv") for run in (tmp_path, finished)]
     for both, one in zip(*tables):  # by XLA's usual emitters to 1e-5; by the quick ones of conftest.py rounding differs
         assert both["path"] == one["path"] and float(both["score"]) == pytest.approx(float(one["score"]), rel=5e-3)
+
+
+@pytest.mark.slow
+def test_a_grid_in_two_processes_reads_what_process_0_has_written(data, tmp_path):
+    line = ["--data", data, *TILE[:-2], "--detector", "padim", "--seeds", 1, "--vary", "keep=0.5,0.8"]
+    line += ["--out", tmp_path / "grid", "--cache", tmp_path / "cache"]
+    first, second = in_two_processes("-c", GRID, *line)
+    assert "left out" not in first.stdout and len(rows_of(tmp_path / "grid" / "compare.csv")) == 2
+    assert "Traceback" not in second.stderr
 
 
 def test_bad_input_ends_all_processes_with_one_line(tmp_path):
