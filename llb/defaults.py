@@ -29,10 +29,10 @@ def resolve(settings: Stage1, layout: str) -> Stage1:
     layout: "demo", or how `llb.layouts.read_root` has read the root. A UserError is raised if flags contradict.
     """
     detector, demo = DETECTORS[settings.detector], layout == "demo"
-    protocol = PROTOCOLS.get(settings.protocol)
-    if protocol:
-        named = protocol.stage1 | {"image_score": protocol.stage1_score}
-        settings = with_defaults(settings, {name: named[name] for name in named if learns(settings.detector, name)})
+    check_typed(settings)
+    if protocol := PROTOCOLS.get(settings.protocol):
+        of_dinomaly = protocol.stage1 | {"image_score": protocol.stage1_score}
+        settings = with_defaults(settings, protocol.every | (of_dinomaly if settings.detector == "dinomaly" else {}))
     encoder = settings.encoder or ("tiny" if demo else ENCODER)
     submodels = settings.submodels or getattr(detector, "SUBMODELS", 3)
     own = read_settings(settings.detector, settings.set, {name: getattr(settings, name) for name in FLAGGED})
@@ -52,24 +52,27 @@ def resolve(settings: Stage1, layout: str) -> Stage1:
     if settings.image_size:  # the side before the centre is cut out belongs to the published size
         published = {name: value for name, value in published.items() if name != "resize"}
     defaults |= learning_defaults(settings, own, 0, demo) | published
-    settings = dataclasses.replace(with_defaults(settings, defaults), **own_flags(own))
-    if settings.resize and settings.image_size and settings.resize < settings.image_size:
-        raise UserError(
-            f"--resize {settings.resize}: is smaller than the image size {settings.image_size} that is cut out"
-        )
-    return settings
+    return dataclasses.replace(with_defaults(settings, defaults), **own_flags(own))
 
 
-def learns(detector: str, setting: str) -> bool:
-    """Whether a setting is one for this detector: Dinomaly has a recipe, and only what is trained has steps."""
-    own = {field.name for field in dataclasses.fields(DETECTORS[detector].Settings)}
-    return setting in own if setting in FLAGGED else setting != "steps" or is_trained(detector)
+def check_typed(settings: Stage1) -> None:
+    """Raise a UserError if flags and --set, as they were typed, contradict each other."""
+    typed = {name: value for name in FLAGGED if (value := getattr(settings, name)) is not None}
+    own = read_settings(settings.detector, settings.set, typed)
+    for name, value in typed.items():
+        if getattr(own, name) != value:
+            raise UserError(f"--set {name}={getattr(own, name)} and --{name} {value} contradict each other: give one")
+    if typed.get("dropout") and getattr(own, "noise", None) == "jitter":
+        raise UserError(f"--set noise=jitter and --dropout {own.dropout} contradict each other: give one")
 
 
 def with_sizes(settings: Stage1, image_size: int) -> Stage1:
-    """The settings with the encoder's image size, and the side of which a --protocol shows the centre."""
+    """The settings with the encoder's image size, and the side of which a --protocol shows the centre. A UserError is
+    raised if a centre of this size cannot be cut out."""
     protocol = PROTOCOLS.get(settings.protocol)
     resize = settings.resize or (resized(protocol, image_size) if protocol else None)
+    if resize and resize < image_size:
+        raise UserError(f"--resize {resize}: is smaller than the image size {image_size} that is cut out")
     return dataclasses.replace(settings, image_size=image_size, resize=resize)
 
 
@@ -79,23 +82,39 @@ def resolve_final(settings: Stage2, config: dict[str, Any]) -> Stage2:
     config: RUN/config.json.
     """
     demo, name = config["data"] is None, settings.detector or config["detector"]
-    settings, protocol = dataclasses.replace(settings, detector=name), PROTOCOLS.get(config["protocol"])
-    if protocol and not settings.steps and not settings.passes and is_trained(name):
+    settings = dataclasses.replace(settings, detector=name)
+    protocol = PROTOCOLS.get(config["protocol"]) if name == "dinomaly" else None
+    if settings.released:
+        check_released(settings)
+    elif protocol and not settings.steps and not settings.passes:
         settings = with_defaults(settings, protocol.stage2)
     if protocol:
         settings = with_defaults(settings, {"image_score": protocol.test_score})
     if settings.steps and settings.passes:
         raise UserError("--steps and --passes both say how long to train: give one of them")
     same = name == config["detector"]
-    values = {setting: config[setting] for setting in FLAGGED} | config["set"] if same else {}
+    source = config if same else protocol.stage1 if protocol else {}
+    values = {setting: source[setting] for setting in FLAGGED if setting in source} | (config["set"] if same else {})
     own = read_settings(name, settings.set, values)
-    inherited = ("batch_size", "learning_rate", "image_score") if same else ()
+    typed = "--learning-rate" in config.get("command", "").split()
+    rate = ["learning_rate"] if typed or getattr(own, "recipe", None) == source.get("recipe") else []
+    inherited = [each for each in ("batch_size", "image_score", *rate) if each in source]
     published = getattr(DETECTORS[name], "PUBLISHED", {}).get(config["encoder"], {})
     published = {flag: value for flag, value in published.items() if hasattr(settings, flag)}  # images are stage 1's
-    defaults = learning_defaults(settings, own, 1, demo) | published | {each: config[each] for each in inherited}
+    defaults = learning_defaults(settings, own, 1, demo) | published | {each: source[each] for each in inherited}
     if settings.passes:
         defaults.pop("steps")
+    if settings.released:
+        defaults |= {"steps": 1, "learning_rate": 0.0}  # as of a fit: no training takes place
     return dataclasses.replace(with_defaults(settings, defaults), set=dataclasses.asdict(own))
+
+
+def check_released(settings: Stage2) -> None:
+    """Raise a UserError if a setting of a training is given with --released, which takes its place."""
+    for name in ("steps", "passes", "batch_size", "learning_rate"):
+        if getattr(settings, name) is not None:
+            flag_name = "--" + name.replace("_", "-")
+            raise UserError(f"{flag_name}: --released takes the place of a training; leave one of them out")
 
 
 def learning_defaults(settings: Stage1 | Stage2, own: Any, stage: int, demo: bool) -> dict[str, Any]:

@@ -11,6 +11,9 @@
             Maps are resized to 256 × 256, then smoothed by a kernel of 5 × 5 (σ = 4, zeros around the border); masks
             are `> 0` after bilinear resizing, then picked at 256. Score: the mean of the map's highest 1 %.
 
+K, aggregate, keep, image sizes, maps and masks hold for every detector. How Dinomaly learns (recipe, steps, passes,
+batch size) and takes the score of an image holds for it alone: other detectors have published values of their own.
+
 What cannot be reproduced, or is not followed on purpose:
 
 - LLBNAD reports the best of its test evaluations. Here the last step counts: nothing is chosen on the test set.
@@ -25,7 +28,7 @@ What cannot be reproduced, or is not followed on purpose:
 - Random numbers: the subsets, the batches, the initialisation and the dropout are drawn otherwise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llb.masks import MaskRule
@@ -35,10 +38,11 @@ from llb.masks import MaskRule
 class Protocol:
     """What one published evaluation has; what is not named here is llb's own."""
 
-    stage1: dict[str, Any]  # flag → default
+    stage1: dict[str, Any]  # flag → default, of Dinomaly alone
     stage2: dict[str, Any]  # likewise; passes: over what was kept, in place of steps
-    stage1_score: str  # of an image, from its map (llb.detectors.common.SCORES)
+    stage1_score: str  # of an image, from its map (llb.detectors.common.SCORES), of Dinomaly alone
     test_score: str
+    every: dict[str, Any] = field(default_factory=dict)  # flag of stage 1 → default, of every detector
     shown: float = 1.0  # side of the centre that is shown, of the resized image's side
     any_share: bool = False  # of masks, see MaskRule
     map_side: int | None = None  # of maps, see llb.detectors.common.MapRule
@@ -46,7 +50,8 @@ class Protocol:
 
 PROTOCOLS = {
     "llbnad": Protocol(
-        stage1={"recipe": "llbnad", "submodels": 5, "steps": 1000, "batch_size": 16, "aggregate": "mean", "keep": 0.4},
+        every={"submodels": 5, "aggregate": "mean", "keep": 0.4},
+        stage1={"recipe": "llbnad", "steps": 1000, "batch_size": 16},
         stage2={"passes": 2},
         stage1_score="top-1%",
         test_score="max",

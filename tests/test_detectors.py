@@ -10,11 +10,12 @@ from helpers import small_setup
 
 from llb.checkpoint import CheckpointFolder
 from llb.config import Stage1, Stage2
-from llb.defaults import resolve, resolve_final
+from llb.defaults import resolve, resolve_final, with_sizes
 from llb.detectors import DETECTORS, is_trained, read_settings
 from llb.features import Features
 from llb.files import UserError
 from llb.fit import learn
+from llb.run import command_line
 from llb.score import score_all
 from llb.train import Submodels, submodel_keys
 
@@ -126,6 +127,10 @@ def test_settings_of_a_detector_are_read_by_name_and_refused_in_words():
             {"submodels": 5, "keep": 0.4, "steps": 1000, "recipe": "llbnad", "learning_rate": 0.005},
         ),
         ({"protocol": "llbnad", "submodels": 2}, {"submodels": 2, "keep": 0.4}),
+        (
+            {"protocol": "llbnad", "detector": "destseg"},
+            {"submodels": 5, "keep": 0.4, "aggregate": "mean", "batch_size": 8, "image_score": "top-100"},
+        ),
         ({"protocol": "dinomaly"}, {"resize": None, "image_score": "top-1%"}),  # the resize with the encoder's size
     ],
 )
@@ -151,6 +156,56 @@ def test_another_final_detector_has_its_own_defaults_and_given_flags_win_over_th
     assert final({"encoder": "resnet18"}, detector="destseg").batch_size == 32
     assert (final({"protocol": "dinomaly"}).steps, final({"protocol": "dinomaly"}, passes=2).passes) == (5000, 2)
     assert final({"protocol": "dinomaly"}, passes=2).steps is None
+
+
+@pytest.mark.parametrize(
+    ("stage1", "given", "expected"),
+    [
+        ({"detector": "padim"}, {"detector": "dinomaly"}, ("llbnad", 5e-3, None, 2, 16, "max")),
+        (
+            {"detector": "padim"},
+            {"detector": "dinomaly", "set": "recipe=dinomaly"},
+            ("dinomaly", 2e-3, None, 2, 16, "max"),
+        ),
+        ({}, {"detector": "destseg"}, (None, 0.4, 5000, None, 8, "top-100")),
+        ({}, {"set": "recipe=dinomaly"}, ("dinomaly", 2e-3, None, 2, 16, "max")),
+        ({"learning_rate": 1e-4}, {"set": "recipe=dinomaly"}, ("dinomaly", 1e-4, None, 2, 16, "max")),
+        ({"learning_rate": 1e-4}, {"set": "dropout=0"}, ("llbnad", 1e-4, None, 2, 16, "max")),
+        ({}, {"released": "model.pth"}, ("llbnad", 0, 1, None, 16, "max")),
+    ],
+)
+def test_a_final_detector_learns_by_its_own_recipe_and_a_protocols_numbers_are_dinomalys(stage1, given, expected):
+    stage1 = Stage1(data="D", protocol="llbnad", **stage1)
+    final = resolve_final(Stage2(**given), vars(resolve(stage1, "mvtec")) | {"command": command_line(stage1)})
+    numbers = (final.learning_rate, final.steps, final.passes, final.batch_size, final.image_score)
+    assert (final.set.get("recipe"), *numbers) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"dropout": 0.4, "set": "dropout=0.1"}, "--set dropout=0.1 and --dropout 0.4 contradict each other: give one"),
+        ({"recipe": "dinomaly", "set": "recipe=llbnad"}, "--set recipe=llbnad and --recipe dinomaly contradict"),
+        ({"dropout": 0.4, "set": "noise=jitter"}, "--set noise=jitter and --dropout 0.4 contradict"),
+    ],
+)
+def test_a_flag_and_set_that_contradict_each_other_are_refused(given, problem):
+    with pytest.raises(UserError, match=problem):
+        resolve(Stage1(**given), "mvtec")
+    agreeing = Stage1(dropout=0.4, set="dropout=0.40,recipe=dinomaly", protocol="llbnad")
+    assert resolve(agreeing, "mvtec").recipe == "dinomaly", "a protocol is no flag"
+
+
+def test_a_cut_larger_than_the_encoders_own_size_is_refused():
+    with pytest.raises(UserError, match="--resize 100: is smaller than the image size 112"):
+        with_sizes(resolve(Stage1(resize=100), "demo"), 112)
+
+
+@pytest.mark.parametrize("given", ({"steps": 7}, {"passes": 2}, {"batch_size": 9}, {"learning_rate": 3.0}))
+def test_released_weights_take_no_settings_of_a_training(given):
+    (name,) = given
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: --released takes the place of a training"):
+        resolve_final(Stage2(released="model.pth", **given), vars(resolve(Stage1(data="D"), "mvtec")))
 
 
 def test_a_fitted_detector_takes_no_steps():
