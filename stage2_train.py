@@ -15,7 +15,14 @@ from pathlib import Path
 
 import jax
 
-from llb.checkpoint import CheckpointFolder, check_finished, open_checkpoints, restore_finished, save_finished
+from llb.checkpoint import (
+    CheckpointFolder,
+    Params,
+    check_finished,
+    open_checkpoints,
+    restore_finished,
+    save_finished,
+)
 from llb.config import Stage2
 from llb.console import run_script, say
 from llb.data import Dataset
@@ -23,6 +30,7 @@ from llb.defaults import resolve_final
 from llb.detectors import is_trained
 from llb.detectors.released import read_released
 from llb.device import start_jax
+from llb.encoders.weights import weights_digest
 from llb.files import UserError
 from llb.fit import learn
 from llb.flags import parse_flags
@@ -78,17 +86,23 @@ def run_stage2(run: Path, settings: Stage2) -> None:
         steps[dataset.category] = steps_of(passes, images, settings.batch_size) if passes else settings.steps
     encoder = run_encoder(run, config)
     stage = make_stage(run, settings, encoder, config | vars(settings), final)
-    check_step(stage.setup, 1)
-    begin_stage2(run, settings, final, steps)
+    released = None
+    if settings.released:
+        released = read_released(settings.released, stage.setup)
+        if not stage.setup.spec.release:
+            say("note: the release interpolates the encoder's positions otherwise; with --protocol llb does so, too")
+    else:
+        check_step(stage.setup, 1)
+    begin_stage2(run, settings, final, steps, released and weights_digest(released))
 
     for dataset, choice in zip(datasets, choices):
         own = dataclasses.replace(stage.setup, steps=steps[dataset.category])
         with timed(run, dataset.category, f"stage 2, {final}", anew=settings.overwrite):
-            stage2(dataclasses.replace(stage, setup=own), dataset, choice, config["seed"])
+            stage2(dataclasses.replace(stage, setup=own), dataset, choice, config["seed"], released)
 
 
-def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:
-    """Train one final detector on the chosen images of one category."""
+def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int, released: Params | None) -> None:
+    """Train one final detector on the chosen images of one category. released: of `read_released`, in its place."""
     name, final = dataset.category, stage.final
     at = final_checkpoints(stage.run, dataset, final, choice)
     if check_finished(at, stage.setup.steps):
@@ -96,9 +110,8 @@ def stage2(stage: Stage, dataset: Dataset, choice: Choice, seed: int) -> None:
         keep_losses(stage, name, at)
         keep_head(stage, dataset, at, seed)
         return
-    if stage.settings.released:
-        params = read_released(stage.settings.released, stage.setup)
-        save_finished(at, stage.setup.steps, jax.tree.map(lambda leaf: leaf[None], params))  # K = 1
+    if released:
+        save_finished(at, stage.setup.steps, jax.tree.map(lambda leaf: leaf[None], released))  # K = 1
         say(f"{name}: the final detector is {stage.settings.released}")
         keep_head(stage, dataset, at, seed)
         return

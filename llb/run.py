@@ -237,10 +237,10 @@ def final_name(train_on: str, detector: str, config: dict[str, Any]) -> str:
 
 
 @process_0_first("begin stage 2")
-def begin_stage2(run: Path, settings: Stage2, final: str, steps: dict[str, int]) -> None:
+def begin_stage2(run: Path, settings: Stage2, final: str, steps: dict[str, int], released: str | None = None) -> None:
     """Write the settings of a final detector to config.json, or refuse those that differ from the recorded ones.
 
-    steps: of each category.
+    steps: of each category; released: digest of the weights of --released.
 
     With --overwrite the old detector is deleted first. The file is read here: another stage 2 may have changed it since
     this command started.
@@ -252,6 +252,7 @@ def begin_stage2(run: Path, settings: Stage2, final: str, steps: dict[str, int])
         recorded = config.setdefault("stage2", {})
         old = recorded.get(final) and {"head": "auto"} | recorded[final]  # of before there were heads
         new = influential(settings) | {"category_steps": None if settings.steps else steps}
+        new |= {"released_digest": released} if released else {}
         if old is not None and not settings.overwrite:
             where = f"--run {run}: stage 2 on {final}"
             refuse_differences(old, new, where, "give the same, or --overwrite to train again")

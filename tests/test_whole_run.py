@@ -182,7 +182,10 @@ def test_dinomalys_protocol_cuts_out_the_centre_judges_at_256_and_takes_released
         tensors[released_name(path)] = np.ascontiguousarray(leaf.T if path.endswith("kernel") else leaf)
     safetensors.numpy.save_file(tensors, tmp_path / "released.pth")
     out = succeed("stage2_train", "--run", run, "--released", tmp_path / "released.pth")
-    assert "the final detector is" in out
+    assert "the final detector is" in out and "note: the release interpolates" not in out
+    tensors["bottleneck.0.fc1.bias"] = tensors["bottleneck.0.fc1.bias"] + 1
+    safetensors.numpy.save_file(tensors, tmp_path / "released.pth")
+    assert "released_digest: " in refuse("stage2_train", "--run", run, "--released", tmp_path / "released.pth")
     succeed("evaluate", "--run", run, "--save-maps")
     with Image.open(next((run / "tile" / "maps-purified").rglob("*.png"))) as image:
         assert image.size == (256, 256)
