@@ -26,7 +26,7 @@ from llb.files import UserError, discard_files, is_writer, read_json, write_json
 from llb.flags import parse_flags
 from llb.head import Headed, repeated
 from llb.images import load_image
-from llb.lock import hold
+from llb.lock import CHANGERS, hold
 from llb.maps import map_names, replace_maps, write_maps
 from llb.marks import EDITABLE, THRESHOLD_OF, normal_images
 from llb.masks import MaskRule, load_masks
@@ -66,7 +66,7 @@ def main() -> None:
     if settings.images:
         score_images(run, settings)
         return
-    with hold(run, "evaluate", against=("stage1",)):
+    with hold(run, "evaluate", against=CHANGERS):
         run_evaluation(run, settings)
 
 

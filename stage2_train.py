@@ -35,7 +35,7 @@ from llb.files import UserError
 from llb.fit import learn
 from llb.flags import parse_flags
 from llb.learning import loss_file, write_losses
-from llb.lock import hold
+from llb.lock import CHANGERS, hold
 from llb.marks import WITHOUT_MARKS, choose_images
 from llb.processes import agreed
 from llb.protocols import steps_of
@@ -54,7 +54,7 @@ def main() -> None:
     readers = ("evaluate",) if settings.overwrite else ()  # of what it deletes
     for train_on in lists_to_train_on(run, settings):
         # two final detectors on the same images take turns
-        with hold(run, f"stage2-{train_on}", against=("stage1", *readers)):
+        with hold(run, f"stage2-{train_on}", against=(*CHANGERS, *readers)):
             run_stage2(run, dataclasses.replace(settings, train_on=train_on))
     say(f"next: {next_command('evaluate.py', run, settings)}")
 

@@ -22,6 +22,7 @@ except ImportError:
     fcntl = None
 
 PREFIX = ".lock-"
+CHANGERS = ("stage1", "quarantine", "review")  # of the images, or of what is known of them: nobody reads meanwhile
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from llb.data import Dataset, Record
 from llb.features import streamed_features
 from llb.files import UserError, atomic, check_writable, discard_files, typed, write_csv, write_text
 from llb.images import ImageFiles, load_image
-from llb.lock import hold
+from llb.lock import CHANGERS, hold
 from llb.manifest import check_readable, listed
 from llb.maps import map_names, write_maps
 from llb.marks import EDITABLE, choose_images, normal_images, training_set
@@ -55,7 +55,7 @@ def score_images(run: Path, settings: Evaluate) -> None:
     """Score a folder of images and write the results."""
     config = read_config(run, f"--run {run}", "make the run again")
     # stages that delete a detector wait; two folders may be scored at once
-    with hold(run, f"evaluate-images-{os.getpid()}", against=("stage1",)):
+    with hold(run, f"evaluate-images-{os.getpid()}", against=CHANGERS):
         name, final = choose(run, config, settings)
         check_lists(run, name, final, config["stage2"][final])
         dataset = read_folder(settings.images, name, config)

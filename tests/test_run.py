@@ -16,7 +16,7 @@ from llb.config import Stage1, Stage2
 from llb.data import Dataset
 from llb.files import UserError, atomic, write_csv, write_text
 from llb.layouts import Record
-from llb.lock import hold, turn
+from llb.lock import CHANGERS, hold, turn
 from llb.manifest import clear_run, clear_stage2, image_digests
 from llb.marks import choose_images
 from llb.run import place_run
@@ -287,9 +287,10 @@ def test_an_edited_list_may_come_from_windows_and_clean_needs_a_normal_image(tmp
 
 STAGES = {
     "stage1": ("",),
-    "stage2-all": ("stage1",),
-    "stage2-clean": ("stage1", "evaluate"),  # with --overwrite
-    "evaluate": ("stage1",),
+    "quarantine": ("",),
+    "stage2-all": CHANGERS,
+    "stage2-clean": (*CHANGERS, "evaluate"),  # with --overwrite
+    "evaluate": CHANGERS,
 }
 TOGETHER = {("stage2-all", "stage2-clean"), ("stage2-all", "evaluate"), ("stage2-clean", "evaluate")}
 TOGETHER |= {("stage2-clean", "stage2-all"), ("evaluate", "stage2-all")}
@@ -308,6 +309,14 @@ def test_two_commands_work_in_one_run_only_if_neither_changes_what_the_other_rea
                     assert f"({first}, process {os.getpid()} on " in str(error) and ", since 20" in str(error)
             assert worked == ((first, second) in TOGETHER), (first, second)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_nobody_trains_or_scores_while_images_are_moved_or_marked(finished, data):
+    for stage in ("quarantine", "review"):
+        with hold(finished, stage):
+            for line in (("stage2_train",), ("evaluate",), ("evaluate", "--images", data)):
+                assert f"another command works in this run ({stage}, " in refuse(*line, "--run", finished)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
