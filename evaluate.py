@@ -27,7 +27,7 @@ from llb.flags import parse_flags
 from llb.head import Headed, repeated
 from llb.images import load_image
 from llb.lock import CHANGERS, hold
-from llb.maps import map_names, replace_maps, write_maps
+from llb.maps import check_map_names, map_names, replace_maps, write_maps
 from llb.marks import EDITABLE, THRESHOLD_OF, normal_images
 from llb.masks import MaskRule, load_masks
 from llb.metrics import (
@@ -83,6 +83,8 @@ def run_evaluation(run: Path, settings: Evaluate) -> None:
     for name, dataset in datasets.items():
         purified = tables.read_purified(run / name, dataset)
         lists[name] = purified.indices
+        if settings.save_maps:
+            check_map_names(dataset.test or dataset.train)
         shown = tables.detector_names(old.get(name, {}) | dict.fromkeys([*stages, *predicted(run / name)]))
         changed = outdated_detectors(run, dataset, shown)
         outdated |= changed

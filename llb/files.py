@@ -26,6 +26,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: NumPy's and Pill
 NOT_IN_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # line ends and control characters, in names of files
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
 PATHS = ("path", "from", "to")  # columns of tables
+LONGEST_NAME = 255  # bytes, of a file on nearly every disk
 LONGEST_LINE = 4000  # characters of a message, which may quote a damaged file
 
 
@@ -53,6 +54,8 @@ def writing(path: Path, size: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         problem = f"{path} cannot be written ({error.strerror or error})"
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{problem}: give the file a shorter name") from None
         if error.errno not in FULL:
             raise UserError(f"{problem}: grant access to it, or give another folder") from None
         folder = next((folder for folder in path.absolute().parents if folder.exists()), None)
@@ -86,7 +89,10 @@ def atomic(path: Path | str, write: Callable[[Path], Any], by_any_process: bool 
 
 
 def temporary_of(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.tmp{path.suffix}")
+    name = f".{path.stem}.tmp{path.suffix}"
+    if len(os.fsencode(name)) > LONGEST_NAME - 33:  # `atomic` may add a number
+        name = f".{hashlib.sha256(os.fsencode(name)).hexdigest()}.tmp{path.suffix[:9]}"
+    return path.with_name(name)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -187,8 +193,12 @@ def discard_files(folder: Path, names: Iterable[str]) -> None:
         file = folder / name
         for path in (file, temporary_of(file)):
             with writing(path):
-                if path.is_symlink() or path.is_file():
-                    path.unlink()
+                try:
+                    if path.is_symlink() or path.is_file():
+                        path.unlink()
+                except OSError as error:
+                    if error.errno != errno.ENAMETOOLONG:  # else nothing of this name is there
+                        raise
         folders |= set(file.parents) - set(folder.parents)
     for path in sorted(folders, reverse=True) if is_writer() else ():  # those below others first
         with suppress(OSError):  # not there, or not empty

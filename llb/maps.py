@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from llb.files import discard_files, writing
+from llb.files import LONGEST_NAME, UserError, discard_files, writing
 from llb.layouts import Record
 
 
@@ -38,6 +38,14 @@ def replace_maps(unfinished: Path, folder: Path, records: Sequence[Record]) -> N
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(unfinished / name, folder / name)
     discard_files(unfinished, map_names(records))
+
+
+def check_map_names(records: Sequence[Record]) -> None:
+    """Raise a UserError if an image's name, with .png behind it, is too long for a file."""
+    for record in records:
+        if len(os.fsencode(f"{os.path.basename(record.path)}.png")) > LONGEST_NAME:
+            problem = f"{record.path}: its map would have a name of more than {LONGEST_NAME} bytes"
+            raise UserError(f"{problem}; give the image a shorter name, or leave out --save-maps and --overlays")
 
 
 def map_names(records: Sequence[Record]) -> list[str]:

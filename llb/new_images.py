@@ -29,7 +29,7 @@ from llb.files import UserError, atomic, check_writable, discard_files, typed, w
 from llb.images import ImageFiles, load_image
 from llb.lock import CHANGERS, hold
 from llb.manifest import check_readable, listed
-from llb.maps import map_names, write_maps
+from llb.maps import check_map_names, map_names, write_maps
 from llb.marks import EDITABLE, choose_images, normal_images, training_set
 from llb.pictures import contact_sheet
 from llb.run import as_shown, final_checkpoints, final_name, finished_detectors, run_encoder, steps_in
@@ -59,6 +59,8 @@ def score_images(run: Path, settings: Evaluate) -> None:
         name, final = choose(run, config, settings)
         check_lists(run, name, final, config["stage2"][final])
         dataset = read_folder(settings.images, name, config)
+        if settings.save_maps or settings.overlays:
+            check_map_names(dataset.test)
         out, about = place(run, name, settings)
         encoder = run_encoder(run, config)
         stage = make_stage(run, settings, encoder, config | config["stage2"][final], final)

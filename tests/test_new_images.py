@@ -93,6 +93,22 @@ def test_what_cannot_be_scored_is_one_line_and_nothing_is_written(finished, tmp_
     assert state(finished) == before
 
 
+def test_names_that_no_map_can_have_are_refused_before_the_scoring_and_scored_without_maps(
+    finished, tmp_path, monkeypatch
+):
+    images, out, name = tmp_path / "images", tmp_path / "out", f"{'x' * 248}.png"
+    draw(images / name, 0)
+    flags = ("evaluate", "--run", finished, "--images", images, "--out", out)
+    for flag in ("--overlays", "--save-maps"):
+        assert "its map would have a name of more than 255 bytes; give" in refuse(*flags, flag)
+        assert not out.exists()
+    for _ in range(2):  # what the first has written goes
+        succeed(*flags)
+    assert [row["path"] for row in rows_of(out / "scores-purified.csv")] == [name]
+    monkeypatch.setattr("llb.maps.LONGEST_NAME", 5)
+    assert "its map would have a name" in refuse("evaluate", "--run", finished, "--save-maps", "--overwrite")
+
+
 def test_a_detector_or_a_threshold_whose_list_has_changed_is_refused_as_by_evaluation(finished, data, tmp_path):
     run, images = shutil.copytree(finished, tmp_path / "run"), ("--images", data / "tile" / "test")
     purified, flags = run / "tile" / "purified.txt", ("evaluate", "--run", run)

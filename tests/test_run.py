@@ -14,7 +14,7 @@ from helpers import LATER, TILE, child, draw, draw_mvtec, refuse, rows_of, succe
 
 from llb.config import Stage1, Stage2
 from llb.data import Dataset
-from llb.files import UserError, atomic, write_csv, write_text
+from llb.files import UserError, atomic, digest_of_file, discard_files, move_file, write_csv, write_text
 from llb.layouts import Record
 from llb.lock import CHANGERS, hold, turn
 from llb.manifest import clear_run, clear_stage2, image_digests
@@ -348,6 +348,18 @@ def test_a_full_disk_is_one_line_with_what_is_needed_and_the_old_file_stays(tmp_
         out = child("-c", code, tmp_path / name, kind).stdout
         assert out.startswith(f"{tmp_path / name} cannot be written (") and mention in out and out.count("\n") == 1
     assert files_below(tmp_path) == {"old.csv", "old.npy"} and (tmp_path / "old.csv").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", [f"{'x' * 251}.png", f"{'é' * 127}.", f".{'x' * 254}"])
+def test_files_may_have_names_as_long_as_the_system_allows(tmp_path, name):
+    write_text(tmp_path / name, "text")
+    atomic(tmp_path / name, lambda temporary: temporary.write_text("more"), by_any_process=True)
+    move_file(tmp_path / name, tmp_path / "to" / name, digest_of_file(tmp_path / name), 0, copy=True)
+    assert files_below(tmp_path) == {name, f"to/{name}"} and (tmp_path / "to" / name).read_text() == "more"
+    discard_files(tmp_path / "to", [name, f"{name}.png", f"{'y' * 300}/a.png"])  # the others cannot be there
+    assert files_below(tmp_path) == {name}
+    with pytest.raises(UserError, match="cannot be written .File name too long.: give the file a shorter name"):
+        write_text(tmp_path / f"{name}.png", "text")
 
 
 def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path):
