@@ -62,7 +62,7 @@ def main() -> None:
     settings = parse_flags(Evaluate)
     check_flags(settings)
     say(start_jax(settings))
-    run = find_run(settings.run)
+    run = find_run(settings)
     if settings.images:
         score_images(run, settings)
         return

@@ -171,8 +171,8 @@ def check(dataset: Dataset, settings: Stage1) -> None:
     if images < 2:
         raise UserError(f"{dataset.root}, category {name}: {images} training image is too few; give at least 2")
     if settings.submodels > images:
-        submodels = f"--submodels {settings.submodels}"
-        raise UserError(f"{submodels}: {name} has {images} training images; give at most that many")
+        few = f"{images} training images are too few for {settings.submodels} sub-models"
+        raise UserError(f"{dataset.root}, category {name}: {few}; give more images, or --submodels {images} or less")
     if settings.aggregate == "out-of-fold" and settings.submodels == 1:
         need = "a sub-model that was not trained on the image"
         raise UserError(f"--aggregate out-of-fold needs {need}: give --submodels 2 or more")

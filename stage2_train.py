@@ -50,7 +50,7 @@ from llb.train import Submodels, seen_steps, submodel_keys
 def main() -> None:
     settings = parse_flags(Stage2)
     say(start_jax(settings))
-    run = find_run(settings.run)
+    run = find_run(settings)
     readers = ("evaluate",) if settings.overwrite else ()  # of what it deletes
     for train_on in lists_to_train_on(run, settings):
         # two final detectors on the same images take turns

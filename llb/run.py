@@ -56,9 +56,16 @@ def place_run(settings: Stage1) -> Path:
     elif settings.layout is not None:
         raise UserError(f"--layout {settings.layout} says how --data is read: give --data too, or leave it out")
     make_run_folder(run, cache)
+    check_cache(settings)
     if os.path.lexists(run / "config.json"):
         own_config(run, f"--out {run}")
     return run
+
+
+def check_cache(settings: Stage1 | Stage2 | Evaluate) -> None:
+    """Raise a UserError if --cache can be no folder. One that is there may be read-only: it may hold all features."""
+    if not settings.no_cache and not os.path.isdir(settings.cache):
+        check_writable(Path(settings.cache), "--cache")
 
 
 @process_0_first("folder of the run")
@@ -167,13 +174,14 @@ def check_weights(config: dict[str, Any], encoder: Encoder, where: str, advice: 
 # ---- later stages continue it ----
 
 
-def find_run(run: str) -> Path:
+def find_run(settings: Stage2 | Evaluate) -> Path:
     """The folder of the run that a later stage continues. A UserError is raised if there is none."""
-    folder = Path(run)
+    run, folder = settings.run, Path(settings.run)
     if not (folder / "config.json").is_file():
         raise UserError(f"--run {run}: there is no run; make one with: python stage1_partition.py --out {typed(run)}")
     read_config(folder, f"--run {run}", _make_again(run))
     check_writable(folder, "--run")
+    check_cache(settings)
     return folder
 
 

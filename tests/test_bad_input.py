@@ -22,7 +22,11 @@ CASES = {
     "infinite rate": ("--learning-rate inf", "--learning-rate"),
     "a seed beyond 32 bits": (f"--seed {2**32}", "--seed"),
     "a share above 1": ("--keep 1.5", "--keep"),
-    "K above N": ("--submodels 10", "--submodels"),
+    "K above N": (
+        "--submodels 10",
+        "9 training images are too few for 10 sub-models; give more images, or --submodels",
+    ),
+    "K above N, not given": ("--data pair", "2 training images are too few for 3 sub-models"),
     "variance of one sub-model": ("--submodels 1 --aggregate max-var", "max-var"),
     "out-of-fold with one sub-model": ("--submodels 1 --aggregate out-of-fold", "out-of-fold"),
     "unknown encoder": ("--encoder resnet50", "dinov2_vitb14_reg"),
@@ -41,6 +45,7 @@ CASES = {
     "--out around --data": ("--out .", "is around --data"),
     "--cache inside --data": ("--cache good/cache", "--cache good/cache is inside --data"),
     "--cache around --data": ("--cache .", "--cache . is around --data"),
+    "--cache that is a file": ("--cache file", "--cache file cannot be written"),
     "--layout of the demo set": ("--layout mvtec", "give --data too"),
     "a run that is a file": ("--out file", "--out file cannot be written"),
     "unknown flag": ("--epochs 3", "--epochs"),
@@ -56,6 +61,8 @@ def bad(tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     draw_mvtec(root / "good")
     draw(root / "single" / "0.png", 0)
+    draw(root / "pair" / "0.png", 0)
+    draw(root / "pair" / "1.png", 1)
     for i in range(4):
         draw(root / "truncated" / f"{i}.png", i)
         draw(root / "mean" / f"{i}.png", i)

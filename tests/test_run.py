@@ -19,7 +19,7 @@ from llb.layouts import Record
 from llb.lock import CHANGERS, hold, turn
 from llb.manifest import clear_run, clear_stage2, image_digests
 from llb.marks import choose_images
-from llb.run import place_run
+from llb.run import find_run, place_run
 from llb.runfiles import VERSION, write_config
 from llb.tables import read_purified
 from stage2_train import lists_to_train_on
@@ -268,6 +268,14 @@ def test_images_of_the_caches_demo_set_may_be_given_as_data(tmp_path):
         assert place_run(Stage1(data=str(cache / data), out=str(run), cache=str(cache))) == run
     with pytest.raises(UserError, match="--cache .* is around --data"):
         place_run(Stage1(data=str(cache / "features"), out=str(run), cache=str(cache)))
+
+
+def test_later_stages_refuse_a_cache_that_is_a_file_before_any_work_but_not_if_they_need_none(finished, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for script in LATER:
+        assert f"--cache {file} cannot be written" in refuse(script, "--run", finished, "--cache", file)
+    assert find_run(Stage2(run=str(finished), cache=str(file), no_cache=True)) == finished
 
 
 def test_an_edited_list_may_come_from_windows_and_clean_needs_a_normal_image(tmp_path):
