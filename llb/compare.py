@@ -22,10 +22,11 @@ from llb.console import run_script, say
 from llb.figures import house, save, spread_figure
 from llb.files import UserError, check_writable_file, write_csv
 from llb.flags import WORDS, flag, parse_flags, real
+from llb.marks import training_set
 from llb.metrics import lowest_contamination, purification
 from llb.pictures import printable
 from llb.runfiles import read_config
-from llb.tables import TRAIN_ON, UNDEFINED, mean_defined, read_metrics, read_submodels, read_table
+from llb.tables import TRAIN_ON, UNDEFINED, listed_images, mean_defined, read_metrics, read_submodels, read_table
 
 # in config.json, but no setting; or it follows from the images; or it has a place of its own here
 NO_SETTINGS = ("llb", "checksum", "command", "data_given", "reading", "versions", "device", "git_commit", "git_dirty")
@@ -96,22 +97,25 @@ def read_run(run: Path, lowest: float | None) -> list[tuple[int, dict[str, Any],
     """Seed, settings and figures, once for each setting of the final detectors; --train-on is no such setting."""
     config, metrics = read_config(run, str(run), "give the folder of a run"), read_metrics(run).get("mean", {})
     stage1 = mean_defined([stage1_figures(run / name, lowest) for name in config["categories"]])
-    finals = {}
-    for final, own in config.get("stage2", {}).items():
-        if final in metrics:
-            _, figures = finals.setdefault(frozen(flat(own)), (flat(own, "final."), {}))
-            figures |= {f"{title} {own['train_on']}": metrics[final].get(name) for title, name in JUDGED.items()}
+    finals, judged = {}, {final: own for final, own in config.get("stage2", {}).items() if final in metrics}
+    reviewed = [own for own in judged.values() if own["train_on"] == "reviewed"]
+    heads = {frozen(flat(own | {"head": None})): own.get("head") for own in reviewed}
+    for final, own in judged.items():  # what is not `reviewed` has no head, and stands beside what is
+        own = own | {"head": heads.get(frozen(flat(own | {"head": None})), own.get("head"))}
+        _, figures = finals.setdefault(frozen(flat(own)), (flat(own, "final."), {}))
+        figures |= {f"{title} {own['train_on']}": metrics[final].get(name) for title, name in JUDGED.items()}
     finals = list(finals.values()) or [({}, {})]
     return [(config["seed"], flat(config) | settings, stage1 | figures) for settings, figures in finals]
 
 
 def stage1_figures(folder: Path, lowest: float | None) -> dict[str, float | None]:
-    """What stage 1 has reached on a category, by its scores.csv."""
-    rows = read_table(folder / "scores.csv", ("score", "kept", "label"))
+    """What stage 1 has reached on a category, by its scores.csv, and purified.txt, which a person may have edited."""
+    rows = read_table(folder / "scores.csv", ("score", "label"))
     if not rows:
         raise UserError(f"{folder / 'scores.csv'} is not there: finish stage 1 of this run first")
-    score, kept, labels = ([row[name] for row in rows] for name in ("score", "kept", "label"))
-    facts = purification(labels, np.array(score), np.array(kept))
+    score, labels = ([row[name] for row in rows] for name in ("score", "label"))
+    listed = [index for _, index in listed_images(folder, training_set(folder))]
+    facts = purification(labels, np.array(score), np.isin(np.arange(len(rows)), listed))
     values = [facts["train_auroc"], facts["contamination_after"], facts["kept"] / facts["n"]]
     values += lowest_contamination(read_submodels(folder)[1], labels, lowest) if lowest else ()
     return dict(zip(STAGE1, values))

@@ -16,7 +16,7 @@ from llb.looks import looks_figure
 from llb.looks import main as looks_main
 from llb.metrics import lowest_contamination
 from llb.runfiles import VERSION, write_config
-from llb.tables import Stage1Result, write_scores
+from llb.tables import Stage1Result, write_purified, write_scores
 
 SCORES = np.array([[1, 4], [2, 1], [3, 3], [6, 2], [5, 6]], np.float32)  # the mean ranks both defects highest
 LABELS = (0, 0, 0, 1, 1)
@@ -27,12 +27,13 @@ def made(run, seed=0, auroc=0.9, sources="old", finals=("purified", "all"), **se
     records = [Record(f"{i}.png", label, (), "") for i, label in enumerate(LABELS)]
     kept = np.array([True, True, True, True, False])
     write_scores(run / "part", records, Stage1Result(np.zeros(5, int), SCORES, SCORES.mean(axis=1), kept))
+    write_purified(run / "part", records, kept)
     values = dict.fromkeys(finals, auroc) | {"all": auroc - 0.1}
     metrics = {final: {"image_auroc": values[final], "pixel_aupro": None} for final in finals}
     write_json(run / "metrics.json", {"part": metrics, "mean": metrics})
     stage2 = {final: {"train_on": final, "set": {}, "category_steps": {"part": seed}} for final in finals}
     head = settings.pop("head", "auto")
-    stage2 = {final: own | {"head": head} for final, own in stage2.items()}
+    stage2 = {final: own | {"head": head if final == "reviewed" else "auto"} for final, own in stage2.items()}
     own = {"submodels": 2, "set": {"power": 2.0}, "data": None} | settings
     facts = {"categories": ["part"], "sources": [sources], "stage2": stage2, "command": f"python … {run}"}
     write_config(run, {"llb": VERSION, "seed": seed} | own | facts)
@@ -88,13 +89,21 @@ def test_runs_of_stage_1_alone_are_compared_and_others_are_refused(tmp_path):
             read_groups([tmp_path / run])
 
 
+def test_what_is_kept_is_what_an_edited_list_says(tmp_path):
+    run = made(tmp_path / "a")
+    (tmp_path / "a" / "part" / "purified.txt").write_text("# by hand\n0.png\n3.png\n")
+    (group,) = results(run)
+    assert group.figures["kept"] == {0: 0.4} and group.figures["contamination"] == {0: 0.5}
+
+
 def test_simulated_looks_are_settings_and_are_drawn(tmp_path, capsys, monkeypatch):
     finals, common = ("reviewed", "all", "clean"), {"detector": "padim", "noise_ratio": 0.2}
     for simulate, head in itertools.product((24, 96), ("auto", "none")):
         look = {"simulate": simulate, "errors": 0.1}
         made(tmp_path / f"{simulate}{head}", 0, 0.8 + simulate / 1000, finals=finals, head=head, review=look, **common)
     groups = results(*sorted(tmp_path.iterdir()))
-    assert differing(groups)[0] == ["review.simulate", "final.head"] and "image AUROC reviewed" in report(groups)
+    assert differing(groups)[0] == ["review.simulate", "final.head"] and "reviewed − all" in report(groups)
+    assert all(group.figures["image AUROC all"] and group.figures["image AUROC reviewed"] for group in groups)
     with house():
         (axis,) = looks_figure(groups).axes
     lines = {line.get_label(): line for line in axis.lines}
