@@ -3,6 +3,7 @@
 path, verdict (defect, fine); in the order of the training images; an image that is not there was not looked at.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from llb.data import Dataset, Record
 from llb.files import UserError, read_json, write_csv
+from llb.runfiles import read_manifest
 from llb.tables import TRAIN_ON, Choice, read_purified, read_table
 
 MARKS_FILE = "marks.csv"
@@ -32,17 +34,28 @@ def training_set(folder: Path) -> Dataset:
 def read_marks(folder: Path, dataset: Dataset) -> np.ndarray:
     """int8 (N,): DEFECT, FINE or UNSAID for each training image; all UNSAID without the file.
 
-    A UserError is raised if the file is damaged, or names an image that is not a training image, or one twice.
+    A UserError is raised if the file is damaged, or names an image that is not a training image, or one twice; or if
+    scores.csv, by which `training_set` knows them, lacks an image that the run had.
     """
     file, marks = folder / MARKS_FILE, np.full(len(dataset.train), UNSAID, np.int8)
     place = {record.path: index for index, record in enumerate(dataset.train)}
     for row in read_table(file, ("path", "verdict"), advice=ADVICE):
         index = place.get(row["path"])
+        if index is None and in_manifest(folder, row["path"]):
+            scores = folder / "scores.csv"
+            raise UserError(f"{scores} is damaged ({row['path']} is not in it): delete it and run stage 1 again")
         if index is None or marks[index] != UNSAID:
             problem = "is not a training image" if index is None else "stands there twice"
             raise UserError(f"{file} is damaged ({row['path']} {problem}): {ADVICE}")
         marks[index] = row["verdict"]
     return marks
+
+
+def in_manifest(folder: Path, path: str) -> bool:
+    """Whether images.csv lists an image."""
+    with suppress(UserError):  # damaged or not there
+        return path in read_manifest(folder)
+    return False
 
 
 def write_marks(folder: Path, dataset: Dataset, marks: np.ndarray) -> None:

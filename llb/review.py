@@ -28,7 +28,7 @@ from llb.marks import DEFECT, FINE, MARKS_FILE, UNSAID, VERDICTS, read_marks, tr
 from llb.metrics import ranks
 from llb.pages import Page, suspect_pages
 from llb.pictures import printable
-from llb.runfiles import read_config, stage1_command, write_config
+from llb.runfiles import read_config, stage1_command, stage2_command, write_config
 from llb.tables import forget_metrics, read_metrics, read_table, stage1_finished
 from llb.unseen import unseen_defects
 
@@ -80,9 +80,10 @@ def run_review(run: Path, config: dict[str, Any], settings: Review) -> None:
             say(f"{dataset.category}: {line}")
     marked = any((run / dataset.category / MARKS_FILE).is_file() for dataset in datasets)
     look = f"open {run / 'report.html'}, mark and save, then: python -m llb.review --run {typed(run)} marks.csv"
-    train = f"python stage2_train.py --run {typed(run)} --train-on reviewed"
-    train += " --overwrite" * ("reviewed" in config.get("stage2", {}))  # it was trained by other marks
-    say(f"next: {train if marked else look}")
+    trained = [final for final in config.get("stage2", {}) if final.startswith("reviewed")]  # by other marks
+    train = [f"{stage2_command(run, final)} --overwrite" for final in trained] or [stage2_command(run, "reviewed")]
+    for command in train if marked else [look]:
+        say(f"next: {command}")
 
 
 # ---- marks ----

@@ -12,7 +12,7 @@ from llb.marks import DEFECT, FINE, UNSAID, training_set, write_marks
 from llb.pages import suspect_pages
 from llb.review import findings, threshold_doubt
 from llb.run import check_no_marks
-from llb.runfiles import read_config
+from llb.runfiles import read_config, write_config
 from llb.tables import read_metrics
 from llb.unseen import unseen_defects
 
@@ -46,6 +46,20 @@ def test_marks_are_merged_and_a_changed_mind_is_taken(run, tmp_path):
     assert merged == [(first, "defect"), (second, "defect"), (third, "fine")]
     assert "0 new marks\n" in succeed(NAME, "--run", run, two)
     assert "a person's" in refuse(NAME, "--run", run, "--simulate", 3)
+
+
+def test_what_is_next_is_each_detector_that_was_trained_by_other_marks(run, tmp_path):
+    config = read_config(run, "", "")
+    stage2 = config["stage2"] | {"reviewed-padim": config["stage2"]["all"] | {"train_on": "reviewed"}}
+    write_config(run, config | {"stage2": stage2})
+    mine = saved(tmp_path / "mine.csv", f"tile,{paths_of(run)[0]},fine")
+    commands = [
+        f"next: python stage2_train.py --run {run} --train-on reviewed{more} --overwrite"
+        for more in ("", " --detector padim")
+    ]
+    assert succeed(NAME, "--run", run, mine).splitlines()[-1] == commands[1]
+    write_config(run, config | {"stage2": {"reviewed": stage2["reviewed-padim"]} | stage2})
+    assert succeed(NAME, "--run", run).splitlines()[-2:] == commands
 
 
 @pytest.mark.parametrize(
@@ -94,6 +108,14 @@ def test_simulated_marks_are_the_labels_of_what_is_seen_with_errors_and_said_to_
     (run / "tile" / "marks.csv").unlink()
     assert "SIMULATED" not in succeed(NAME, "--run", run, own)
     assert "review" not in read_config(run, "", "")
+
+
+def test_where_scores_lack_a_marked_image_they_are_blamed_and_not_the_marks(run, tmp_path):
+    succeed(NAME, "--run", run, saved(tmp_path / "own.csv", f"tile,{paths_of(run)[-1]},fine"))
+    scores = run / "tile" / "scores.csv"
+    scores.write_text("".join(scores.read_text().splitlines(keepends=True)[:-1]))
+    line = refuse(NAME, "--run", run)
+    assert "scores.csv is damaged" in line and "run stage 1 again" in line and "marks.csv" not in line
 
 
 def test_other_marks_make_the_metrics_of_reviewed_those_of_an_old_list_and_the_same_marks_do_not(run, tmp_path):
