@@ -135,7 +135,8 @@ def read_tiles(file: Path) -> dict[str, Any]:
             return content
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise UserError(f"{file} is damaged: delete it and run the stage that wrote it again, with --overwrite")
+    writer = "stage 1 again" if file.name == tiles_file("suspects") else "evaluate.py again, with --overwrite"
+    raise UserError(f"{file} is damaged: delete it and run {writer}")
 
 
 def tiles_file(name: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from llb import tiles
+from llb.files import UserError
 from llb.times import read_times, timed
 
 
@@ -52,6 +53,14 @@ def test_tiles_are_small_and_show_the_image_the_heat_and_the_outline_of_the_mask
     assert coloured.any() and not coloured[65:95, 65:95].any() and not coloured[:50].any(), "around the mask only"
     assert np.ptp(hot, axis=2)[:70].mean() > 3 * np.ptp(hot, axis=2)[90:].mean()
     assert tiles.read_tiles(tmp_path / "none.json")["tiles"] == {}
+    for name, advice in (
+        (tiles.tiles_file("suspects"), "delete it and run stage 1 again$"),  # --overwrite would delete the run
+        (tiles.tiles_file("all"), "delete it and run evaluate.py again, with --overwrite$"),
+        (tiles.next_tiles_file("reviewed"), "delete it and run evaluate.py again, with --overwrite$"),
+    ):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(UserError, match=advice):
+            tiles.read_tiles(tmp_path / name)
 
 
 def test_times_add_up_over_interruptions_and_a_damaged_file_counts_as_empty(tmp_path):
