@@ -78,7 +78,8 @@ def read_review(folder: Path, final: str, advice: str = TRAIN_AGAIN) -> dict[str
     if not file.is_file():
         return None
     facts = read_json(file, advice)
-    if not isinstance(facts, dict) or not {"defect", "fine", "auroc", "lower", "lambda", "why"} <= facts.keys():
+    known = isinstance(facts, dict) and {"defect", "fine", "auroc", "lower", "lambda", "why"} <= facts.keys()
+    if not known or type(facts["lambda"]) not in (int, float) or not isinstance(facts["why"], str):
         raise UserError(f"{file} is damaged; {advice}")
     return facts
 

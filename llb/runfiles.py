@@ -108,6 +108,6 @@ def read_manifest(folder: Path) -> dict[str, State]:
                 return states
     except FileNotFoundError:
         raise UserError(f"{file} is not there, so nobody knows which images these results belong to") from None
-    except (OSError, csv.Error, ValueError, TypeError):
+    except (OSError, csv.Error, ValueError, TypeError, KeyError):
         pass
     raise UserError(f"{file} is damaged, so nobody knows which images these results belong to")

@@ -30,6 +30,7 @@ PURIFICATION = ("n", "kept", "contamination_before", "contamination_after", "tra
 KINDS = ("kind", "images", "image_auroc", "found")
 METRICS_FILE = "metrics.json"
 UNDEFINED = "–"
+OF_THRESHOLD = {"threshold", "quantile", "images", "false_alarm_rate", "missed_rate"}
 REPEAT = "delete it and run the stage that wrote it again"
 SHARE = lambda text: float(text) if text else None  # noqa: E731 (of a table)
 COLUMN_TYPES = {
@@ -103,7 +104,7 @@ def read_table(
             more = [name for name in rows.fieldnames or () if numbered and name.startswith(numbered)]
             types = {name: COLUMN_TYPES[name] for name in columns} | dict.fromkeys(more, COLUMN_TYPES["score"])
             return [{name: parse(row[name]) for name, parse in types.items()} for row in rows]
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{file} is damaged ({error}): {advice}") from None
 
 
@@ -182,7 +183,7 @@ def read_threshold(folder: Path, final: str) -> dict[str, float | int | None] | 
     if not file.is_file():
         return None
     facts = read_json(file, advice)
-    if not isinstance(facts, dict) or "threshold" not in facts or not _are_facts(final, facts):
+    if not _are_facts(final, facts) or not OF_THRESHOLD <= facts.keys() or None in (facts["quantile"], facts["images"]):
         raise UserError(f"{file} is damaged; {advice}")
     return None if facts["threshold"] is None else facts
 

@@ -142,9 +142,10 @@ def test_what_changed_is_told_beside_the_purified_detector_by_each_threshold(tmp
     assert "reviewed: λ = 0.60, the weight of the head beside the detector: heads are good." in text
     assert "reviewed beside purified, each by its threshold: 1 found, which were missed; 1 missed, which" in text
     assert "1 no false alarms any more; 1 new false alarms." in text and "Missed, which were found (1) 2.png" in text
-    write_json(run / "bolt" / "review-reviewed.json", {"defect": 20})
-    with pytest.raises(UserError, match="review-reviewed.json is damaged; delete it and run stage2"):
-        write_report(run)
+    for damaged in ({"defect": 20}, evidence | {"lambda": None}, evidence | {"why": None}, [1]):
+        write_json(run / "bolt" / "review-reviewed.json", damaged)
+        with pytest.raises(UserError, match="review-reviewed.json is damaged; delete it and run stage2"):
+            write_report(run)
 
 
 def test_pages_are_cut_so_that_the_report_stays_small_and_more_of_them_need_more_tiles(tmp_path, monkeypatch):

@@ -195,6 +195,9 @@ def test_what_cannot_be_moved_safely_is_refused_before_anything_moves(own, tmp_p
     assert "11 of 11 images to move" in succeed(*go)
     (to / dropped(run)[-1]).write_bytes(b"")
     refused("not the image that stage 1 saw", NAME, "--run", run, "--undo")
+    with open(run / "quarantine.csv", "a") as manifest:
+        manifest.write('"x"\n')
+    refused("mend it by hand", NAME, "--run", run, "--undo")
     (run / "quarantine.csv").write_text("category,path\n1,2\n")
     refused("mend it by hand", NAME, "--run", run, "--undo")
     write_config(run, read_config(run, "", "") | {"data": None, "data_given": None})

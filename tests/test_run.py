@@ -196,9 +196,10 @@ def test_images_that_changed_since_stage_1_are_named_by_every_command(moved):
     for file in tile.rglob("*.png"):
         os.utime(file)  # a copy with new times is the same data
     succeed("evaluate", "--run", run)
-    (run / "tile" / "images.csv").write_text("path\n")
-    for command in commands:
-        assert "images.csv is damaged" in refuse(*command)
+    for damaged in ("path\n", "name\na.png\n"):
+        (run / "tile" / "images.csv").write_text(damaged)
+        for command in commands:
+            assert "images.csv is damaged" in refuse(*command)
 
 
 def test_all_unreadable_images_are_named_at_once_and_the_same_command_goes_on_without_them(tmp_path):

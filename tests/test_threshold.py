@@ -1,5 +1,7 @@
 """The threshold comes from the purified images alone, and labels only judge it."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,8 @@ def test_the_threshold_reads_back_and_a_damaged_file_is_named(tmp_path):
     assert tables.threshold_line(facts | {"false_alarm_rate": None, "missed_rate": None}).endswith("score below it)")
     tables.write_threshold(tmp_path, "all", threshold_facts(None, [], np.empty(0)))
     assert tables.read_threshold(tmp_path, "all") is None
-    for text in ("[]", '{"threshold": "high"}', "{}", "{"):
+    null = json.dumps(facts | {"quantile": None})
+    for text in ("[]", '{"threshold": "high"}', '{"threshold": 1.0}', null, "{}", "{"):
         (tmp_path / "threshold-all.json").write_text(text)
         with pytest.raises(UserError, match=r"threshold-all\.json"):
             tables.read_threshold(tmp_path, "all")
