@@ -169,6 +169,13 @@ def read_cell(column: str, cell: str) -> str:
     return cell[len(mark) :] if formula else cell
 
 
+def delimiter_of(text: str) -> str:
+    """What stands between the cells of a table that any program saved: a comma, a semicolon or a tab, by its first line
+    of names. A line "sep=;" before it, as spreadsheets want one, is left out."""
+    head = next((line for line in text.splitlines() if line.strip() and not line.startswith("sep=")), "")
+    return max(",;\t", key=head.count)
+
+
 def discard(*paths: Path) -> None:
     """Delete files and folders with all they hold, if they are there. A folder is renamed first, so half of one never
     looks whole. Of a link only the link is deleted."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llb.files import UserError
+from llb.files import UserError, delimiter_of
 from llb.layouts import PARTS, VALIDATION, Record, Root, Split, visa_csv
 from llb.pairing import is_normal
 from llb.tree import OTHER, fold, fold_path
@@ -75,8 +75,7 @@ def visa_rows(root: Root) -> list[Row]:
 
 
 def _parse_visa(text: str, file: str) -> list[Row]:
-    head = next((line for line in text.splitlines() if line.strip() and not line.startswith("sep=")), "")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(text), skipinitialspace=True)
     lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     lines = [(line, cells) for line, cells in lines if any(cells) and not cells[0].startswith("sep=")]
     columns = [cell.casefold() for cell in lines[0][1]] if lines else []

@@ -21,7 +21,7 @@ import numpy as np
 
 from llb.console import run_script, say
 from llb.data import Dataset
-from llb.files import UserError, read_cell, typed
+from llb.files import UserError, delimiter_of, read_cell, typed
 from llb.flags import MAYBE_WORDS, flag, parse_flags, real, whole
 from llb.lock import hold, turn
 from llb.marks import DEFECT, FINE, MARKS_FILE, UNSAID, VERDICTS, read_marks, training_set, write_marks
@@ -115,11 +115,16 @@ def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, 
     A UserError that names the line is raised for whatever is wrong.
     """
     if not file.is_file():
-        raise UserError(f"{file} is not there: give the file that the page has saved")
+        raise UserError(
+            f"{file} is {'a folder' if file.is_dir() else 'not there'}: give the file that the page has saved"
+        )
     lines, marks = {}, []
     try:
         with open(file, newline="", encoding="utf-8-sig") as opened:  # spreadsheets write a byte-order mark
-            rows = csv.DictReader(opened)
+            rows = csv.DictReader(opened, delimiter=delimiter_of(opened.read()))
+            opened.seek(0)
+            if "".join(rows.fieldnames or ()).startswith("sep="):
+                rows.fieldnames = None  # they come in the next line
             if not set(COLUMNS) <= set(rows.fieldnames or ()):
                 raise UserError(f"{file} has no columns {', '.join(COLUMNS)}: give the file that the page has saved")
             for row in rows:

@@ -62,6 +62,19 @@ def test_what_is_next_is_each_detector_that_was_trained_by_other_marks(run, tmp_
     assert succeed(NAME, "--run", run).splitlines()[-2:] == commands
 
 
+@pytest.mark.parametrize("sign, before", [(";", ""), ("\t", ""), (";", "sep=;\n"), (",", "sep=,\n")])
+def test_marks_may_come_from_a_spreadsheet_of_another_country(run, tmp_path, sign, before):
+    first, second, *_ = paths_of(run)
+    file = saved(tmp_path / "marks.csv", f"tile,{first},defect", f'tile,"{second}",fine')
+    file.write_text(before + file.read_text().replace(",", sign), encoding="utf-8-sig")
+    assert "2 new marks\n" in succeed(NAME, "--run", run, file)
+    merged = [(row["path"], row["verdict"]) for row in rows_of(run / "tile" / "marks.csv")]
+    assert sorted(merged) == sorted([(first, "defect"), (second, "fine")])
+    with open(file, "a") as more:
+        more.write(f"tile{sign}no.png{sign}fine\n")
+    assert f"line {4 + bool(before)}: no.png is not" in refuse(NAME, "--run", run, file)
+
+
 @pytest.mark.parametrize(
     "row, says",
     [
@@ -83,6 +96,7 @@ def test_a_wrong_line_is_named_and_changes_nothing(run, tmp_path, row, says):
 
 def test_what_is_no_table_of_marks_is_refused(run, tmp_path):
     assert "is not there" in refuse(NAME, "--run", run, tmp_path / "none.csv")
+    assert "is a folder: give the file" in refuse(NAME, "--run", run, tmp_path)
     assert "has no columns" in refuse(NAME, "--run", run, run / "tile" / "scores.csv")
     assert "exclude each other" in refuse(NAME, "--run", run, "a.csv", "--simulate", 3)
     assert "belongs to" in refuse(NAME, "--run", run, "--errors", 0.1)
