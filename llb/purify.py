@@ -50,13 +50,22 @@ def out_of_fold(scores: jax.Array, seen: jax.Array) -> jax.Array:
     return jnp.where(seen, 0.0, scores).sum(axis=1) / (~seen).sum(axis=1)
 
 
+def max_var(scores: jax.Array, seen: jax.Array) -> jax.Array:
+    """The released code's: the maximum times the variance. As in AGGREGATES.
+
+    Below 0 a larger variance would make an image more normal, so scores that may be negative (SimpleNet's) are counted
+    from the lowest one.
+    """
+    return (scores.max(axis=1) - jnp.minimum(scores.min(), 0)) * scores.var(axis=1)
+
+
 # scores float32 (N, K) and seen bool (N, K) of `seen_by` → one score for each image, float32 (N,)
 AGGREGATES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "mean": lambda scores, seen: scores.mean(axis=1),  # the paper's
     "median": lambda scores, seen: jnp.median(scores, axis=1),
     "max": lambda scores, seen: scores.max(axis=1),
     "out-of-fold": out_of_fold,
-    "max-var": lambda scores, seen: scores.max(axis=1) * scores.var(axis=1),  # the released code's
+    "max-var": max_var,
 }
 
 

@@ -26,6 +26,12 @@ def test_aggregates_by_hand(how, expected):
     np.testing.assert_allclose(AGGREGATES[how](jnp.asarray(SCORES), seen), expected, rtol=1e-6)
 
 
+def test_of_negative_scores_too_the_higher_and_the_more_scattered_are_suspects():
+    scores = jnp.array([[-1.0, -1.0, -4.0], [-3.0, -3.1, -3.0], [-1.0, -1.1, -1.0]])
+    suspicion = AGGREGATES["max-var"](scores, jnp.zeros((3, 3), bool))
+    assert np.argsort(-suspicion).tolist() == [0, 2, 1]
+
+
 def test_out_of_fold_takes_the_one_sub_model_that_has_learned_from_the_other_subsets():
     seen = seen_by(SUBSET, 3, others=True)
     assert (seen.sum(axis=1) == 2).all()
