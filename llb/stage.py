@@ -67,20 +67,26 @@ def make_stage(
 
 def check_step(setup: Setup, submodels: int) -> None:
     """Raise a UserError if a training step needs more memory than there is."""
-    if bytes_of := getattr(DETECTORS[setup.detector], "step_bytes", None):
-        check_memory(submodels * bytes_of(setup))
+    if is_trained(setup.detector):
+        check_memory(submodels * getattr(DETECTORS[setup.detector], "step_bytes", state_bytes)(setup))
+
+
+def state_bytes(setup: Setup) -> int:
+    """What a step of one sub-model needs at the least: its parameters, their gradients, and two moments of each."""
+    return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(check_detector(setup)))
 
 
 @cache
-def check_detector(setup: Setup) -> None:
-    """Raise a UserError if the detector does not fit the encoder. Tracing it takes half a second, once in a process."""
+def check_detector(setup: Setup) -> Params:
+    """The shapes with which the detector begins. A UserError is raised if it does not fit the encoder. Tracing it takes
+    half a second, once in a process."""
     detector = DETECTORS[setup.detector]
     if not isinstance(setup.spec, Spec) and not setup.grids:
         strides = " ".join(map(str, setup.strides))
         problem = f"takes stages of stride {strides}, and {setup.spec.name} has none of them"
         raise UserError(f"--detector {setup.detector}: it {problem}; give another --encoder")
     begin = partial(detector.init, setup) if is_trained(setup.detector) else partial(detector.start, setup, images=1)
-    jax.eval_shape(begin, jax.random.key(0))
+    return jax.eval_shape(begin, jax.random.key(0))
 
 
 def load_features(stage: Stage, dataset: Dataset, part: str) -> Features:

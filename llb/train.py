@@ -132,9 +132,9 @@ def seen_images(submodels: Submodels, setup: Setup, seen: np.ndarray) -> list[tu
 
     seen: of `train`. An image of which the step has taken nothing has no entry.
     """
-    entries = []
+    entries, streams = [], batch_streams(submodels, setup.batch_size)
     for place, step in enumerate(seen_steps(setup, len(seen))):
-        for model, stream in enumerate(batch_streams(submodels, setup.batch_size)):
+        for model, stream in enumerate(streams):
             for image, distance in zip(stream(step), seen[model, place, 1:]):
                 entries += [(step, model, int(image), float(distance))] if not np.isnan(distance) else []
     return entries

@@ -17,6 +17,7 @@ from llb.files import UserError
 from llb.fit import learn
 from llb.run import command_line
 from llb.score import score_all
+from llb.stage import check_step, state_bytes
 from llb.train import Submodels, submodel_keys
 
 IMAGES = 23
@@ -206,6 +207,16 @@ def test_released_weights_take_no_settings_of_a_training(given):
     (name,) = given
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: --released takes the place of a training"):
         resolve_final(Stage2(released="model.pth", **given), vars(resolve(Stage1(data="D"), "mvtec")))
+
+
+@pytest.mark.parametrize("name", ("simplenet", "uniad"))
+def test_more_sub_models_than_memory_holds_are_refused_whatever_is_trained(name):
+    setup = small_setup(name)
+    params = jax.tree.leaves(DETECTORS[name].init(setup, jax.random.key(0)))
+    assert state_bytes(setup) == 4 * sum(leaf.nbytes for leaf in params)
+    check_step(setup, 1)
+    with pytest.raises(UserError, match="a step needs about .* GiB of memory"):
+        check_step(setup, 10**9)
 
 
 def test_a_fitted_detector_takes_no_steps():
