@@ -61,18 +61,19 @@ OUTDATED = "{} is outdated, and its metrics are left out: {}"
 def main() -> None:
     settings = parse_flags(Evaluate)
     check_flags(settings)
-    say(start_jax(settings))
+    device = start_jax(settings)
+    say(device)
     run = find_run(settings)
     if settings.images:
         score_images(run, settings)
         return
     with hold(run, "evaluate", against=CHANGERS):
-        run_evaluation(run, settings)
+        run_evaluation(run, settings, device)
 
 
-def run_evaluation(run: Path, settings: Evaluate) -> None:
-    """Evaluate every finished detector on every category, and write the report."""
-    config = read_run(run)
+def run_evaluation(run: Path, settings: Evaluate, device: str) -> None:
+    """Evaluate every finished detector on every category, and write the report. device: of `start_jax`."""
+    config = read_run(run, device)
     names = config["categories"]
     detectors = finished_detectors(run, config, settings.train_on)
     encoder = run_encoder(run, config)

@@ -49,13 +49,14 @@ from llb.train import Submodels, seen_steps, submodel_keys
 
 def main() -> None:
     settings = parse_flags(Stage2)
-    say(start_jax(settings))
+    device = start_jax(settings)
+    say(device)
     run = find_run(settings)
     readers = ("evaluate",) if settings.overwrite else ()  # of what it deletes
     for train_on in lists_to_train_on(run, settings):
         # two final detectors on the same images take turns
         with hold(run, f"stage2-{train_on}", against=(*CHANGERS, *readers)):
-            run_stage2(run, dataclasses.replace(settings, train_on=train_on))
+            run_stage2(run, dataclasses.replace(settings, train_on=train_on), device)
     say(f"next: {next_command('evaluate.py', run, settings)}")
 
 
@@ -67,9 +68,9 @@ def lists_to_train_on(run: Path, settings: Stage2) -> tuple[str, ...]:
     return WITHOUT_MARKS if demo and not settings.released else ("purified",)
 
 
-def run_stage2(run: Path, settings: Stage2) -> None:
-    """Train the final detector of every category. settings: with a --train-on."""
-    config = read_run(run)
+def run_stage2(run: Path, settings: Stage2, device: str) -> None:
+    """Train the final detector of every category. settings: with a --train-on; device: of `start_jax`."""
+    config = read_run(run, device)
     settings = resolve_final(settings, config)  # what is not given is stage 1's
     final = final_name(settings.train_on, settings.detector, config)
 

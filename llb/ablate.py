@@ -192,10 +192,10 @@ def make(cell: Cell, done: Sequence[Cell], device: str, overwrite: bool) -> None
                 run_review(run, own_config(run, str(run)), cell.review)
         for final in cell.finals:
             borrow_detector(cell, final, done)
-            run_stage2(run, final)
+            run_stage2(run, final, device)
         if cell.finals:
             wait("final detectors")
-            run_evaluation(run, cell.evaluate)
+            run_evaluation(run, cell.evaluate, device)
     wait("whole run")  # its files are read next
 
 

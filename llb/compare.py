@@ -30,7 +30,7 @@ from llb.tables import TRAIN_ON, UNDEFINED, listed_images, mean_defined, read_me
 
 # in config.json, but no setting; or it follows from the images; or it has a place of its own here
 NO_SETTINGS = ("llb", "checksum", "command", "data_given", "reading", "versions", "device", "git_commit", "git_dirty")
-NO_SETTINGS += ("white", "weights", "category_steps", "stage2", "seed", "train_on")
+NO_SETTINGS += ("white", "weights", "category_steps", "stage2", "seed", "train_on", "continued_on")
 FIRST = ("detector", "final.detector", "encoder", "protocol", "recipe", "submodels")  # name rows rather than others
 STAGE1 = ("ranking AUROC", "contamination", "kept", "lowest: each alone", "lowest: their mean")
 JUDGED = {"image AUROC": "image_auroc", "pixel AUPRO": "pixel_aupro"}  # in metrics.json

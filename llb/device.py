@@ -13,6 +13,7 @@ import jax
 from llb import processes
 from llb.files import UserError
 
+MATMUL = "JAX_DEFAULT_MATMUL_PRECISION"  # a variable that changes results, where it is set
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
@@ -23,6 +24,7 @@ def start_jax(settings=None) -> str:
         a script that one process runs. A UserError is raised if they do not fit, or JAX_PLATFORMS names no device.
     """
     silence_checkpoints()
+    jax.config.update("jax_enable_x64", False)  # else a variable of the shell would change every score
     jax.config.update("jax_enable_preemption_service", False)  # of several processes: it takes SIGTERM for itself
     keep_compiled()
     no_driver = use_cpu_without_driver()
@@ -36,10 +38,11 @@ def start_jax(settings=None) -> str:
         reason = str(error).partition("\n")[0] or "its driver does not start"
         raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: no such device ({reason})") from None
     together = f", in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    together += f", {MATMUL}={os.environ[MATMUL]}" if MATMUL in os.environ else ""
     if devices[0].platform == "cpu":
         several = f", seen as {len(devices)} devices" if len(devices) > 1 else ""
         return "device: CPU" + several + (" (no NVIDIA driver found)" if no_driver else "") + together
-    if "JAX_DEFAULT_MATMUL_PRECISION" not in os.environ:  # by default an NVIDIA GPU rounds float32 to TF32's 10 bits
+    if MATMUL not in os.environ:  # by default an NVIDIA GPU rounds float32 to TF32's 10 bits
         jax.config.update("jax_default_matmul_precision", "highest")
     return f"device: {len(devices)} × {devices[0].device_kind}{together}"
 

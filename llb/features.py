@@ -30,6 +30,7 @@ import numpy as np
 from llb import processes
 from llb.cache import find_rows, load_shard, make_room, write_shard
 from llb.console import progress, say
+from llb.device import MATMUL
 from llb.encoders import Encoder
 from llb.files import UserError, digest_of_files, is_writer
 from llb.images import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, load_image
@@ -274,4 +275,5 @@ def feature_kind(source: Source, files: ImageFiles) -> str:
         name = encoder.spec.name
         about += f" {encoder.spec} {encoder.strides} {encoder.weights_digest} {encoder.precision}"
         about += f" {jax.devices()[0].device_kind} {jax.__version__}"
+        about += f" {os.environ[MATMUL]}" if MATMUL in os.environ else ""
     return f"{name}-{encoder.image_size}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"

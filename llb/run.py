@@ -120,6 +120,7 @@ def open_run(
         refuse_differences(config, trained, where, advice)
         check_weights(config, encoder, where, advice)
         note_sources(config, run)
+        note_machine(config, machine(facts["device"]))
     elif is_writer():
         known = {"white": {name: values for name, values in white.items() if values}}
         config = {"llb": VERSION} | now | known | {"weights_digest": encoder.weights_digest} | facts
@@ -185,11 +186,11 @@ def find_run(settings: Stage2 | Evaluate) -> Path:
     return folder
 
 
-def read_run(run: Path) -> dict[str, Any]:
-    """Its config.json, which from here on names the sources of this version of llb too."""
+def read_run(run: Path, device: str | None = None) -> dict[str, Any]:
+    """Its config.json, which from here on names these sources too, and the machine. device: of `start_jax`."""
     with turn(run):
         config = read_config(run, f"--run {run}", _make_again(run))
-        if note_sources(config, run):
+        if note_sources(config, run) | (device is not None and note_machine(config, machine(device))):
             write_config(run, config)
     return config
 
@@ -205,6 +206,14 @@ def note_sources(config: dict[str, Any], run: Path) -> bool:
         say(f"note: the sources of llb have changed since {run} began; its results may mix old and new code")
     new = now not in config["sources"]
     config["sources"] += [now] * new
+    return new
+
+
+def note_machine(config: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether the run has not been on this machine so far; then it is added to `config`. here: of `machine`."""
+    known = [{name: config.get(name) for name in here}, *config.get("continued_on", [])]
+    if new := here not in known:
+        config["continued_on"] = [*known[1:], here]
     return new
 
 
@@ -316,13 +325,16 @@ def finished_detectors(run: Path, config: dict[str, Any], wanted: str | None) ->
 def environment(device: str) -> dict[str, Any]:
     """What a result may depend on besides the settings: recorded, never compared."""
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "device": device.removeprefix("device: "),
+    return machine(device) | {
         "git_commit": commit,
         "git_dirty": None if changes is None else bool(changes),
         "sources": [sources_digest()],
     }
+
+
+def machine(device: str) -> dict[str, Any]:
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"versions": versions, "device": device.removeprefix("device: ")}
 
 
 def git(*arguments: str) -> str | None:

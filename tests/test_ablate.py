@@ -31,10 +31,10 @@ def test_an_interrupted_grid_continues_and_its_runs_are_those_of_the_scripts(fin
     line = ["--data", data, *TILE, "--seeds", 1, "--vary", "keep=auto,0.5", "--vary", "submodels=3,13", "--out", out]
     line += ["--vary", "final.steps=3", "--train-on", "all"]
 
-    def interrupted(run, settings, whole=ablate.run_evaluation):
+    def interrupted(run, settings, device, whole=ablate.run_evaluation):
         if "keep=0.5" in run.name:
             raise KeyboardInterrupt
-        whole(run, settings)
+        whole(run, settings, device)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ablate, "run_evaluation", interrupted)

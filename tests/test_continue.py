@@ -197,6 +197,22 @@ def test_a_run_that_continues_with_other_sources_says_so_and_records_them(copy, 
         assert json.loads((copy / "config.json").read_text())["sources"] == [began, llb.run.sources_digest()]
 
 
+def test_a_run_that_continues_elsewhere_records_versions_and_device_once(copy, data):
+    def continued() -> list[dict]:
+        return json.loads((copy / "config.json").read_text()).get("continued_on")
+
+    config, here = json.loads((copy / "config.json").read_text()), llb.run.machine("device: CPU, seen as 3 devices")
+    succeed("evaluate", "--run", copy)
+    assert continued() is None
+    write_config(copy, config | {"device": "another"})
+    for line in (("evaluate", "--run", copy), ("stage1_partition", "--data", data, "--out", copy, *TILE)):
+        succeed(*line)
+        assert continued() == [here]
+    write_config(copy, config | {"versions": {"jax": "0.1"}})
+    succeed("stage1_partition", "--data", data, "--out", copy, *TILE)
+    assert continued() == [here]
+
+
 def test_a_run_records_the_commit_and_whether_files_differ_from_it(project):
     before = llb.run.environment("device: CPU")
     for line in ("init", "add .", "-c user.name=a -c user.email=a@b commit -m all"):

@@ -6,7 +6,10 @@ import jax
 import pytest
 from helpers import child
 
-from llb.device import start_jax
+from llb import load_encoder
+from llb.device import MATMUL, start_jax
+from llb.features import feature_kind, make_source
+from llb.images import ImageFiles
 
 # compiles one program that takes long enough to be kept
 COMPILE = """
@@ -40,12 +43,23 @@ def test_compiled_programs_are_kept_and_read_back_silently_where_a_folder_can_be
 
 @pytest.mark.parametrize("platform, precision", (("gpu", "highest"), ("cpu", None)))
 def test_float32_means_float32_on_a_gpu(platform, precision, monkeypatch):
-    monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION", raising=False)
+    monkeypatch.delenv(MATMUL, raising=False)
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform, device_kind="one")])
     changes = {}
     monkeypatch.setattr(jax.config, "update", changes.__setitem__)
     start_jax()
     assert changes.get("jax_default_matmul_precision") == precision
+    assert changes["jax_enable_x64"] is False, "whatever JAX_ENABLE_X64 says"
+
+
+def test_another_precision_by_a_variable_is_recorded_and_has_features_of_its_own(monkeypatch):
+    source, files = make_source(load_encoder("tiny")), ImageFiles((), {})
+    monkeypatch.delenv(MATMUL, raising=False)
+    device, kind = start_jax(), feature_kind(source, files)
+    monkeypatch.setenv(MATMUL, "tensorfloat32")
+    assert start_jax() == f"{device}, JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32" and kind != feature_kind(
+        source, files
+    )
 
 
 def test_an_encoder_loads_silently_even_if_jax_has_a_cuda_plug_in_without_a_driver():
