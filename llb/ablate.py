@@ -27,6 +27,7 @@ from llb.borrow import Cell, borrow_detector, borrow_submodels, finished
 from llb.compare import publish, read_groups, written
 from llb.config import Evaluate, Stage1, Stage2
 from llb.console import progress, run_script, say
+from llb.data import HALF
 from llb.defaults import resolve, resolve_final, with_sizes
 from llb.device import start_jax
 from llb.encoders.specs import SPECS
@@ -96,6 +97,8 @@ def grid(settings: Ablate, out: Path) -> tuple[list[str], list[Cell]]:
         if not all(values.split(",")) or name.rpartition(".")[0] not in ("", "final", "set", "review"):
             raise UserError(f"--vary {text}: give NAME=A,B,… of a flag, final.NAME=…, set.NAME=… or review.NAME=…")
         varied[name.replace("-", "_")] = values.split(",")
+    if "noise_ratio" in varied and settings.data is not None and settings.noise_pool is None:
+        settings = dataclasses.replace(settings, noise_pool=HALF)  # the same test set, also without a ratio
     grids = [{}, *({name: values} for name, values in varied.items())] if settings.single else [varied]
     owns = [dict(zip(each, values)) for each in grids for values in itertools.product(*each.values())]
     seeds = range(settings.seed, settings.seed + settings.seeds)  # outermost: soon there is something to compare

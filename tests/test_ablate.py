@@ -77,6 +77,16 @@ def test_the_commands_of_a_grid_are_the_scripts_own(tmp_path):
     assert {(None, 0.1, None), ("attention=softmax", 0.1, None), (None, 0.0, None), (None, 0.1, 7)} < set(varied)
 
 
+@pytest.mark.parametrize(
+    ("flags", "pool"), ((["--data", "D"], "half"), (["--data", "D", "--noise-pool", "3"], 3), ([], None))
+)
+def test_all_runs_have_one_test_set_if_the_noise_ratio_is_varied(flags, pool, tmp_path):
+    """Without --noise-ratio a labelled set has no noise pool by default; the demo set has one at any ratio."""
+    line = ["--single", "--vary", "noise_ratio=0.1,0.2", "--vary", "keep=0.8", *flags]
+    _, cells = ablate.grid(parse_flags(ablate.Ablate, line), tmp_path)
+    assert {cell.stage1.noise_pool for cell in cells} == {pool}
+
+
 def test_a_look_stands_between_the_stages(tmp_path):
     line = ["--vary", "review.simulate=24,48", "--vary", "review.errors=0.1", "--vary", "final.head=none"]
     lines = succeed("llb.ablate", *line, "--train-on", "reviewed,all", "--seeds", 1, "--out", tmp_path, "--print")
