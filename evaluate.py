@@ -217,7 +217,8 @@ def fair_scores(
     """What training images score, as if they were new: float32 (n,). None if the detector cannot say, or n is 0.
 
     A detector that scores what it has learned from far too low gets stage 1's scores by the sub-models that have not
-    seen the image, if stage 1 had the same detector (`remembers`). With a head these score them once more.
+    seen the image, if stage 1 had the same detector (`remembers`). With a head these score them once more: it has
+    learned from some of their patches, so that with a head they are not quite new.
 
     params: the final detector; images: int (n,).
     """

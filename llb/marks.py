@@ -19,7 +19,8 @@ UNSAID, FINE, DEFECT = -1, 0, 1
 VERDICTS = {"fine": FINE, "defect": DEFECT}
 MARKS = 15  # images of each verdict without which there is no head
 EDITABLE = ("purified", "reviewed")  # of TRAIN_ON: a person may change the list, and the detector with it
-THRESHOLD_OF = {"purified": "purified images", "reviewed": "images that are neither dropped nor called defective"}
+THRESHOLD_OF = {"purified": "purified images"}
+THRESHOLD_OF |= {"reviewed": "images that are called fine, or neither dropped nor called defective"}
 WITHOUT_MARKS = tuple(each for each in TRAIN_ON if each != "reviewed")  # for which nobody looks
 TRAIN_AGAIN = "delete it and run stage2_train.py again, with --overwrite"
 ADVICE = "delete it and give llb.review the saved marks again"

@@ -25,6 +25,7 @@ from llb.pictures import PALETTE
 from llb.review import simulated_line
 from llb.runfiles import stage1_command
 from llb.sheet import exact, fit_pages, marks_key, review_facts, scale_of, suspect_facts, tile_facts
+from llb.threshold import list_digest
 from llb.tiles import LARGEST, LOOKED_AT, OUTLINE, outcome, read_tiles, shown_tests, tiles_file
 from llb.times import read_times
 
@@ -189,7 +190,8 @@ def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, 
     if metrics is None and None in labels:
         metrics = {}  # all are undefined, and the reason is known
     facts = tables.read_threshold(folder, train_on)
-    threshold = facts["threshold"] if facts else None
+    threshold, file = facts["threshold"] if facts else None, folder / tables.threshold_file(train_on)
+    taken_from = read_json(file, "").get("list") if file.is_file() else None  # said also where there is no threshold
     tiles, rank = read_tiles(folder / tiles_file(train_on)), ranks(score)
     outcomes = [outcome(label, value, threshold) for label, value in zip(labels, score)]
     groups = {
@@ -209,6 +211,7 @@ def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, 
         "labels": labels,
         "ranked": sorted(rows, key=lambda row: -row["score"])[:LISTED],
         "threshold": facts,
+        "none_normal": taken_from == list_digest(np.empty(0)),
         "above": int((score > threshold).sum()) if facts else None,
         "histogram": charts.histogram(score, colours, threshold=threshold) if rows else None,
         "groups": {n: {"tiles": shown, "count": counts.get(n, len(rows))} for n, shown in groups.items()},

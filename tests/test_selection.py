@@ -109,6 +109,8 @@ def test_where_all_that_is_not_dropped_is_called_defective_there_is_no_threshold
         patch.setattr(evaluate, "normal_images", lambda _, *others: normal_images("reviewed", *others))
         assert "no threshold, since every image that is not dropped" in succeed(*flags)
         assert read_threshold(copy / "tile", "all") is None and "all is evaluated" in succeed(*flags)
+        page = (copy / "report.html").read_text(encoding="utf-8")
+        assert "no threshold: every training image that is not dropped is marked as a defect." in page
     assert "all is evaluated" not in succeed(*flags)
     assert read_threshold(copy / "tile", "all")["images"] == len(purified)
 

@@ -227,5 +227,6 @@ def test_images_that_a_memory_has_learned_from_are_scored_by_sub_models_that_hav
     assert np.median([float(row["score"]) for row in other]) < np.median(unseen) / 2, "a bank holds its own patches"
     assert read_tiles(run / "parts" / "tiles-purified.json")["tiles"] == {}
     page = (run / "report.html").read_text()  # with nothing of what is not there: a choice, labels, steps
+    assert "far too low, and stage 1 has no scores to put in their place." in page and "marked as a defect." not in page
     assert "python evaluate.py" in page and "Steps of each" not in page
     assert not re.search("key dropped|threshold: kept with|is undefined", page)
