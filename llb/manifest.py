@@ -29,6 +29,7 @@ from llb.times import TIMES_FILE
 
 READERS, AHEAD = 8, 256  # threads, and files that wait for their turn
 SHOWN, MOST_NAMED = 3, 20  # paths that a message names, of changes and of unreadable files
+ABOUT = "folder.txt"  # in a folder of scores, see llb/new_images.py
 
 
 # ---- the images ----
@@ -231,6 +232,18 @@ def clear_evaluation(folder: Path, final: str) -> None:
     for maps in (f"maps-{final}", f".maps-{final}.tmp"):
         discard_files(folder / maps, (f"{path}.png" for path in paths))
     discard_files(folder, (*evaluation_files(final), head_file(final), review_file(final)))
+    for about in folder.glob(f"images-*/{ABOUT}"):
+        clear_new_images(about.parent, final)
+
+
+def clear_new_images(folder: Path, final: str) -> None:
+    """Delete what `evaluate.py --images` wrote with a final detector into `folder`."""
+    for listing in (f"scores-{final}.csv", f"begun-{final}.csv"):
+        with suppress(UserError):  # damaged
+            pictures = [f"{row['path']}.png" for row in read_table(folder / listing, ["path"])]
+            for kind in ("maps", "overlays"):
+                discard_files(folder / f"{kind}-{final}", pictures)
+        discard_files(folder, [listing])
 
 
 def evaluation_files(final: str) -> tuple[str, ...]:

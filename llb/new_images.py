@@ -1,19 +1,18 @@
 """`evaluate.py --images FOLDER`: score other images with a finished final detector. Nothing else of the run changes.
 
 RUN/<category>/images-<name of FOLDER>/, or --out
-    folder.txt              where the images are
+    folder.txt              where the images are; the run and the category
     scores-<final>.csv      path, score, verdict: defect above the run's threshold, else fine; empty if there is none
     overlays-<final>/       --overlays: each image beside its heat map, all on one colour scale
     maps-<final>/           --save-maps
     begun-<final>.csv       only while it works, or of a killed command: path of each image that may have a picture
 
-FOLDER is read as a plain one, subfolders too; the training images need not be there. A detector or a threshold whose
-list has changed since is refused. An interrupted command begins again. It writes its table last, so beside a table all
-pictures are there.
+FOLDER is read as a plain one, subfolders too, but for those of masks; the training images need not be there. A detector
+or a threshold whose list has changed since is refused. An interrupted command begins again. It writes its table last,
+so beside a table all pictures are there. When the detector is trained again, they go with it, but for those in --out.
 """
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from llb.features import streamed_features
 from llb.files import UserError, atomic, check_writable, discard_files, typed, write_csv, write_text
 from llb.images import ImageFiles, load_image
 from llb.lock import CHANGERS, hold
-from llb.manifest import check_readable, listed
+from llb.manifest import ABOUT, check_readable, clear_new_images, listed
 from llb.maps import check_map_names, map_names, write_maps
 from llb.marks import EDITABLE, choose_images, normal_images, training_set
+from llb.pairing import is_masks
 from llb.pictures import contact_sheet
 from llb.run import as_shown, final_checkpoints, final_name, finished_detectors, run_encoder, steps_in
 from llb.runfiles import read_config
@@ -41,7 +41,7 @@ from llb.threshold import list_digest
 from llb.tree import count, summary, walk
 
 SMALLEST = 192  # side of an image in an overlay, pixels
-FLAGS, ABOUT = ("category", "detector", "overlays", "out"), "folder.txt"
+FLAGS = ("category", "detector", "overlays", "out")
 
 
 def check_flags(settings: Evaluate) -> None:
@@ -68,14 +68,9 @@ def score_images(run: Path, settings: Evaluate) -> None:
         params = final_params(stage, name)
 
         # ---- what an earlier command has written goes: it may be of images that are no longer there ----
+        clear_new_images(out, final)
         maps_folder, overlays, table = out / f"maps-{final}", out / f"overlays-{final}", out / f"scores-{final}.csv"
         begun = out / f"begun-{final}.csv"
-        for listing in (table, begun):
-            with suppress(UserError):  # damaged
-                old = [f"{row['path']}.png" for row in tables.read_table(listing, ["path"])]
-                discard_files(maps_folder, old)
-                discard_files(overlays, old)
-            discard_files(out, [listing.name])
         write_text(out / ABOUT, about)
         write_csv(begun, ["path"], [[record.path] for record in dataset.test])
 
@@ -157,10 +152,11 @@ def read_folder(given: str, name: str, config: dict[str, Any]) -> Dataset:
     if not os.path.isdir(given):
         raise UserError(f"--images {given} is not there, or no folder: give a folder of images")
     tree = walk(Path(given), "--images")
-    rest = summary(count(tree.left_out))
-    if not tree.images:
+    masks = {path for path in tree.images if any(map(is_masks, path.split("/")[:-1]))}
+    rest = summary(count(tree.left_out | {"masks": sorted(masks)}))
+    records = tuple(Record(path, None, (), "") for path in tree.images if path not in masks)
+    if not records:
         raise UserError(f"--images {given} holds no images{f' ({rest})' if rest else ''}: give a folder of images")
-    records = tuple(Record(path, None, (), "") for path in tree.images)
     (dataset,) = as_shown([Dataset(Path(given), "folder", name, (), records)], config)
     listed(dataset)  # names that no table can hold
     say(f"images: {os.path.abspath(given)}, {len(records)} to score; left out: {rest or 'nothing'}")
@@ -168,15 +164,24 @@ def read_folder(given: str, name: str, config: dict[str, Any]) -> Dataset:
 
 
 def place(run: Path, name: str, settings: Evaluate) -> tuple[Path, str]:
-    """The folder for the results, and the text of its folder.txt. One that is a run's, lies among the images or has the
-    results of others raises a UserError."""
+    """The folder for the results, and the text of its folder.txt. One that lies elsewhere in the run, or among the
+    images, or that holds anything else raises a UserError."""
     images = os.path.abspath(settings.images)
     out = Path(settings.out or run / name / f"images-{os.path.basename(images).lstrip('.') or 'all'}")
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(images)):
         raise UserError(f"--out {out} lies in --images {settings.images}: give a folder that is apart from the images")
-    if set(check_writable(out)) & {"config.json", "scores.csv"}:
-        raise UserError(f"--out {out} holds results of a run: give another folder, or leave the flag out")
-    about = images.encode(errors="replace").decode() + "\n"
-    if (out / ABOUT).is_file() and (out / ABOUT).read_bytes() != about.encode():
-        raise UserError(f"--out {out} holds the scores of other images (see {ABOUT}): give another folder")
-    return out, about
+    home = os.path.dirname(os.path.realpath(out)) == os.path.realpath(run / name) and out.name.startswith("images-")
+    if not home and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(run)):
+        raise UserError(f"--out {out} lies in the run: give another folder, or leave the flag out")
+    others = [there for there in check_writable(out) if not there.startswith((".", "begun-"))]
+    first, second = (
+        text.encode(errors="replace").decode() + "\n" for text in (images, f"{os.path.abspath(run)}, {name}")
+    )
+    before = (out / ABOUT).read_bytes().decode(errors="replace") if (out / ABOUT).is_file() else None
+    if before is None and others:
+        raise UserError(f"--out {out} holds other files ({others[0]}): give an empty folder")
+    # of an older version, which wrote one line; or the run has moved, and its own folder with it
+    if before not in (None, first, first + second) and not (home and before.startswith(first)):
+        problem = f"holds the scores of other images, or by another run (see {ABOUT})"
+        raise UserError(f"--out {out} {problem}: give another folder")
+    return out, first + second

@@ -10,6 +10,7 @@ from PIL import Image
 
 from llb.config import Evaluate
 from llb.files import UserError
+from llb.manifest import clear_stage2
 from llb.new_images import check_lists, choose
 from llb.runfiles import read_config
 from llb.tables import read_threshold
@@ -44,7 +45,7 @@ def test_new_images_score_as_test_images_do_and_nothing_else_of_the_run_changes(
 
     shutil.copytree(images / "good", tmp_path / "fewer" / "good")  # images that are gone
     assert "holds the scores of other images" in refuse("evaluate", *flags, "--images", tmp_path / "fewer")
-    (out / "folder.txt").write_text(f"{tmp_path / 'fewer'}\n")
+    (out / "folder.txt").write_text(f"{tmp_path / 'fewer'}\n")  # as of an older version
     succeed("evaluate", "--run", finished, "--images", tmp_path / "fewer", "--out", out)
     assert len(rows_of(out / "scores-purified.csv")) == 3
     assert {file.suffix for file in out.rglob("*") if file.is_file()} == {".txt", ".csv"}, (
@@ -74,6 +75,7 @@ def test_what_cannot_be_scored_is_one_line_and_nothing_is_written(finished, tmp_
         draw(images / "a b" / f"{i}.png", i)
     (images / "a b" / "1.png").write_bytes((images / "a b" / "1.png").read_bytes()[:600])
     (tmp_path / "empty").mkdir()
+    draw(tmp_path / "single" / "0.png", 0)
     out = ("--out", tmp_path / "out")
     cases = {
         "1.png cannot be read (truncated)": ("--images", images, *out),
@@ -81,7 +83,9 @@ def test_what_cannot_be_scored_is_one_line_and_nothing_is_written(finished, tmp_
         "empty holds no images": ("--images", tmp_path / "empty", *out),
         "--images": ("--images", finished, *out),
         "lies in --images": ("--images", images, "--out", images / "out"),
-        "holds results of a run": ("--images", images, "--out", finished / "tile"),
+        "tile lies in the run": ("--images", images, "--out", finished / "tile"),
+        "maps-purified lies in the run": ("--images", images, "--out", finished / "tile" / "maps-purified"),
+        "holds other files (0.png)": ("--images", tmp_path / "single", "--out", images / "a b"),
         "run has tile": ("--images", images, *out, "--category", "bottle"),
         "padim": ("--images", images, *out, "--detector", "padim"),
         "--overlays is of other images": ("--overlays",),
@@ -107,6 +111,45 @@ def test_names_that_no_map_can_have_are_refused_before_the_scoring_and_scored_wi
     assert [row["path"] for row in rows_of(out / "scores-purified.csv")] == [name]
     monkeypatch.setattr("llb.maps.LONGEST_NAME", 5)
     assert "its map would have a name" in refuse("evaluate", "--run", finished, "--save-maps", "--overwrite")
+
+
+def test_scores_of_one_run_and_category_are_not_replaced_by_anothers(finished, data, tmp_path):
+    run, out = shutil.copytree(finished, tmp_path / "run"), tmp_path / "out"
+    images = data / "tile" / "test" / "good"
+    succeed("evaluate", "--run", finished, "--images", images, "--out", out)
+    about = (out / "folder.txt").read_text()
+    assert about == f"{images}\n{finished}, tile\n"
+    line = ("evaluate", "--run", run, "--images", images)
+    assert "by another run (see folder.txt)" in refuse(*line, "--out", out)
+    (out / "folder.txt").write_text(about.splitlines(keepends=True)[0])  # of an older version
+    succeed(*line, "--out", out)
+    assert (out / "folder.txt").read_text() == f"{images}\n{run}, tile\n"
+    succeed(*line)
+    moved = run.rename(tmp_path / "moved")
+    succeed("evaluate", "--run", moved, "--images", images)
+
+
+def test_verdicts_of_a_detector_go_with_it_and_those_of_others_stay(finished, data, tmp_path):
+    run, images = shutil.copytree(finished, tmp_path / "run"), data / "tile" / "test" / "good"
+    for train_on in ("purified", "all"):
+        succeed("evaluate", "--run", run, "--images", images, "--overlays", "--train-on", train_on)
+    theirs = run / "tile" / "images-theirs" / "scores-purified.csv"  # nothing says that it is llb's
+    theirs.parent.mkdir()
+    theirs.touch()
+    clear_stage2(run, ["tile"], "purified")
+    names = {"folder.txt", "scores-all.csv", "overlays-all"}
+    assert {file.name for file in (run / "tile" / "images-good").iterdir()} == names and theirs.exists()
+
+
+def test_masks_below_the_folder_are_left_out_and_counted(finished, data, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(data / "tile" / "test" / "good", images / "good")
+    shutil.copytree(data / "tile" / "ground_truth", images / "ground_truth")
+    flags = ("evaluate", "--run", finished, "--out", out)
+    assert "3 to score; left out: masks: 6 (ground_truth/square/000_mask.png" in succeed(*flags, "--images", images)
+    assert {row["path"].partition("/")[0] for row in rows_of(out / "scores-purified.csv")} == {"good"}
+    shutil.rmtree(images / "good")
+    assert "holds no images (masks: 6" in refuse(*flags, "--images", images)
 
 
 def test_a_detector_or_a_threshold_whose_list_has_changed_is_refused_as_by_evaluation(finished, data, tmp_path):
