@@ -39,8 +39,8 @@ from llb.lock import CHANGERS, hold
 from llb.marks import WITHOUT_MARKS, choose_images
 from llb.processes import agreed
 from llb.protocols import steps_of
-from llb.run import begin_stage2, final_checkpoints, final_name, find_run, load_datasets, read_run, run_encoder
-from llb.runfiles import next_command, own_config, stage1_command
+from llb.run import begin_stage2, final_checkpoints, find_run, load_datasets, read_run, run_encoder
+from llb.runfiles import final_name, next_command, own_config, stage1_command
 from llb.stage import Stage, check_step, keep_head, load_features, make_stage
 from llb.tables import Choice, stage1_finished
 from llb.times import timed

@@ -19,8 +19,8 @@ from llb.manifest import evaluation_files, stage2_folder
 from llb.marks import MARKS_FILE, review_file
 from llb.processes import process_0_first
 from llb.review import Review
-from llb.run import check_list, clear_own, command_line, final_name, load_datasets
-from llb.runfiles import IMAGES_FILE, read_config, read_manifest, write_config
+from llb.run import check_list, clear_own, command_line, load_datasets
+from llb.runfiles import IMAGES_FILE, final_name, read_config, read_manifest, write_config
 from llb.tables import METRICS_FILE, read_metrics, stage1_finished
 from llb.tiles import tiles_file
 

@@ -36,7 +36,8 @@ from llb.flags import flag, parse_flags, real, whole
 from llb.keep import choose, deviations, keep_lowest
 from llb.looks import runs_in
 from llb.metrics import image_metrics
-from llb.run import final_name, load_datasets, place_run, read_run, run_encoder
+from llb.run import load_datasets, place_run, read_run, run_encoder
+from llb.runfiles import final_name
 from llb.score import score_all
 from llb.stage import Stage, load_features, make_stage
 from llb.tables import read_scores

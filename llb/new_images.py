@@ -32,8 +32,8 @@ from llb.maps import check_map_names, map_names, write_maps
 from llb.marks import EDITABLE, choose_images, normal_images, training_set
 from llb.pairing import is_masks
 from llb.pictures import contact_sheet
-from llb.run import as_shown, final_checkpoints, final_name, finished_detectors, run_encoder, steps_in
-from llb.runfiles import read_config
+from llb.run import as_shown, final_checkpoints, finished_detectors, run_encoder
+from llb.runfiles import final_name, read_config, steps_in
 from llb.score import heat_maps, score
 from llb.stage import final_params, make_stage
 from llb.tables import Choice

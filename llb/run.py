@@ -27,7 +27,17 @@ from llb.lock import turn
 from llb.manifest import check_manifest, clear_run, clear_stage2
 from llb.marks import EDITABLE, MARKS_FILE, choose_images
 from llb.processes import process_0_first
-from llb.runfiles import VERSION, data_of, own_config, read_config, stage1_command, stage2_command, write_config
+from llb.runfiles import (
+    VERSION,
+    data_of,
+    note_machine,
+    own_config,
+    read_config,
+    stage1_command,
+    stage2_command,
+    steps_in,
+    write_config,
+)
 from llb.tables import Choice
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "scikit-learn", "scipy")
@@ -209,14 +219,6 @@ def note_sources(config: dict[str, Any], run: Path) -> bool:
     return new
 
 
-def note_machine(config: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Whether the run has not been on this machine so far; then it is added to `config`. here: of `machine`."""
-    known = [{name: config.get(name) for name in here}, *config.get("continued_on", [])]
-    if new := here not in known:
-        config["continued_on"] = [*known[1:], here]
-    return new
-
-
 def run_encoder(run: Path, config: dict[str, Any]) -> Encoder:
     """The encoder that stage 1 used. A UserError is raised if its weights are missing, or others are in their place."""
     check_there(run, config, "the encoder's weights", config["weights"])
@@ -248,11 +250,6 @@ def check_there(run: Path, config: dict[str, Any], name: str, path: str | None) 
         raise UserError(f"--run {run}: {name}, {path}, are not there; {advice}")
 
 
-def final_name(train_on: str, detector: str, config: dict[str, Any]) -> str:
-    """The name of a final detector in a run's files and tables: "purified"; "purified-padim" if it is not stage 1's."""
-    return train_on if detector == config["detector"] else f"{train_on}-{detector}"
-
-
 @process_0_first("begin stage 2")
 def begin_stage2(run: Path, settings: Stage2, final: str, steps: dict[str, int], released: str | None = None) -> None:
     """Write the settings of a final detector to config.json, or refuse those that differ from the recorded ones.
@@ -276,11 +273,6 @@ def begin_stage2(run: Path, settings: Stage2, final: str, steps: dict[str, int],
         if recorded.get(final) != new:
             recorded[final] = new
             write_config(run, config)
-
-
-def steps_in(settings: dict[str, Any], category: str) -> int:
-    """The steps of a final detector. settings: in config.json; with --passes each category has its own number."""
-    return settings["steps"] or settings["category_steps"][category]
 
 
 def final_checkpoints(run: Path, dataset: Dataset, final: str, choice: Choice) -> CheckpointFolder:

@@ -63,6 +63,14 @@ def _checksum(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def note_machine(config: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether the run has not been on this machine so far; then it is added to `config`. here: of `llb.run.machine`."""
+    known = [{name: config.get(name) for name in here}, *config.get("continued_on", [])]
+    if new := here not in known:
+        config["continued_on"] = [*known[1:], here]
+    return new
+
+
 def data_of(config: dict[str, Any]) -> str | None:
     """Where the images of a run are; None for the demo set."""
     given = config.get("data_given")  # in this folder: if all was moved to another place, images.csv decides
@@ -87,6 +95,16 @@ def stage2_command(run: Path, final: str) -> str:
     train_on, _, detector = final.partition("-")
     other = f" --detector {detector}" if detector else ""
     return f"python stage2_train.py --run {typed(run)} --train-on {train_on}{other}"
+
+
+def final_name(train_on: str, detector: str, config: dict[str, Any]) -> str:
+    """The name of a final detector in a run's files and tables: "purified"; "purified-padim" if it is not stage 1's."""
+    return train_on if detector == config["detector"] else f"{train_on}-{detector}"
+
+
+def steps_in(settings: dict[str, Any], category: str) -> int:
+    """The steps of a final detector. settings: in config.json; with --passes each category has its own number."""
+    return settings["steps"] or settings["category_steps"][category]
 
 
 def next_command(script: str, run: Path, settings) -> str:

@@ -161,7 +161,7 @@ def exact(text: str) -> Markup:
 def review_facts(folder: Path, scores: Scores, seed: int, finals: list[str]) -> dict[str, Any] | None:
     """What was marked, and what the detectors trained on `reviewed` made of it; None without marks.
 
-    finals: names of final detectors, see `llb.run.final_name`.
+    finals: names of final detectors, see `llb.runfiles.final_name`.
     """
     dataset = training_set(folder)
     marks = read_marks(folder, dataset)

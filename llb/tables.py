@@ -260,7 +260,7 @@ def category_names(metrics: dict[str, Any]) -> list[str]:
 
 
 def detector_names(entry: dict[str, Any]) -> list[str]:
-    """The final detectors in an entry of metrics.json, in the order of tables (names: `llb.run.final_name`)."""
+    """The final detectors in an entry of metrics.json, in the order of tables (names: `llb.runfiles.final_name`)."""
     names = [name for name in entry if name.partition("-")[0] in TRAIN_ON]
     return sorted(names, key=lambda name: (name.partition("-")[2], TRAIN_ON.index(name.partition("-")[0])))
 
