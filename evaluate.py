@@ -80,29 +80,19 @@ def run_evaluation(run: Path, settings: Evaluate, device: str) -> None:
     stages = {final: make_stage(run, settings, encoder, config | config["stage2"][final], final) for final in detectors}
 
     datasets = dict(zip(names, load_datasets(run, config, settings)))
-    old, facts, notes, lists, outdated = tables.read_metrics(run), {}, {}, {}, {}
+    facts, notes, lists = {}, {}, {}
     for name, dataset in datasets.items():
         purified = tables.read_purified(run / name, dataset)
         lists[name] = purified.indices
         if settings.save_maps:
             check_map_names(dataset.test or dataset.train)
-        shown = tables.detector_names(old.get(name, {}) | dict.fromkeys([*stages, *predicted(run / name)]))
-        changed = outdated_detectors(run, dataset, shown)
-        outdated |= changed
         facts[name] = purification_facts(dataset, purified, run / name)
-        notes[name] = [purified.note] * bool(purified.note) + [OUTDATED.format(*pair) for pair in changed.items()]
+        notes[name] = [purified.note] * bool(purified.note)
         if not dataset.test:
             notes[name].append("there is no test set: the training images are scored, the dropped ones too")
             say(f"{name}: {notes[name][-1]}")
-
-    # ---- of an outdated detector no old metrics stay; it is refused, unless --train-on has another one ----
-    refused = [final for final in stages if final in outdated]
-    if refused and (settings.train_on is None or len(refused) == len(stages)):
-        raise outdated[refused[0]]
-    for final, problem in outdated.items():
-        say(OUTDATED.format(final, problem))
-        stages.pop(final, None)
-    tables.forget_metrics(run, (*names, "mean"), list(outdated))
+    stages, outdated = without_outdated(run, datasets, stages, settings.train_on)
+    notes = {name: notes[name] + outdated[name] for name in names}
 
     for name, dataset in datasets.items():
         for final, stage in stages.items():
@@ -137,6 +127,29 @@ def run_evaluation(run: Path, settings: Evaluate, device: str) -> None:
                 doubt = threshold_doubt(run / name, datasets[name], config["seed"]) if train_on == "reviewed" else ""
                 say(f"{name}, {final}: {tables.threshold_line(threshold, THRESHOLD_OF[train_on])}{doubt}")
     say(f"report: {run / 'report.html'}")
+
+
+def without_outdated(
+    run: Path, datasets: dict[str, Dataset], stages: dict[str, Stage], train_on: str | None
+) -> tuple[dict[str, Stage], dict[str, list[str]]]:
+    """Take out detectors whose list, or marks, have changed since they were trained, and forget their metrics.
+
+    Returns the other stages, and a note on each outdated detector, by category. If there is no other one, or the
+    command names no --train-on, the UserError of the first is raised: it says how to train it again.
+    """
+    old, outdated, notes = tables.read_metrics(run), {}, {}
+    for name, dataset in datasets.items():
+        shown = tables.detector_names(old.get(name, {}) | dict.fromkeys([*stages, *predicted(run / name)]))
+        changed = outdated_detectors(run, dataset, shown)
+        outdated |= changed
+        notes[name] = [OUTDATED.format(*pair) for pair in changed.items()]
+    refused = [final for final in stages if final in outdated]
+    if refused and (train_on is None or len(refused) == len(stages)):
+        raise outdated[refused[0]]
+    for pair in outdated.items():
+        say(OUTDATED.format(*pair))
+    tables.forget_metrics(run, (*datasets, "mean"), list(outdated))
+    return {final: stage for final, stage in stages.items() if final not in outdated}, notes
 
 
 def evaluate(
