@@ -35,13 +35,9 @@ class Looks:
 def main() -> None:
     grid = Path(parse_flags(Looks).grid)
     looked = [each for each in read_groups(runs_in(grid)) if each.settings.get("review.simulate")]
-    groups = [
-        each for each in looked if each.figures["image AUROC reviewed"]
-    ]  # of an interrupted grid: those evaluated
+    groups = [each for each in looked if each.figures["image AUROC reviewed"]]  # a grid may have been interrupted
     if not groups:
-        raise UserError(
-            f"--grid {grid} holds no evaluated run with a simulated look: python -m llb.ablate --preset review"
-        )
+        raise UserError(f"--grid {grid} holds no scores after a simulated look: python -m llb.ablate --preset review")
     if others := [name for name in differing(groups, SHOWN)[0] if name not in (*SHOWN, "sources")]:
         raise UserError(f"--grid {grid}: its runs differ in {', '.join(others)}, too; make a grid for each")
     with house():
