@@ -78,9 +78,8 @@ def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, 
     """Global cosine loss with hard mining (Dinomaly, eq. 3–4).
 
     In each group, all P · D feature values of an image form one vector, and the loss is 1 − cosine between the decoded
-    and the encoder's vector. At positions that are already
-    reconstructed well the gradient is multiplied by `factor`: more training there would teach the decoder to
-    reconstruct defects as well.
+    and the encoder's vector. At positions that are already reconstructed well the gradient is multiplied by `factor`:
+    more training there would teach the decoder to reconstruct defects as well.
 
     Args:
         decoded, target: float32 (B, 2, P, D).
@@ -93,12 +92,16 @@ def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, 
     """
     batch, groups, patches, width = decoded.shape
     distance = cosine_distance(jax.lax.stop_gradient(decoded), target)  # (B, 2, P)
-    ranked = jnp.sort(distance.transpose(1, 0, 2).reshape(groups, batch * patches), axis=-1, descending=True)
-    threshold = jax.lax.dynamic_index_in_dim(ranked, hard - 1, axis=-1, keepdims=False)  # (2,)
-    weight = jnp.where(distance < threshold[:, None], factor, 1.0)
+    # Compared in sorted order, and sorted back: XLA may compute `distance` twice and round it differently, so that a
+    # threshold taken from one copy would miss its own position in the other.
+    flat = distance.transpose(1, 0, 2).reshape(groups, batch * patches)
+    nearness, place = jax.lax.sort((-flat, jax.lax.broadcasted_iota(jnp.int32, flat.shape, 1)), num_keys=1)
+    threshold = jax.lax.dynamic_index_in_dim(nearness, hard - 1, axis=-1)  # (2, 1)
+    _, weight = jax.lax.sort((place, jnp.where(nearness > threshold, factor, 1.0)), num_keys=1)
+    weight = weight.reshape(groups, batch, patches).transpose(1, 0, 2)
     decoded = scale_gradient(decoded, weight[..., None])
-    flat = (batch, groups, patches * width)
-    return cosine_distance(decoded.reshape(flat), target.reshape(flat)).mean(), distance
+    vectors = (batch, groups, patches * width)
+    return cosine_distance(decoded.reshape(vectors), target.reshape(vectors)).mean(), distance
 
 
 # ---- the detector, as llb.detectors describes it ----
