@@ -124,8 +124,9 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
     # ---- train the K sub-models together, on features that are computed once ----
     try:
         features = load_features(stage, dataset, "train")
-    except UserError:
-        check_readable(dataset, dataset.train)  # names all that cannot be read, not the first alone
+    except UserError as error:
+        if str(error).startswith(str(dataset.root)):  # an image cannot be read: all such are named at once
+            check_readable(dataset, dataset.train)
         raise
     others = settings.folds == "others"  # each learns from all subsets but its own
     submodels = Submodels(subsets, submodel_keys(models_key, settings.submodels), others)

@@ -36,7 +36,7 @@ from llb.flags import SEVERAL, flag, influential, parse_flags, real, typed_flags
 from llb.lock import hold
 from llb.pages import PAGE
 from llb.presets import PRESETS
-from llb.processes import process_0_first, wait
+from llb.processes import agreed, process_0_first, wait
 from llb.review import Review, run_review
 from llb.run import place_run, sources_digest
 from llb.runfiles import CARRIED, own_config
@@ -198,8 +198,13 @@ def make(cell: Cell, done: Sequence[Cell], device: str, overwrite: bool) -> None
             run_stage2(run, final, device)
         if cell.finals:
             wait("final detectors")
-            run_evaluation(run, cell.evaluate, device)
-    wait("whole run")  # its files are read next
+            problem = None
+            try:
+                run_evaluation(run, cell.evaluate, device)
+            except UserError as error:
+                problem = error
+            if not agreed(problem is None):  # process 0 alone writes the metrics and the report, which are read next
+                raise problem or UserError("process 0 could not evaluate it")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from llb.device import default_precision
 from llb.encoders import load_encoder
 from llb.files import write_json, writing
 from llb.head import head_file
-from llb.manifest import evaluation_files, stage2_folder
+from llb.manifest import evaluation_files
 from llb.marks import MARKS_FILE, review_file
 from llb.processes import process_0_first
 from llb.review import Review
 from llb.run import check_list, clear_own, command_line, load_datasets
-from llb.runfiles import IMAGES_FILE, final_name, read_config, read_manifest, write_config
+from llb.runfiles import IMAGES_FILE, final_name, read_config, read_manifest, stage2_folder, write_config
 from llb.tables import METRICS_FILE, read_metrics, stage1_finished
 from llb.tiles import tiles_file
 

@@ -152,8 +152,12 @@ def save_finished(at: CheckpointFolder, steps: int, params: Params) -> None:
         save(checkpoints, steps, {"params": params}, at.digest)
 
 
+class ListChanged(UserError):
+    """Other training images than a checkpoint's, or other verdicts on them."""
+
+
 def check_digest(checkpoints: Checkpoints, at: CheckpointFolder) -> None:
-    """Raise a UserError if the newest checkpoint is damaged, or belongs to other training images."""
+    """Raise a UserError if the newest checkpoint is damaged, a ListChanged if it belongs to other training images."""
     if _restore(checkpoints)["meta"]["digest"] != at.digest:
         what, (stage, _, final) = "the list of training images", at.folder.name.partition("-")
         run = at.folder.parent.parent
@@ -162,7 +166,7 @@ def check_digest(checkpoints: Checkpoints, at: CheckpointFolder) -> None:
             command = f"{stage2_command(run, final)} --overwrite"
             what += ", or what a person said of them," * final.startswith("reviewed")
         advice = f"train again with {command}"
-        raise UserError(f"{at.folder}: {what} has changed since this was trained; {advice}")
+        raise ListChanged(f"{at.folder}: {what} has changed since this was trained; {advice}")
 
 
 def check_params(params: Params, step: int) -> None:

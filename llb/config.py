@@ -77,7 +77,7 @@ class Stage1:
         None,
         "defective test images that are set aside for noise: the rest, the test set, is the same at every ratio",
         Number(int, 0, MOST, words=("half",)),
-        shown="half of them for the demo set or with --noise-ratio, else 0",
+        shown="half of them for the demo set, with --noise-ratio or in a grid that varies it; else 0",
     )
     out: str = flag("runs/demo", "folder of the run", affects=False)
     encoder: str | None = flag(

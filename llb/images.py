@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from llb.files import UserError
 from llb.layouts import Record
@@ -192,6 +192,8 @@ def decode(image: Image.Image) -> Image.Image:
             raise ValueError("colours of 16 bits in separate planes, not compressed")
     if image.format in ("JPEG", "MPO") and Path(image.filename).read_bytes().count(b"\xff\xda") > SCANS:
         raise ValueError(f"it has more than {SCANS} scans")  # empty ones take as long as others
+    if image.format == "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) > 4:
+        image.filename = ""  # else Pillow maps uncompressed grey pixels in the turned size, which garbles them
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     return image

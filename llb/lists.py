@@ -167,10 +167,9 @@ def read_realiad(root: Root, category: str, noise_ratio: float) -> tuple[Split, 
     tops = {fold(name): name for name in sorted({path.split("/")[0] for path in root.tree.images}, reverse=True)}
     images = next((tops[name] for name in REALIAD_IMAGES if name in tops), None)
     if images is None:
-        for name in (
-            name for name in root.tree.left_out[OTHER] if fold(name) in REALIAD_IMAGES
-        ):  # git's copy of a link
-            found = f"{name} is a file of {os.path.getsize(root.path / name)} bytes and no folder"
+        copies = [name for name in root.tree.left_out[OTHER] if fold(name) in REALIAD_IMAGES]  # git's text of a link
+        if copies:
+            found = f"{copies[0]} is a file of {os.path.getsize(root.path / copies[0])} bytes and no folder"
             raise UserError(f"--data {root.path}: {found}; put the folder of the images in its place")
         raise UserError(f"--data {root.path}: no image folder {', '.join(REALIAD_IMAGES)}; unpack one beside {folder}")
     there = [name for name in root.tree.left_out[OTHER] if name.lower().endswith(".json")]

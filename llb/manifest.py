@@ -1,7 +1,8 @@
 """What belongs to a run: its images, by their contents, and the files that llb wrote, by their names.
 
-Stage 1 writes RUN/<category>/images.csv first (llb.runfiles); every later command compares the images with it. A copied
-folder is the same data, a changed image is not. Nothing is deleted but what the last part names.
+Stage 1 writes RUN/<category>/images.csv first (llb.runfiles), anew as long as nothing is learned; every later command
+compares the images with it. A copied folder is the same data, a changed image is not. Nothing is deleted but what the
+last part names.
 """
 
 import os
@@ -22,7 +23,7 @@ from llb.learning import LEARNING_FILE, loss_file
 from llb.marks import MARKS_FILE, review_file
 from llb.masks import load_masks
 from llb.processes import agreed
-from llb.runfiles import COLUMNS, IMAGES_FILE, State, read_manifest
+from llb.runfiles import COLUMNS, IMAGES_FILE, State, read_manifest, stage2_folder
 from llb.tables import METRICS_FILE, TRAIN_ON, forget_metrics, kinds_file, read_table, threshold_file
 from llb.tiles import next_tiles_file, tiles_file
 from llb.times import TIMES_FILE
@@ -250,10 +251,6 @@ def evaluation_files(final: str) -> tuple[str, ...]:
     """What evaluate.py writes of a final detector into RUN/<category>, without its maps."""
     tables = (f"predictions-{final}.csv", threshold_file(final), kinds_file(final))
     return (*tables, f"examples-{final}.png", tiles_file(final), next_tiles_file(final))
-
-
-def stage2_folder(final: str) -> str:
-    return f"stage2-{final}"
 
 
 def finals() -> list[str]:

@@ -45,7 +45,7 @@ def check_map_names(records: Sequence[Record]) -> None:
     for record in records:
         if len(os.fsencode(f"{os.path.basename(record.path)}.png")) > LONGEST_NAME:
             problem = f"{record.path}: its map would have a name of more than {LONGEST_NAME} bytes"
-            raise UserError(f"{problem}; give the image a shorter name, or leave out --save-maps and --overlays")
+            raise UserError(f"{problem}; give it a shorter name, or leave out --save-maps (or --overlays)")
 
 
 def map_names(records: Sequence[Record]) -> list[str]:

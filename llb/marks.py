@@ -43,8 +43,8 @@ def read_marks(folder: Path, dataset: Dataset) -> np.ndarray:
     for row in read_table(file, ("path", "verdict"), advice=ADVICE):
         index = place.get(row["path"])
         if index is None and in_manifest(folder, row["path"]):
-            scores = folder / "scores.csv"
-            raise UserError(f"{scores} is damaged ({row['path']} is not in it): delete it and run stage 1 again")
+            scores, known = folder / "scores.csv", f"if {row['path']}, which {file} names, is a training image"
+            raise UserError(f"{scores} is damaged {known}: delete it and run stage 1 again; else {ADVICE}")
         if index is None or marks[index] != UNSAID:
             problem = "is not a training image" if index is None else "stands there twice"
             raise UserError(f"{file} is damaged ({row['path']} {problem}): {ADVICE}")

@@ -79,6 +79,8 @@ def _turned(defect: np.ndarray, path: Path) -> np.ndarray:
     has, as programs draw them that do not know EXIF. defect: bool (H, W); path: of the image."""
     with opened(path) as image:
         orientation, (width, height) = image.getexif().get(ExifTags.Base.Orientation, 1), image.size
+        if image.format == "TIFF":  # Pillow's size is turned already
+            width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
     if orientation < 5 or width == height or defect.shape != (height, width):
         return defect
     mask = Image.fromarray(defect)

@@ -31,7 +31,7 @@ from llb.runfiles import data_of, read_config, read_manifest, stage1_command
 from llb.tables import listed_images, read_table, stage1_finished
 
 MANIFEST, COLUMNS = "quarantine.csv", ["category", "path", "from", "to", "bytes", "sha256", "modified_ns"]
-LOST = "it says where the images lie: mend it by hand"
+MEND = "it says where the images lie: mend it by hand"
 
 
 @dataclass
@@ -55,7 +55,7 @@ def main() -> None:
     config = read_config(run, f"--run {run}", "make the run again")
     names = config["categories"]
     if settings.undo and (run / MANIFEST).is_file():  # a run that began anew may have other categories
-        names = list(dict.fromkeys(row["category"] for row in read_table(run / MANIFEST, COLUMNS, advice=LOST)))
+        names = list(dict.fromkeys(row["category"] for row in read_table(run / MANIFEST, COLUMNS, advice=MEND)))
     if settings.category not in (None, *names):
         raise UserError(f"--category {settings.category}: {run} has {', '.join(names)}")
     if settings.undo + settings.dropped + settings.reviewed + (settings.top is not None) > 1:
@@ -75,7 +75,7 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
         raise UserError(f"--run {run}: its images, {root}, are not there: put them back")
     if Path(os.path.realpath(to)).is_relative_to(os.path.realpath(root)):
         raise UserError(f"--to {to} lies in the folder of images, {root}: give one outside")
-    old, rows = {row["from"]: row for row in read_table(run / MANIFEST, COLUMNS, advice=LOST)}, []
+    old, rows = {row["from"]: row for row in read_table(run / MANIFEST, COLUMNS, advice=MEND)}, []
     for name in names:
         if not stage1_finished(run / name):
             raise UserError(f"stage 1 is not finished for {name}; continue with: {stage1_command(run, config)}")
@@ -130,7 +130,7 @@ def wanted(folder: Path, settings: Quarantine) -> list[str]:
 
 def undo(run: Path, names: list[str]) -> None:
     """Put every image of the manifest back, with its date; then delete its row. The row of a lost image stays."""
-    own = [row for row in read_table(run / MANIFEST, COLUMNS, advice=LOST) if row["category"] in names]
+    own = [row for row in read_table(run / MANIFEST, COLUMNS, advice=MEND) if row["category"] in names]
     if not own:
         raise UserError(f"--undo: no image of {run} is in quarantine")
     places = [[Path(row[end].removesuffix(os.path.normpath(row["path"]))) for end in ("from", "to")] for row in own]
@@ -147,7 +147,7 @@ def undo(run: Path, names: list[str]) -> None:
         move_file(Path(row["to"]), Path(row["from"]), row["sha256"], row["modified_ns"])
     for row, (_, to) in zip(own, places):
         discard_files(to, [row["path"]])  # what a killed copy has left, and empty folders
-    rows = read_table(run / MANIFEST, COLUMNS, advice=LOST)
+    rows = read_table(run / MANIFEST, COLUMNS, advice=MEND)
     rest = [[*row.values()] for row in rows if row["category"] not in names or is_lost(row)]
     write_csv(run / MANIFEST, COLUMNS, rest) if rest else discard_files(run, [MANIFEST])
     say(f"{len(work)} images are back in their places")

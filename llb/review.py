@@ -105,7 +105,7 @@ def merge(run: Path, config: dict[str, Any], datasets: Sequence[Dataset], files:
     record(run, None)
     for dataset in datasets:
         if (marks[dataset.category] != UNSAID).any():
-            keep(run, dataset, marks[dataset.category])
+            replace_marks(run, dataset, marks[dataset.category])
     say(f"{new} new marks" + f", and {changed} others have changed" * (changed > 0))
 
 
@@ -169,10 +169,10 @@ def simulate(run: Path, config: dict[str, Any], datasets: Sequence[Dataset], set
         said[wrong] = 1 - said[wrong]
         marks = np.full(len(dataset.train), UNSAID, np.int8)
         marks[seen] = np.where(said == 1, DEFECT, FINE)
-        keep(run, dataset, marks)
+        replace_marks(run, dataset, marks)
 
 
-def keep(run: Path, dataset: Dataset, marks: np.ndarray) -> None:
+def replace_marks(run: Path, dataset: Dataset, marks: np.ndarray) -> None:
     """Write the marks of a category. If they are others than before, the metrics of `reviewed` are outdated, and go."""
     folder, metrics = run / dataset.category, read_metrics(run)
     if (marks != read_marks(folder, dataset)).any():

@@ -31,10 +31,12 @@ from llb.runfiles import (
     VERSION,
     data_of,
     note_machine,
+    note_sources,
     own_config,
     read_config,
     stage1_command,
     stage2_command,
+    stage2_folder,
     steps_in,
     write_config,
 )
@@ -129,8 +131,9 @@ def open_run(
         trained = {name: value for name, value in now.items() if name not in SELECTING}
         refuse_differences(config, trained, where, advice)
         check_weights(config, encoder, where, advice)
-        note_sources(config, run)
+        note_sources(config, run, sources_digest())
         note_machine(config, machine(facts["device"]))
+        config["reading"] = facts["reading"]  # unreadable images may have been removed since
     elif is_writer():
         known = {"white": {name: values for name, values in white.items() if values}}
         config = {"llb": VERSION} | now | known | {"weights_digest": encoder.weights_digest} | facts
@@ -192,7 +195,8 @@ def find_run(settings: Stage2 | Evaluate) -> Path:
         raise UserError(f"--run {run}: there is no run; make one with: python stage1_partition.py --out {typed(run)}")
     read_config(folder, f"--run {run}", _make_again(run))
     check_writable(folder, "--run")
-    check_cache(settings)
+    if not getattr(settings, "images", None):  # those are never cached
+        check_cache(settings)
     return folder
 
 
@@ -200,23 +204,13 @@ def read_run(run: Path, device: str | None = None) -> dict[str, Any]:
     """Its config.json, which from here on names these sources too, and the machine. device: of `start_jax`."""
     with turn(run):
         config = read_config(run, f"--run {run}", _make_again(run))
-        if note_sources(config, run) | (device is not None and note_machine(config, machine(device))):
+        if note_sources(config, run, sources_digest()) | (device is not None and note_machine(config, machine(device))):
             write_config(run, config)
     return config
 
 
 def _make_again(run: Path | str) -> str:
     return f"make the run again: python stage1_partition.py --out {typed(run)} --overwrite, with the flags it had"
-
-
-def note_sources(config: dict[str, Any], run: Path) -> bool:
-    """Say if a run continues with other sources than it began with; whether their digest was added to `config`."""
-    now = sources_digest()
-    if {now} != set(config["sources"]):
-        say(f"note: the sources of llb have changed since {run} began; its results may mix old and new code")
-    new = now not in config["sources"]
-    config["sources"] += [now] * new
-    return new
 
 
 def run_encoder(run: Path, config: dict[str, Any]) -> Encoder:
@@ -279,7 +273,7 @@ def final_checkpoints(run: Path, dataset: Dataset, final: str, choice: Choice) -
     """Where a final detector is saved, with the digest of what it learns from: its images, and those called fine."""
     paths = [dataset.train[index].path for index in choice.indices]
     digest = paths_digest([*paths, *(f"fine {path}" for path in choice.fine)])
-    return CheckpointFolder(run / dataset.category / f"stage2-{final}", digest)
+    return CheckpointFolder(run / dataset.category / stage2_folder(final), digest)
 
 
 def check_list(run: Path, dataset: Dataset, final: str) -> None:
@@ -298,7 +292,7 @@ def finished_detectors(run: Path, config: dict[str, Any], wanted: str | None) ->
     """
     finished = []
     for final, settings in config.get("stage2", {}).items():
-        folders = [run / name / f"stage2-{final}" / str(steps_in(settings, name)) for name in config["categories"]]
+        folders = [run / name / stage2_folder(final) / str(steps_in(settings, name)) for name in config["categories"]]
         if wanted not in (None, settings["train_on"]):
             continue
         if all(folder.is_dir() for folder in folders):

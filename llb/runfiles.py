@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from llb.console import say
 from llb.files import UserError, read_cell, read_json, typed, write_json
 from llb.flags import typed_flags
 
@@ -63,6 +64,18 @@ def _checksum(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def note_sources(config: dict[str, Any], run: Path, now: str) -> bool:
+    """Say if a run continues with other sources than it began with; whether their digest was added to `config`.
+
+    now: digest of these sources.
+    """
+    if {now} != set(config["sources"]):
+        say(f"note: the sources of llb have changed since {run} began; its results may mix old and new code")
+    new = now not in config["sources"]
+    config["sources"] += [now] * new
+    return new
+
+
 def note_machine(config: dict[str, Any], here: dict[str, Any]) -> bool:
     """Whether the run has not been on this machine so far; then it is added to `config`. here: of `llb.run.machine`."""
     known = [{name: config.get(name) for name in here}, *config.get("continued_on", [])]
@@ -100,6 +113,10 @@ def stage2_command(run: Path, final: str) -> str:
 def final_name(train_on: str, detector: str, config: dict[str, Any]) -> str:
     """The name of a final detector in a run's files and tables: "purified"; "purified-padim" if it is not stage 1's."""
     return train_on if detector == config["detector"] else f"{train_on}-{detector}"
+
+
+def stage2_folder(final: str) -> str:
+    return f"stage2-{final}"
 
 
 def steps_in(settings: dict[str, Any], category: str) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from llb.checkpoint import ListChanged
 from llb.config import SELECTING, Stage1
 from llb.console import say
 from llb.data import Dataset
@@ -71,12 +72,12 @@ def change_selection(
     say(f"another selection ({changes}): what is trained and scored stays")
 
 
-def outdated_detectors(run: Path, dataset: Dataset, finals: Iterable[str]) -> dict[str, UserError]:
+def outdated_detectors(run: Path, dataset: Dataset, finals: Iterable[str]) -> dict[str, ListChanged]:
     """Of final detectors those whose list has changed since they were trained, each with what `check_list` says."""
     outdated = {}
     for final in finals:
         try:
             check_list(run, dataset, final)
-        except UserError as error:
+        except ListChanged as error:
             outdated[final] = error
     return outdated

@@ -25,6 +25,7 @@ from llb.manifest import image_digests
 from llb.marks import read_marks, read_review, review_file
 from llb.processes import agreed
 from llb.protocols import PROTOCOLS
+from llb.runfiles import stage2_folder
 from llb.tables import read_scores
 from llb.tiles import LOOKED_AT, Tile, small
 from llb.train import check_memory
@@ -73,7 +74,7 @@ def check_step(setup: Setup, submodels: int) -> None:
 
 def state_bytes(setup: Setup) -> int:
     """What a step of one sub-model needs at the least: its parameters, their gradients, and two moments of each."""
-    return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(check_detector(setup)))
+    return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(check_detector(setup)["params"]))
 
 
 @cache
@@ -131,7 +132,7 @@ def keep_head(stage: Stage, dataset: Dataset, at: CheckpointFolder, seed: int) -
 def final_params(stage: Stage, category: str) -> Params | Headed:
     """The parameters of a finished final detector, K = 1, with its head if it has one."""
     folder, final = stage.run / category, stage.final
-    with open_checkpoints(folder / f"stage2-{final}") as checkpoints:
+    with open_checkpoints(folder / stage2_folder(final)) as checkpoints:
         params = restore_params(checkpoints)
     if not final.startswith("reviewed"):
         return params

@@ -46,7 +46,7 @@ def test_an_interrupted_grid_continues_and_its_runs_are_those_of_the_scripts(fin
     status, printed, error = command("llb.ablate", *line)
     assert dates(first) == written
     assert status == 2 and "2 of 4 runs are left out" in error
-    assert "submodels=13: left out: --submodels 13: tile has 12 training images" in printed
+    assert "category tile: 12 training images are too few for 13 sub-models" in printed
     assert [each["keep"] for each in rows_of(out / "compare.csv")] == ["auto", "0.5"]
     assert any(each.startswith("| 0.5 ") and "50.0 %" in each for each in printed.splitlines())
 

@@ -236,7 +236,7 @@ def test_a_missing_mask_costs_its_image_its_pixels_and_is_named_once(tmp_path, m
     masks = np.zeros((5, 16, 16), bool)
     masks[:3, 4:9, 4:9] = True
     maps = (masks * 0.4 + np.random.default_rng(3).random(masks.shape)).astype(np.float32)
-    for name, mask in (("0.png", masks[0]), ("black.png", masks[4])):
+    for name, mask in (("0.png", masks[0]), ("black.png", masks[4]), ("a.png", masks[4]), ("b.png", masks[4])):
         Image.fromarray(mask).save(tmp_path / name)
     given = {"a": (1, ("0.png",)), "b": (1, ("black.png",)), "c": (1, ()), "d": (0, ()), "e": (None, ())}
     records = [Record(f"{name}.png", label, files, "") for name, (label, files) in given.items()]
