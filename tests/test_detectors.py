@@ -212,7 +212,7 @@ def test_released_weights_take_no_settings_of_a_training(given):
 @pytest.mark.parametrize("name", ("simplenet", "uniad"))
 def test_more_sub_models_than_memory_holds_are_refused_whatever_is_trained(name):
     setup = small_setup(name)
-    params = jax.tree.leaves(DETECTORS[name].init(setup, jax.random.key(0)))
+    params = jax.tree.leaves(DETECTORS[name].init(setup, jax.random.key(0))["params"])
     assert state_bytes(setup) == 4 * sum(leaf.nbytes for leaf in params)
     check_step(setup, 1)
     with pytest.raises(UserError, match="a step needs about .* GiB of memory"):
