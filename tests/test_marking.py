@@ -30,7 +30,7 @@ def marks_of(file: Path) -> dict[str, int]:
 def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_with_them(tmp_path):
     data, run = draw_mvtec(tmp_path / "data", good=80), tmp_path / "run"
     for i in range(30):  # hidden defects
-        draw(data / "tile" / "train" / "good" / f"bad{i}.png", 300 + i, defect=True)
+        draw(data / "tile" / "train" / "good" / f"odd{i}.png", 300 + i, defect=True)
     succeed("stage1_partition", "--data", data, "--out", run, "--detector", "padim", *SMALL[:6])
     marked = {}
     for part in range(2):
@@ -41,7 +41,7 @@ def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_
             for _ in range(2):
                 paths = page.value(SHOWN)
                 assert len(paths) == PAGE and not marked.keys() & paths
-                verdicts = {path: "defect" if "bad" in path else "fine" for path in paths}
+                verdicts = {path: "defect" if "odd" in path else "fine" for path in paths}
                 keys = ["d" if verdict == "defect" else "f" for verdict in verdicts.values()]
                 if part:  # only defects are marked, one after a slip
                     keys = ["d" if key == "d" else "ArrowRight" for key in keys]
@@ -53,7 +53,7 @@ def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_
                 saved = page.saved(tmp_path / "saved", "document.querySelector('[data-do=save]').click()")
         assert page.complaints() == []
     assert marks_of(saved) == {path: int(verdict == "defect") for path, verdict in marked.items()}
-    named = sum("bad" in path for path in marked)
+    named = sum("odd" in path for path in marked)
     assert f"96 new marks\ntile: 96 seen, {named} defects" in succeed("llb.review", "--run", run, saved)
     succeed("stage2_train", "--run", run, "--train-on", "reviewed")
     succeed("evaluate", "--run", run)
@@ -67,14 +67,14 @@ def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_
         assert page.value("document.querySelector('.where').textContent") == "Page 5 of 5 (asked again)"
         left = page.value(SHOWN)
         assert len(left) == 14 and not marked.keys() & left
-        hidden = ["bad" in path for path in left]
+        hidden = ["odd" in path for path in left]
         assert hidden == sorted(hidden, reverse=True), "the detector has learned what a defect is"
         page.press(["d", *("d" if bad else "f" for bad in hidden)])  # the first one leads to the suspects
         more = page.saved(tmp_path / "more", "document.querySelector('[data-do=save]').click()")
         assert "110 marks are saved" in page.value("document.querySelector('.saved').textContent")
         assert page.complaints() == []
     marks = marks_of(more)
-    assert len(marks) == 110 and all(marks[path] == int("bad" in path) for path in marks)
+    assert len(marks) == 110 and all(marks[path] == int("odd" in path) for path in marks)
     assert "14 new marks\n" in succeed("llb.review", "--run", run, more)
 
 
