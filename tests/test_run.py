@@ -12,7 +12,7 @@ import helpers
 import pytest
 from helpers import LATER, TILE, child, draw, draw_mvtec, refuse, rows_of, succeed
 
-from llb.config import Stage1, Stage2
+from llb.config import Evaluate, Stage1, Stage2
 from llb.data import Dataset
 from llb.files import UserError, atomic, digest_of_file, discard_files, move_file, write_csv, write_text
 from llb.layouts import Record
@@ -215,6 +215,7 @@ def test_all_unreadable_images_are_named_at_once_and_the_same_command_goes_on_wi
     for file in broken:
         file.unlink()
     assert "9 images in 3 subsets" in succeed(*line)
+    assert "9 training images" in (tmp_path / "run" / "report.html").read_text()
     assert "removed (1: 000.png)" in ((images / "000.png").unlink(), refuse(*line))[1]  # now they are learned
 
 
@@ -277,6 +278,7 @@ def test_later_stages_refuse_a_cache_that_is_a_file_before_any_work_but_not_if_t
     for script in LATER:
         assert f"--cache {file} cannot be written" in refuse(script, "--run", finished, "--cache", file)
     assert find_run(Stage2(run=str(finished), cache=str(file), no_cache=True)) == finished
+    assert find_run(Evaluate(run=str(finished), cache=str(file), images="new")) == finished  # they are never cached
 
 
 def test_an_edited_list_may_come_from_windows_and_clean_needs_a_normal_image(tmp_path):
