@@ -22,7 +22,7 @@ from llb.console import run_script, say
 from llb.data import Dataset, Record
 from llb.detectors import remembers
 from llb.device import start_jax
-from llb.files import UserError, discard_files, is_writer, read_json, write_json
+from llb.files import UserError, discard_files, is_writer, write_json
 from llb.flags import parse_flags
 from llb.head import Headed, repeated
 from llb.images import load_image
@@ -281,16 +281,13 @@ def evaluated(folder: Path, stage: Stage, dataset: Dataset, normal: np.ndarray) 
     settings, final = stage.settings, stage.final
     if settings.overwrite or (settings.save_maps and not (folder / f"maps-{final}").exists()):
         return False
-    if not (folder / tables.threshold_file(final)).is_file():  # evaluated by an older version
-        return False
     try:
         rows = tables.read_table(folder / f"predictions-{final}.csv", ("path", "score", "label"))
-        tables.read_threshold(folder, final)
         kinds = [tuple(row.values()) for row in tables.read_table(folder / tables.kinds_file(final), tables.KINDS)]
-        facts = read_json(folder / tables.threshold_file(final), "")  # also where there is no threshold
+        facts = tables.read_threshold(folder, final, also_none=True)
     except UserError:  # damaged: written again
         return False
-    if facts.get("list") != list_digest(normal):
+    if not facts or facts.get("list") != list_digest(normal):  # without: evaluated by an older version
         return False
     records = dataset.test or dataset.train
     labels, scores = [record.label for record in records], np.array([row["score"] for row in rows], np.float32)

@@ -24,7 +24,7 @@ from llb.features import Features
 from llb.files import UserError, atomic, is_writer
 from llb.fit import learn
 from llb.flags import parse_flags
-from llb.images import white_line
+from llb.images import ImageError, white_line
 from llb.keep import choose
 from llb.layouts import read_root
 from llb.learning import learning_line, write_learning
@@ -124,9 +124,8 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
     # ---- train the K sub-models together, on features that are computed once ----
     try:
         features = load_features(stage, dataset, "train")
-    except UserError as error:
-        if str(error).startswith(str(dataset.root)):  # an image cannot be read: all such are named at once
-            check_readable(dataset, dataset.train)
+    except ImageError:
+        check_readable(dataset, dataset.train)  # names all that cannot be read
         raise
     others = settings.folds == "others"  # each learns from all subsets but its own
     submodels = Submodels(subsets, submodel_keys(models_key, settings.submodels), others)

@@ -32,7 +32,7 @@ from llb.defaults import resolve, resolve_final, with_sizes
 from llb.device import start_jax
 from llb.encoders.specs import SPECS
 from llb.files import UserError, check_writable, is_writer
-from llb.flags import SEVERAL, flag, influential, parse_flags, real, typed_flags, whole
+from llb.flags import SEVERAL, flag, flag_of, influential, parse_flags, real, typed_flags, whole
 from llb.lock import hold
 from llb.pages import PAGE
 from llb.presets import PRESETS
@@ -112,7 +112,7 @@ def cell_of(settings: Ablate, out: Path, own: dict[str, str]) -> Cell:
     for name, value in own.items():
         place, _, rest = name.rpartition(".")
         words = {"": first, "final": last, "review": looks, "set": sets}[place]
-        words += [f"{rest}={value}"] if place == "set" else ["--" + rest.replace("_", "-"), value]
+        words += [f"{rest}={value}"] if place == "set" else [flag_of(rest), value]
     common = {each.name: getattr(settings, each.name) for each in dataclasses.fields(Stage1)}
     common |= {"out": run, "set": ",".join(sets) or None, "overwrite": False}
     carried = {"run": run} | {name: common[name] for name in CARRIED}

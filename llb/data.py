@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llb import lists
-from llb.files import UserError
+from llb.files import UserError, some
 from llb.layouts import Record, Root, Split, read_root
 from llb.masks import is_black
 from llb.tree import OTHER, count, fold, summary
@@ -162,9 +162,9 @@ def describe(root: Root, datasets: Sequence[Dataset]) -> dict[str, Any]:
 def reading_line(reading: dict[str, Any]) -> str:
     """What `describe` gives, in one line."""
     names = reading["categories"]
-    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     parts = [
-        f"data: {reading['data']}, layout {reading['layout']}, {_number(len(names), 'categor', 'y', 'ies')} ({shown}): "
+        f"data: {reading['data']}, layout {reading['layout']}, "
+        f"{_number(len(names), 'categor', 'y', 'ies')} ({some(names, 5)}): "
         f"{_number(reading['train'], 'training image')}, {_number(reading['test'], 'test image')}, "
         f"labels {reading['labels']}, {_number(reading['masks'], 'mask')}",
         *reading["notes"],

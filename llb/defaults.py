@@ -20,6 +20,7 @@ from llb.data import HALF
 from llb.detectors import DETECTORS, is_trained, read_settings
 from llb.device import default_precision
 from llb.files import UserError
+from llb.flags import flag_of
 from llb.protocols import PROTOCOLS, resized
 
 
@@ -113,8 +114,7 @@ def check_released(settings: Stage2) -> None:
     """Raise a UserError if a setting of a training is given with --released, which takes its place."""
     for name in ("steps", "passes", "batch_size", "learning_rate"):
         if getattr(settings, name) is not None:
-            flag_name = "--" + name.replace("_", "-")
-            raise UserError(f"{flag_name}: --released takes the place of a training; leave one of them out")
+            raise UserError(f"{flag_of(name)}: --released takes the place of a training; leave one of them out")
 
 
 def learning_defaults(settings: Stage1 | Stage2, own: Any, stage: int, demo: bool) -> dict[str, Any]:

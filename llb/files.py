@@ -17,7 +17,7 @@ import shutil
 import stat
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
@@ -210,6 +210,11 @@ def discard_files(folder: Path, names: Iterable[str]) -> None:
     for path in sorted(folders, reverse=True) if is_writer() else ():  # those below others first
         with suppress(OSError):  # not there, or not empty
             path.rmdir()
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and whether there are more."""
+    return ", ".join(names[:most]) + ", …" * (len(names) > most)
 
 
 def typed(path: Path | str) -> str:

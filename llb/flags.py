@@ -78,11 +78,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {line} (--help lists every flag)\n")
 
 
+def flag_of(name: str) -> str:
+    """The flag of a setting, as a person types it."""
+    return "--" + name.replace("_", "-")
+
+
 def parse_flags(settings: type, argv: list[str] | None = None):
     """Read the flags of one of the dataclasses above; argv: None for the command line's."""
     parser = Parser(description=settings.__doc__, allow_abbrev=False)
     for item in dataclasses.fields(settings):
-        about, name = item.metadata, "--" + item.name.replace("_", "-")
+        about, name = item.metadata, flag_of(item.name)
         shown = about["shown"] or ("no" if item.default is False else item.default)
         bounds = f"; {about['parse'].bounds}" if isinstance(about["parse"], Number) else ""
         text = f"{about['help']} (default: {shown}{bounds})".replace("%", "%%")
@@ -119,7 +124,7 @@ def typed_flags(settings, names: Collection[str] | None = None) -> list[str]:
     """
     words = []
     for item in dataclasses.fields(settings):
-        name, value = "--" + item.name.replace("_", "-"), getattr(settings, item.name)
+        name, value = flag_of(item.name), getattr(settings, item.name)
         if value != item.default and value != [] and (names is None or item.name in names):
             words += [name] if value is True else [name, str(value)]
     return words

@@ -53,6 +53,10 @@ class ImageFiles:
     digests: tuple[str, ...] = ()  # SHA-256 of the files, where features are looked up by them
 
 
+class ImageError(UserError):
+    """A file that cannot be read as an image."""
+
+
 def load_image(
     path: Path | str, size: int, white: Mapping[str, int] | None = None, resize: int | None = None
 ) -> np.ndarray:
@@ -127,11 +131,11 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
             megapixels = image.width * image.height / 1e6
             limit = DEEP_MEGAPIXELS if _is_deep(image) or _is_wide(image) else MEGAPIXELS
             if megapixels > limit:
-                raise UserError(f"{path} has {megapixels:.0f} megapixels, more than {limit}: scale it down")
+                raise ImageError(f"{path} has {megapixels:.0f} megapixels, more than {limit}: scale it down")
             if megapixels > max(SMALL_MEGAPIXELS, status.st_size / 100):  # deflate packs up to 8256 pixels in a byte
                 raise ValueError(f"{status.st_size} bytes do not hold {megapixels:.0f} megapixels")
             if _has_pages(image):
-                raise UserError(f"{path} has several frames or pages: save one image a file")
+                raise ImageError(f"{path} has several frames or pages: save one image a file")
             if image.format == "PPM" and (tile := image.tile[0]).codec_name == "ppm" and tile.args[1] > 255:
                 # Pillow would scale the values one by one in Python, a second for a megapixel
                 image.info["maxval"] = tile.args[1]
@@ -140,15 +144,15 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path} is not there: put it back, or take it off the list") from None
+        raise ImageError(f"{path} is not there: put it back, or take it off the list") from None
     except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): grant access to it") from None
+        raise ImageError(f"{path} cannot be read ({error.strerror}): grant access to it") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} cannot be read (no image format that llb knows): remove or replace it") from None
+        raise ImageError(f"{path} cannot be read (no image format that llb knows): remove or replace it") from None
     except Exception as error:  # for damaged files Pillow raises OSError, SyntaxError, struct.error, zlib.error, …
         text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         reason = "truncated" if "truncated" in text.lower() else text
-        raise UserError(f"{path} cannot be read ({reason}): remove or replace it") from None
+        raise ImageError(f"{path} cannot be read ({reason}): remove or replace it") from None
 
 
 def _check_text(path: Path | str, size: int) -> None:
@@ -157,7 +161,7 @@ def _check_text(path: Path | str, size: int) -> None:
     with open(path, "rb") as file:
         head = file.read(HEADER)
         if head.startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is a git-LFS pointer, not the image: fetch the images with: git lfs pull")
+            raise ImageError(f"{path} is a git-LFS pointer, not the image: fetch the images with: git lfs pull")
         if size <= HEADER or not re.match(rb"P[0-6fy]", head):
             return
         numbers = 2 if head[:2] in (b"P1", b"P4") else 3  # width, height, largest value
@@ -237,7 +241,7 @@ def _kind_and_white(image: Image.Image, path: Path | str) -> tuple[str, int]:
     tolerance = 0.01 if kind == "float" else 0.0  # resampling exceeds the range of an image a little
     white = next((white for white in WHITE[kind] if high <= (1 + tolerance) * white), None)
     if white is None or not low >= -tolerance * white:
-        raise UserError(f"{path} has values from {low:g} to {high:g}: save it with 8 or 16 bits a channel")
+        raise ImageError(f"{path} has values from {low:g} to {high:g}: save it with 8 or 16 bits a channel")
     return kind, white
 
 

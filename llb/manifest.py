@@ -16,7 +16,7 @@ from llb.console import progress
 from llb.data import Dataset, Record
 from llb.detectors import DETECTORS
 from llb.features import prefetch
-from llb.files import UserError, digest_of_file, discard, discard_files, is_writer, write_csv
+from llb.files import UserError, digest_of_file, discard, discard_files, is_writer, some, write_csv
 from llb.head import head_file
 from llb.images import load_image
 from llb.learning import LEARNING_FILE, loss_file
@@ -29,7 +29,7 @@ from llb.tiles import next_tiles_file, tiles_file
 from llb.times import TIMES_FILE
 
 READERS, AHEAD = 8, 256  # threads, and files that wait for their turn
-SHOWN, MOST_NAMED = 3, 20  # paths that a message names, of changes and of unreadable files
+MOST_NAMED = 20  # unreadable files that a message names
 ABOUT = "folder.txt"  # in a folder of scores, see llb/new_images.py
 
 
@@ -66,9 +66,8 @@ def check_readable(dataset: Dataset, records: Sequence[Record]) -> None:
             problems += [(record.path, problem)] if problem else []
             bar.update()
     if problems:
-        others = f"; {len(problems) - 1} others, too: " + ", ".join(path for path, _ in problems[1:][:MOST_NAMED])
-        more = ", …" * (len(problems) > MOST_NAMED + 1)
-        raise UserError(problems[0][1] + (others + more) * (len(problems) > 1))
+        others = [path for path, _ in problems[1:]]
+        raise UserError(problems[0][1] + f"; {len(others)} others, too: {some(others, MOST_NAMED)}" * bool(others))
 
 
 def write_manifest(folder: Path, dataset: Dataset) -> None:
@@ -103,7 +102,7 @@ def copies_line(folder: Path, dataset: Dataset) -> str:
                 first[digest] = path
     told = []
     for found, what in ((twice, "training images"), (tested, "training images among the test images")):
-        told += [f"{len(found)} of {what} ({', '.join(found[:SHOWN])}{', …' * (len(found) > SHOWN)})"] * bool(found)
+        told += [f"{len(found)} of {what} ({some(found)})"] * bool(found)
     return "; ".join(told)
 
 
@@ -151,8 +150,7 @@ def _problem(folder: Path, dataset: Dataset, verify: bool) -> str | None:
 def _in_words(changes: dict[str, list[str]]) -> str:
     parts = []
     for change, paths in changes.items():
-        names = ", ".join(paths[:SHOWN]) + (", …" if len(paths) > SHOWN else "")
-        parts += [f"{change} ({len(paths)}: {names})"] if paths else []
+        parts += [f"{change} ({len(paths)}: {some(paths)})"] if paths else []
     return " and ".join(parts)
 
 

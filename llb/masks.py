@@ -77,11 +77,13 @@ def is_black(path: Path | str) -> bool:
 def _turned(defect: np.ndarray, path: Path) -> np.ndarray:
     """Marks of an image that EXIF turns on its side: turned with it if they have the size that the file of the image
     has, as programs draw them that do not know EXIF. defect: bool (H, W); path: of the image."""
+    if defect.shape[0] == defect.shape[1]:
+        return defect
     with opened(path) as image:
         orientation, (width, height) = image.getexif().get(ExifTags.Base.Orientation, 1), image.size
         if image.format == "TIFF":  # Pillow's size is turned already
             width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
-    if orientation < 5 or width == height or defect.shape != (height, width):
+    if orientation < 5 or defect.shape != (height, width):
         return defect
     mask = Image.fromarray(defect)
     mask.getexif()[ExifTags.Base.Orientation] = orientation

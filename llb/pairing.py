@@ -160,6 +160,11 @@ def _kind_of(name: str) -> str:
 
 def quality_of(name: str) -> str:
     """normal, defect or "": what a name says besides the part, as train_ng does."""
+    return _quality_of(name.translate(NO_DIGITS))
+
+
+@lru_cache(maxsize=2**16)
+def _quality_of(name: str) -> str:
     return kind_of(" ".join(set(words(name)) - TRAIN_WORDS - TEST_WORDS))
 
 
@@ -242,8 +247,9 @@ def suspicions(images: Sequence[str], known: str = "") -> tuple[list[str], str]:
     defects = [folder for folder in named if counts[folder] < len(images)]  # not a folder around everything
     if defects and not better:
         hints.append(f"defects in {defects[0]}/ ({counts[defects[0]]} of the images)")
-    bad = [path for path, name in stems.items() if quality_of(name) == "defect"]
-    labelled = {quality_of(name): path for path, name in stems.items()}
+    qualities = {path: quality_of(name) for path, name in stems.items()}
+    bad = [path for path, quality in qualities.items() if quality == "defect"]
+    labelled = {quality: path for path, quality in qualities.items()}
     if {"normal", "defect"} <= labelled.keys():
         hints.append(f"{labelled['normal']} and {labelled['defect']}")
     elif known != "defect" and 0 < len(bad) < len(images):

@@ -21,7 +21,7 @@ import numpy as np
 
 from llb.console import progress, run_script, say
 from llb.demo import MARKER
-from llb.files import UserError, check_writable, digest_of_file, discard_files, move_file, typed, write_csv
+from llb.files import UserError, check_writable, digest_of_file, discard_files, move_file, some, typed, write_csv
 from llb.flags import flag, parse_flags, typed_flags, whole
 from llb.lock import hold
 from llb.marks import DEFECT, read_marks, training_set
@@ -101,8 +101,8 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
     if shut:
         raise UserError(f"{Path(shut[0]).parent} cannot be written: grant access to it, or give --copy")
 
-    verb, first = "copy" if settings.copy else "move", ", ".join(printable(row["path"]) for row in work[:3])
-    say(f"{len(work)} of {len(rows)} images to {verb} from {root} to {to}: {first or 'none'}{', …' * (len(work) > 3)}")
+    verb, first = "copy" if settings.copy else "move", some([printable(row["path"]) for row in work])
+    say(f"{len(work)} of {len(rows)} images to {verb} from {root} to {to}: {first or 'none'}")
     if settings.go:
         check_writable(Path(to), "--to")
         write_csv(
@@ -130,14 +130,15 @@ def wanted(folder: Path, settings: Quarantine) -> list[str]:
 
 def undo(run: Path, names: list[str]) -> None:
     """Put every image of the manifest back, with its date; then delete its row. The row of a lost image stays."""
-    own = [row for row in read_table(run / MANIFEST, COLUMNS, advice=MEND) if row["category"] in names]
+    rows = read_table(run / MANIFEST, COLUMNS, advice=MEND)
+    own = [row for row in rows if row["category"] in names]
     if not own:
         raise UserError(f"--undo: no image of {run} is in quarantine")
     places = [[Path(row[end].removesuffix(os.path.normpath(row["path"]))) for end in ("from", "to")] for row in own]
     if missing := [root for root, _ in places if not root.is_dir()]:
         raise UserError(f"{missing[0]}, where the images belong, is not there: put it back")
     lost = [row for row in own if is_lost(row)]
-    first = ", ".join(printable(row["path"]) for row in lost[:3]) + ", …" * (len(lost) > 3)
+    first = some([printable(row["path"]) for row in lost])
     forget = f"put them back and undo again; or forget them: delete their lines in {run / MANIFEST}"
     line = f"{len(lost)} of {len(own)} images are neither in quarantine nor in their places ({first}): {forget}"
     if len(lost) == len(own):
@@ -147,7 +148,6 @@ def undo(run: Path, names: list[str]) -> None:
         move_file(Path(row["to"]), Path(row["from"]), row["sha256"], row["modified_ns"])
     for row, (_, to) in zip(own, places):
         discard_files(to, [row["path"]])  # what a killed copy has left, and empty folders
-    rows = read_table(run / MANIFEST, COLUMNS, advice=MEND)
     rest = [[*row.values()] for row in rows if row["category"] not in names or is_lost(row)]
     write_csv(run / MANIFEST, COLUMNS, rest) if rest else discard_files(run, [MANIFEST])
     say(f"{len(work)} images are back in their places")

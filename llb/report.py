@@ -189,9 +189,8 @@ def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, 
     labels, score = [row["label"] for row in rows], np.array([row["score"] for row in rows])
     if metrics is None and None in labels:
         metrics = {}  # all are undefined, and the reason is known
-    facts = tables.read_threshold(folder, train_on)
-    threshold, file = facts["threshold"] if facts else None, folder / tables.threshold_file(train_on)
-    taken_from = read_json(file, "").get("list") if file.is_file() else None  # said also where there is no threshold
+    facts = tables.read_threshold(folder, train_on, also_none=True) or {"threshold": None}
+    threshold = facts["threshold"]
     tiles, rank = read_tiles(folder / tiles_file(train_on)), ranks(score)
     outcomes = [outcome(label, value, threshold) for label, value in zip(labels, score)]
     groups = {
@@ -210,9 +209,9 @@ def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, 
         "metrics": metrics,
         "labels": labels,
         "ranked": sorted(rows, key=lambda row: -row["score"])[:LISTED],
-        "threshold": facts,
-        "none_normal": taken_from == list_digest(np.empty(0)),
-        "above": int((score > threshold).sum()) if facts else None,
+        "threshold": None if threshold is None else facts,
+        "none_normal": facts.get("list") == list_digest(np.empty(0)),
+        "above": int((score > threshold).sum()) if threshold is not None else None,
         "histogram": charts.histogram(score, colours, threshold=threshold) if rows else None,
         "groups": {n: {"tiles": shown, "count": counts.get(n, len(rows))} for n, shown in groups.items()},
         "scale": scale_of(tiles) if groups else None,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from llb.data import Dataset, Record
-from llb.files import UserError, read_cell, read_json, write_csv, write_json, write_text
+from llb.files import UserError, read_cell, read_json, some, write_csv, write_json, write_text
 from llb.metrics import IMAGE_METRICS, PIXEL_METRICS, SAMPLE_METRICS, ranks
 from llb.pictures import printable
 
@@ -173,18 +173,16 @@ def write_threshold(folder: Path, final: str, facts: dict[str, float | int | Non
     write_json(folder / threshold_file(final), facts)
 
 
-def read_threshold(folder: Path, final: str) -> dict[str, float | int | None] | None:
-    """What `write_threshold` has written; None if the detector is not evaluated, or has no threshold.
-
-    A damaged file raises a UserError.
-    """
+def read_threshold(folder: Path, final: str, also_none: bool = False) -> dict[str, float | int | None] | None:
+    """What `write_threshold` has written; None if the detector is not evaluated, or, unless `also_none`, has no
+    threshold. A damaged file raises a UserError."""
     file, advice = folder / threshold_file(final), "delete it and run evaluate.py again"
     if not file.is_file():
         return None
     facts = read_json(file, advice)
     if not _are_facts(final, facts) or not OF_THRESHOLD <= facts.keys() or None in (facts["quantile"], facts["images"]):
         raise UserError(f"{file} is damaged; {advice}")
-    return None if facts["threshold"] is None else facts
+    return facts if also_none or facts["threshold"] is not None else None
 
 
 def threshold_file(final: str) -> str:
@@ -250,8 +248,7 @@ def write_missing_masks(run: Path, category: str, paths: Sequence[str]) -> None:
 
 def missing_masks_line(paths: Sequence[str], defective: int) -> str:
     """What missing masks cost. defective: the number of defective images."""
-    first = ", ".join(map(printable, paths[:3])) + (", …" if len(paths) > 3 else "")
-    have = "has" if len(paths) == 1 else "have"
+    first, have = some([*map(printable, paths)]), "has" if len(paths) == 1 else "have"
     return f"{len(paths)} of {defective} defective test images {have} no mask ({first}): their pixels are not counted"
 
 
