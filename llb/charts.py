@@ -22,6 +22,15 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def numbered(values: Sequence[float]) -> list[str]:
+    """The labels of ticks, with as many digits as tell them apart, at least 4."""
+    for digits in range(4, 18):
+        texts = [f"{value:.{digits}g}" for value in values]
+        if len(set(texts)) == len(values):
+            break
+    return texts
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers between two bounds, apart on a logarithmic axis: the more decades, the fewer from each."""
     decades = math.log10(high / low)
@@ -80,7 +89,7 @@ def histogram(
         "bars": bars,
         "outline": line,
         "threshold": None if threshold is None else {"x": x(scale(threshold)), "label": f"{threshold:.4g}"},
-        "x_ticks": [(x(scale(value)), f"{value:.4g}") for value in x_ticks],
+        "x_ticks": [(x(scale(value)), text) for value, text in zip(x_ticks, numbered(x_ticks))],
         "y_ticks": [(y(value), f"{value:g}") for value in ticks(0, most, 5) if value == int(value)],
         "x_title": "score (logarithmic)" if logarithmic else "score",
         "y_title": "images",
@@ -121,7 +130,7 @@ def scatter(x: np.ndarray, y: np.ndarray, groups: Mapping[str, np.ndarray], titl
     for axis in (0, 1):
         bounds = low[axis], high[axis]
         values = log_ticks(*np.exp(bounds)) if logarithmic else ticks(*bounds, 5)
-        marks.append([(float(place(scale(value), axis)), f"{value:.4g}") for value in values])
+        marks.append([(float(place(scale(value), axis)), text) for value, text in zip(values, numbered(values))])
     unit = " (logarithmic)" if logarithmic else ""
     return NOTHING | {
         "dots": dots,

@@ -161,7 +161,9 @@ def report(groups: Sequence[Group], first: Sequence[str] = ()) -> str:
         pairs = [(name, base.figures[name] if group is not base else {}) for name in figures]
         pairs += [(one, group.figures[other]) for one, other in gains.values()]
         gaps = [[value - of[seed] for seed, value in group.figures[name].items() if seed in of] for name, of in pairs]
-        differences.append(start + [written(name, gap, "+") for (name, _), gap in zip(pairs, gaps)])
+        cells = [written(name, gap, "+") for (name, _), gap in zip(pairs, gaps)]
+        fewer = [f" (n {len(gap)})" * (0 < len(gap) < len(group.runs)) for gap in gaps]
+        differences.append(start + [cell + n for cell, n in zip(cells, fewer)])
     parts = [markdown([*chosen, "n", *figures], values)]
     parts += [f"Together with these differ: {', '.join(others)}."] if others else []
     if len(groups) > 1 or gains:
@@ -175,7 +177,7 @@ def written(figure: str, values: Iterable[float], sign: str = "") -> str:
     if not values:
         return UNDEFINED
     scale, digits = (100, 1) if percent else (1, 3)
-    text = f"{scale * np.mean(values):{sign}.{digits}f}"
+    text = f"{scale * np.mean(values):{sign}z.{digits}f}"  # z: no negative zero
     text += f" ± {scale * np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     unequal = [value for value in values if value]
     tested = f" (p {wilcoxon(unequal).pvalue:.3f})" if sign and len(unequal) >= FEWEST else ""

@@ -24,14 +24,14 @@ import jax
 import numpy as np
 
 from llb.checkpoint import CheckpointFolder
-from llb.compare import markdown, read_groups
+from llb.compare import differing, markdown, read_groups
 from llb.config import Evaluate, Stage1
 from llb.console import progress, run_script, say
 from llb.data import Dataset
 from llb.demo import write_demo
 from llb.device import start_jax
 from llb.figures import COLOURS, INK, house, new_figure, save
-from llb.files import UserError, check_writable_file
+from llb.files import UserError, check_writable_file, some
 from llb.fit import learn
 from llb.flags import flag, parse_flags, real, whole
 from llb.keep import choose, deviations, keep_lowest
@@ -67,7 +67,7 @@ class Dropping:
         f"with --grid: the best threshold of each run, by {len(SHARES)} final detectors, and that of a random order",
     )
     cache: str = flag("runs/cache", "with --best: the cache of the runs' features")
-    noise_ratio: float = flag(0.2, "share of defective training images of the demo sets", real(0, 1))
+    noise_ratio: float = flag(0.2, "share of defective training images of the demo sets", real(0, 1, open_below=True))
     seed: int = flag(0, "of the demo sets' runs", whole(0))
     plot: str = flag("runs/dropping", "draw PLOT.png and PLOT.svg")
 
@@ -99,7 +99,7 @@ def main() -> None:
                 curves[name] = gains(run, Evaluate(run=str(run), cache=stage1.cache))
             bar.update()
     titles = ["defects", "ranking AUROC", "auto − all", "best − all", "clean − all", "auto keeps"]
-    rows = [[name, *(f"{x:.3f}" for x in row)] for name, table in curves.items() for row in table]
+    rows = [[name, *(f"{x:z.3f}" for x in row)] for name, table in curves.items() for row in table]
     say(markdown(titles, rows))
     draw_curves(curves, settings.plot)
 
@@ -111,7 +111,7 @@ def stages_of(run: Path, settings: Evaluate, detector: str | None = None) -> lis
     """
     config = read_run(run)
     final = final_name("all", detector or config["detector"], config)
-    stage = make_stage(run, settings, run_encoder(run, config), config | config["stage2"].get(final, {}), final)
+    stage = make_stage(run, settings, run_encoder(run, config), config | config.get("stage2", {}).get(final, {}), final)
     datasets = load_datasets(run, config, settings)
     return [(stage, dataset, read_scores(run / dataset.category, dataset)["score"]) for dataset in datasets]
 
@@ -175,7 +175,7 @@ def draw_curves(curves: dict[str, np.ndarray], plot: str) -> None:
 def points_of(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """Of each run that is evaluated on purified, all and clean: its settings and folder; "ranking", its AUROC; image
     AUROC on purified ("auto") and "clean", less that on all; "best" and "luck" are None."""
-    points = []
+    points, rows = [], {}
     for group in read_groups(runs):
         for seed, run in group.runs.items():
             names = ("ranking AUROC", *(f"image AUROC {on}" for on in ("all", "purified", "clean")))
@@ -183,9 +183,17 @@ def points_of(runs: Sequence[Path]) -> list[dict[str, Any]]:
             if None not in (base, ours, clean):
                 values = {"ranking": ranking, "auto": ours - base, "best": None, "luck": None, "clean": clean - base}
                 points.append({"settings": group.settings, "run": Path(run)} | values)
+                rows.setdefault(row_of(group.settings), []).append(group)
+    if others := sorted({name for own in rows.values() for name in differing(own)[0]} - {"sources"}):
+        raise UserError(f"--grid: of one set, detector and noise ratio there are runs that differ in {some(others)}")
     if not points:
         raise UserError("--grid: no run there is evaluated on purified, all and clean")
     return points
+
+
+def row_of(settings: dict[str, Any]) -> tuple[str, str, str]:
+    """The set, the final detector and the noise ratio of a run, which make a row of the table."""
+    return settings["data"] or settings["layout"], settings["final.detector"], f"{settings['noise_ratio']:g}"
 
 
 def points_table(points: Sequence[dict[str, Any]]) -> str:
@@ -193,15 +201,13 @@ def points_table(points: Sequence[dict[str, Any]]) -> str:
     titles, rows = ["set", "detector", "noise ratio", "n", *VALUES.values(), "lowest auto − all"], []
     groups = {}
     for point in points:
-        name = Path(point["settings"]["data"] or point["settings"]["layout"]).name
-        key = (name, point["settings"]["final.detector"], f"{point['settings']['noise_ratio']:g}")
-        groups.setdefault(key, []).append(point)
-    for names, own in [*sorted(groups.items()), (("all", "", ""), points)]:
+        groups.setdefault(row_of(point["settings"]), []).append(point)
+    for (path, *names), own in [*sorted(groups.items()), (("all", "", ""), points)]:
         cells = []
         for name, sign in zip(VALUES, ("", *"++++")):
             values = [point[name] for point in own if point[name] is not None]
-            cells.append(f"{np.mean(values):{sign}.4f}" if values else "–")
-        rows.append([*names, str(len(own)), *cells, f"{min(point['auto'] for point in own):+.4f}"])
+            cells.append(f"{np.mean(values):{sign}z.4f}" if values else "–")
+        rows.append([Path(path).name, *names, str(len(own)), *cells, f"{min(point['auto'] for point in own):+z.4f}"])
     return markdown(titles, rows)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from llb.data import Dataset, Record
 from llb.files import UserError, read_json, write_csv
 from llb.runfiles import read_manifest
-from llb.tables import TRAIN_ON, Choice, read_purified, read_table
+from llb.tables import TRAIN_ON, Choice, listed_images, read_purified, read_table, read_threshold
+from llb.threshold import list_digest
 
 MARKS_FILE = "marks.csv"
 UNSAID, FINE, DEFECT = -1, 0, 1
@@ -110,6 +111,13 @@ def normal_images(train_on: str, folder: Path, dataset: Dataset, purified: np.nd
     marks = read_marks(folder, dataset)
     kept = np.isin(np.arange(len(marks)), purified)
     return np.flatnonzero((kept & (marks != DEFECT)) | (marks == FINE))
+
+
+def threshold_is_old(folder: Path, final: str, train_on: str) -> bool:
+    """Whether the list that a final detector's threshold is taken from has changed since. By the run's tables alone."""
+    facts, training = read_threshold(folder, final), training_set(folder)
+    purified = np.unique([index for _, index in listed_images(folder, training)])
+    return bool(facts) and facts.get("list") != list_digest(normal_images(train_on, folder, training, purified))
 
 
 def reviewed_images(folder: Path, dataset: Dataset) -> Choice:

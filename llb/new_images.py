@@ -29,7 +29,7 @@ from llb.images import ImageFiles, load_image
 from llb.lock import CHANGERS, hold
 from llb.manifest import ABOUT, check_readable, clear_new_images, listed
 from llb.maps import check_map_names, map_names, write_maps
-from llb.marks import EDITABLE, choose_images, normal_images, training_set
+from llb.marks import EDITABLE, choose_images, threshold_is_old, training_set
 from llb.pairing import is_masks
 from llb.pictures import contact_sheet
 from llb.run import as_shown, final_checkpoints, finished_detectors, run_encoder
@@ -37,7 +37,6 @@ from llb.runfiles import final_name, read_config, steps_in
 from llb.score import heat_maps, score
 from llb.stage import final_params, make_stage
 from llb.tables import Choice
-from llb.threshold import list_digest
 from llb.tree import count, summary, walk
 
 SMALLEST = 192  # side of an image in an overlay, pixels
@@ -135,13 +134,12 @@ def check_lists(run: Path, name: str, final: str, settings: dict[str, Any]) -> N
     """Raise a UserError, as evaluation does, if what the final detector has learned from has changed since, or the list
     that its threshold is taken from. By the run's tables alone. settings: of the detector, in config.json."""
     folder, train_on = run / name, settings["train_on"]
-    training = training_set(folder)
-    purified = np.unique([index for _, index in tables.listed_images(folder, training)])
     if train_on in EDITABLE:
+        training = training_set(folder)
+        purified = np.unique([index for _, index in tables.listed_images(folder, training)])
         chosen = Choice(purified) if train_on == "purified" else choose_images(train_on, folder, training)
         check_finished(final_checkpoints(run, training, final, chosen), steps_in(settings, name))
-    facts = tables.read_threshold(folder, final)
-    if facts and facts.get("list") != list_digest(normal_images(train_on, folder, training, purified)):
+    if threshold_is_old(folder, final, train_on):
         again = f"take it again with python evaluate.py --run {typed(run)} --train-on {train_on}"
         file = folder / tables.threshold_file(final)
         raise UserError(f"{file}: the list of training images that it is taken from has changed; {again}")

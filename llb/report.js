@@ -1,12 +1,13 @@
 "use strict";
-// The pages of suspects: look, mark, save. What was marked is a log of actions, [verdict, [images]]: of an image its last
-// action holds, and undo takes the last action back. The browser keeps the log; nothing leaves this page.
+// The pages of suspects: look, mark, save. What was marked is a log of actions, [verdict, [images], [what the run said of
+// each]]: of an image its last action holds, and undo takes the last action back. The browser keeps the log; nothing
+// leaves this page. Once the run says something else of an image, marks were merged since, and the run's is newer.
 
 const STORE = document.body.dataset.marks; // names the run, and what it shows: marks of another run never appear
 const desks = [...document.querySelectorAll("section.suspects")].map(makeDesk);
 const all = desks.flatMap((desk) => desk.pages.flat());
 const given = new Map(all.filter((t) => t.node.dataset.verdict).map((t) => [t.image, t.node.dataset.verdict])); // by the run
-let log = readLog();
+let log = readLog().map(unmerged).filter(([, images]) => images.length);
 let last = desks[0]; // the category that was worked on last
 
 const ACTIONS = {
@@ -49,6 +50,11 @@ function readLog() {
   }
 }
 
+function unmerged([verdict, images, before = []]) {
+  const open = images.map((image, i) => (before[i] ?? null) === (given.get(image) ?? null));
+  return [verdict, images.filter((_, i) => open[i]), before.filter((_, i) => open[i])];
+}
+
 function keepLog() {
   try {
     localStorage.setItem(STORE, JSON.stringify(log));
@@ -64,7 +70,8 @@ function verdicts() {
 }
 
 function say(verdict, tiles) {
-  if (tiles.length) log.push([verdict, tiles.map((tile) => tile.image)]);
+  const images = tiles.map((tile) => tile.image);
+  if (images.length) log.push([verdict, images, images.map((image) => given.get(image) ?? null)]);
   keepLog();
 }
 

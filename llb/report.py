@@ -7,7 +7,6 @@ and its one script, llb/report.js, are inside it, and it forbids all else (Conte
 import base64
 import hashlib
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from llb import charts, figures, tables
 from llb.data import reading_line
 from llb.files import read_json, write_text
 from llb.keep import KEEP, choose
-from llb.marks import MARKS
-from llb.metrics import ranks, why_undefined
+from llb.marks import MARKS, threshold_is_old
+from llb.metrics import purification, ranks, why_undefined
 from llb.pictures import PALETTE
 from llb.review import simulated_line
-from llb.runfiles import stage1_command
+from llb.runfiles import commands, review_command, stage1_command
 from llb.sheet import exact, fit_pages, marks_key, review_facts, scale_of, suspect_facts, tile_facts
 from llb.threshold import list_digest
 from llb.tiles import LARGEST, LOOKED_AT, OUTLINE, outcome, read_tiles, shown_tests, tiles_file
@@ -50,7 +49,9 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
     categories = []
     for name in names:
         said = rule_notes(scores[name], config.get("keep"))
-        facts = category_facts(run / name, scores[name], metrics.get(name, {}), [*notes[name], *said], most)
+        older = with_older_list(run / name, config)
+        said += [f"{each}: its threshold is of an older list of images; run evaluate.py again" for each in older]
+        facts = category_facts(run / name, scores[name], metrics.get(name, {}), [*notes[name], *said], most, older)
         finals = [detector["name"] for detector in facts["detectors"]]
         facts["review"] = review_facts(run / name, scores[name], seed, finals)
         categories.append(facts | suspect_facts(run / name, scores[name], finals, config, most))
@@ -100,20 +101,20 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
 
 
 def category_facts(
-    folder: Path, scores: list[dict[str, Any]], entry: dict[str, Any], notes: list[str], most: int
+    folder: Path, scores: list[dict[str, Any]], entry: dict[str, Any], notes: list[str], most: int, older: list[str]
 ) -> dict[str, Any]:
-    """What the report shows of one category. entry: what metrics.json says of it; most: tiles of a group."""
+    """What the report shows of one category. entry: what metrics.json says of it; most: tiles of a group; older: of
+    `with_older_list`."""
     finals = tables.detector_names(entry | dict.fromkeys(predicted(folder)))
     first = [most] + [most if most == LARGEST else 0] * len(finals)  # of many categories only the first's tiles
-    detectors = [detector_facts(folder, final, entry.get(final), n) for final, n in zip(finals, first)]
+    detectors = [detector_facts(folder, final, entry.get(final), n, final in older) for final, n in zip(finals, first)]
     if entry.get("missing_masks") and detectors:
         notes = [*notes, tables.missing_masks_line(entry["missing_masks"], detectors[0]["labels"].count(1))]
-    labels = [row["label"] for row in scores]
+    labels, score, kept = (([row[name] for row in scores]) for name in ("label", "score", "kept"))
     return {
         "name": folder.name,
         "notes": notes,
-        "facts": dict.fromkeys(tables.PURIFICATION)
-        | (entry.get("purification") or {"n": len(scores), "kept": sum(row["kept"] for row in scores)}),
+        "facts": entry.get("purification") or purification(labels, np.array(score), np.array(kept, bool)),
         "why_no_auroc": why_undefined("train_auroc", labels),
         "comparison": comparison(entry),
         "histogram": score_histogram(scores) if scores else None,
@@ -135,6 +136,14 @@ def rule_notes(scores: list[dict[str, Any]], keep: str | float | None) -> list[s
     return [f"--keep {keep}: {said}"] if said and made_so else []
 
 
+def with_older_list(folder: Path, config: dict[str, Any]) -> list[str]:
+    """The final detectors of a category whose threshold was taken from a list that has changed since."""
+    if not all((folder / name).is_file() for name in ("scores.csv", "purified.txt")):
+        return []
+    finals = (config.get("stage2") or {}).items()
+    return [final for final, own in finals if threshold_is_old(folder, final, own["train_on"])]
+
+
 def predicted(folder: Path) -> list[str]:
     """The final detectors whose predictions are there."""
     return [file.stem.removeprefix("predictions-") for file in folder.glob("predictions-*.csv")]
@@ -154,7 +163,7 @@ def comparison(entry: dict[str, Any]) -> str | None:
     line += f"; with the labels (clean) it would be {clean:.3f}"
     if clean - everything < GAP:
         return f"{line}: the hidden defects cost this detector next to nothing."
-    return f"{line}: purification makes good {(purified - everything) / (clean - everything):.0%} of the loss."
+    return f"{line}: purification makes good {(purified - everything) / (clean - everything):z.0%} of the loss."
 
 
 def score_histogram(scores: list[dict[str, Any]]) -> dict[str, Any]:
@@ -183,14 +192,16 @@ def by_label(labels: list[int | None]) -> dict[str, np.ndarray] | None:
     return None if None in labels else {"normal": ~np.array(labels, bool), "defective": np.array(labels, bool)}
 
 
-def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, most: int) -> dict[str, Any]:
-    """What the report shows of one final detector on one category."""
+def detector_facts(
+    folder: Path, train_on: str, metrics: dict[str, Any] | None, most: int, older: bool = False
+) -> dict[str, Any]:
+    """What the report shows of one final detector on one category. older: its threshold is of an older list."""
     rows = tables.read_table(folder / f"predictions-{train_on}.csv", ("path", "score", "label"))
     labels, score = [row["label"] for row in rows], np.array([row["score"] for row in rows])
     if metrics is None and None in labels:
         metrics = {}  # all are undefined, and the reason is known
-    facts = tables.read_threshold(folder, train_on, also_none=True) or {"threshold": None}
-    threshold = facts["threshold"]
+    facts = tables.read_threshold(folder, train_on, also_none=True) or {}
+    threshold = None if older else facts.get("threshold")
     tiles, rank = read_tiles(folder / tiles_file(train_on)), ranks(score)
     outcomes = [outcome(label, value, threshold) for label, value in zip(labels, score)]
     groups = {
@@ -210,6 +221,7 @@ def detector_facts(folder: Path, train_on: str, metrics: dict[str, Any] | None, 
         "labels": labels,
         "ranked": sorted(rows, key=lambda row: -row["score"])[:LISTED],
         "threshold": None if threshold is None else facts,
+        "older": older,
         "none_normal": facts.get("list") == list_digest(np.empty(0)),
         "above": int((score > threshold).sum()) if threshold is not None else None,
         "histogram": charts.histogram(score, colours, threshold=threshold) if rows else None,
@@ -322,25 +334,3 @@ def shown_settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
         listed = (f"{name.replace('_', ' ')} {value}" for name, value in own.items() if value is not None)
         rows.append((f"Final detector on {train_on}", ", ".join(listed)))
     return rows
-
-
-def review_command(run: Path, simulated: dict[str, Any] | None = None) -> str:
-    """The command that takes the marks; simulated: what config.json says of marks by the labels."""
-    marks = " ".join(f"--{name} {value}" for name, value in simulated.items()) if simulated else "marks.csv"
-    return f"python -m llb.review --run {shlex.quote(run.as_posix())} {marks}"
-
-
-def commands(run: Path, config: dict[str, Any], evaluated: bool) -> list[str]:
-    """The commands that make this run again; the settings of stage 2 are written out."""
-    place = shlex.quote(run.as_posix())
-    lines = [config["command"]] if config.get("command") else []
-    for final, stage2 in (config.get("stage2") or {}).items():
-        fitted = ("steps", "learning_rate") if stage2.get("learning_rate") == 0 else ()  # it has none
-        given = {name: value for name, value in stage2.items() if name not in ("category_steps", *fitted)}
-        given = {"train_on": final} | given
-        given["set"] = ",".join(f"{name}={value}" for name, value in given.get("set", {}).items() if value is not None)
-        flags = (f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value)
-        if final.startswith("reviewed"):
-            lines.append(review_command(run, config.get("review")))
-        lines.append(f"python stage2_train.py --run {place} {' '.join(flags)}")
-    return lines + [f"python evaluate.py --run {place}"] * evaluated

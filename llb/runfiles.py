@@ -110,6 +110,30 @@ def stage2_command(run: Path, final: str) -> str:
     return f"python stage2_train.py --run {typed(run)} --train-on {train_on}{other}"
 
 
+def review_command(run: Path, simulated: dict[str, Any] | None = None) -> str:
+    """The command that takes the marks; simulated: what config.json says of marks by the labels."""
+    marks = " ".join(f"--{name} {value}" for name, value in simulated.items()) if simulated else "marks.csv"
+    return f"python -m llb.review --run {shlex.quote(run.as_posix())} {marks}"
+
+
+def commands(run: Path, config: dict[str, Any], evaluated: bool) -> list[str]:
+    """The commands that make this run again; the settings of stage 2 are written out."""
+    place = shlex.quote(run.as_posix())
+    lines = [config["command"]] if config.get("command") else []
+    for final, stage2 in (config.get("stage2") or {}).items():
+        fitted = ("steps", "learning_rate") if stage2.get("learning_rate") == 0 else ()  # it has none
+        fitted += ("batch_size",) if stage2.get("released") else ()  # nothing is trained
+        unset = ("category_steps", "released_digest", *fitted)
+        given = {name: value for name, value in stage2.items() if name not in unset}
+        given = {"train_on": final} | given
+        given["set"] = ",".join(f"{name}={value}" for name, value in given.get("set", {}).items() if value is not None)
+        flags = (f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value)
+        if final.startswith("reviewed"):
+            lines.append(review_command(run, config.get("review")))
+        lines.append(f"python stage2_train.py --run {place} {' '.join(flags)}")
+    return lines + [f"python evaluate.py --run {place}"] * evaluated
+
+
 def final_name(train_on: str, detector: str, config: dict[str, Any]) -> str:
     """The name of a final detector in a run's files and tables: "purified"; "purified-padim" if it is not stage 1's."""
     return train_on if detector == config["detector"] else f"{train_on}-{detector}"

@@ -223,10 +223,11 @@ def read_metrics(run: Path) -> dict[str, Any]:
 
 
 def forget_metrics(run: Path, categories: Iterable[str], names: Sequence[str]) -> None:
-    """Take names, such as final detectors, out of the entries that categories, or "mean", have in metrics.json."""
+    """Take names, such as final detectors, out of the entries of categories, or "mean", in metrics.json and .csv."""
     metrics = read_metrics(run)
     if any([metrics.get(category, {}).pop(name, None) is not None for category in categories for name in names]):
         write_json(run / METRICS_FILE, metrics)
+        write_metrics_csv(run / "metrics.csv", metrics)
 
 
 def _are_facts(name: str, facts: Any) -> bool:

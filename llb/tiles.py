@@ -91,7 +91,8 @@ def small(picture: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 def outlined(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A line around what the mask marks, one pixel away. picture: uint8 (s, s, 3); mask: bool (S, S)."""
-    inside = np.asarray(Image.fromarray(mask).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
+    covered = Image.fromarray(mask.astype(np.float32)).resize(picture.shape[1::-1], Image.Resampling.BOX)
+    inside = np.asarray(covered) > 0  # a small defect has an outline, too
     near, around = (ndimage.binary_dilation(inside, np.ones((3, 3)), iterations=times) for times in (1, 2))
     return np.where((around & ~near)[..., None], np.uint8(OUTLINE), picture)
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import rows_of
 from PIL import Image
 
-from llb.compare import differing, main, read_groups, report
+from llb.compare import differing, main, read_groups, report, written
 from llb.data import Record
 from llb.figures import house
 from llb.files import UserError, read_json, write_json
@@ -77,7 +77,10 @@ def test_the_table_has_means_and_differences_paired_by_seed(tmp_path):
     assert cells[2] == ["2", "6", "1.000 ± .000", "25.0 ± 0.0 %", "80.0 ± 0.0 %", ".903 ± .002", ".802 ± .002"]
     assert cells[3][:2] == ["5", "7"] and cells[3][6] == ".855 ± .004"
     assert cells[6] == ["2", "6", *5 * "–", "+.100 ± .000 (p .031)"]
-    assert cells[7][2:6] == ["+.000 ± .000", "+0.0 ± 0.0 %", "+0.0 ± 0.0 %", "+.052 ± .002 (p .031)"]
+    assert cells[7][2:6] == [
+        "+.000 ± .000 (n 6)", "+0.0 ± 0.0 % (n 6)", "+0.0 ± 0.0 % (n 6)", "+.052 ± .002 (p .031) (n 6)"
+    ]  # fmt: skip
+    assert written("image AUROC all", [-0.0004], "+") == "+.000" and written("kept", [-0.0004], "+") == "+0.0 %"
 
 
 def test_runs_of_stage_1_alone_are_compared_and_others_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The figures of when dropping pays: rankings that labels make better or worse, and finished runs as points."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ from test_compare import made
 
 from llb import dropping
 from llb.config import Evaluate
-from llb.files import write_json
+from llb.files import UserError, write_json
 from llb.runfiles import read_config, write_config
 
 
@@ -29,6 +30,15 @@ def test_a_moved_ranking_is_better_or_worse_and_the_best_threshold_is_the_best_o
     assert (np.diff(ranking) >= 0).all() and ranking[-1] > 0.9 > ranking[dropping.MOVES.index(0.0)] > ranking[0]
     assert (auto <= clean).all() and (best >= 0).all() and (best <= clean).all() and best[-1] > best[0]
     assert np.ptp(clean) < 1e-9 < clean[0] and ((0 < kept) & (kept <= 1)).all()
+
+
+def test_the_figure_is_made_by_runs_of_stage_1_alone(finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = read_config(run, "", "")
+    write_config(run, {name: value for name, value in config.items() if name != "stage2"})
+    settings = Evaluate(run=str(run), cache=str(finished.parent / "cache"))
+    ((stage, dataset, score),) = dropping.stages_of(run, settings)
+    assert stage.setup.steps == 4 and len(dataset.train) == len(score)  # of stage 1: there is no other
 
 
 def test_finished_runs_are_points_and_those_without_all_three_are_left_out(tmp_path, monkeypatch, capsys):
@@ -56,6 +66,10 @@ def test_finished_runs_are_points_and_those_without_all_three_are_left_out(tmp_p
     ]
     assert own[1] == "padim" and own[5:] == everything[5:] == ["+0.0050", "–", "–", "+0.0500", "-0.0100"]
     assert (tmp_path / "points.png").stat().st_size and (tmp_path / "points.svg").stat().st_size
+    config = read_config(grid / "seed=1", "", "")
+    write_config(grid / "seed=1", config | {"keep": 0.6})
+    with pytest.raises(UserError, match="runs that differ in keep"):  # no mean over seeds
+        dropping.main()
 
 
 def test_the_best_threshold_of_a_finished_run_is_the_best_of_all_on_its_own_ranking(finished, monkeypatch):

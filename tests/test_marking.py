@@ -76,6 +76,15 @@ def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_
     marks = marks_of(more)
     assert len(marks) == 110 and all(marks[path] == int("odd" in path) for path in marks)
     assert "14 new marks\n" in succeed("llb.review", "--run", run, more)
+    # ---- somebody else corrects a mark: the run's is newer than the first browser's; undo takes back none of it ----
+    path, corrected = next(iter(marked)), {"defect": "fine", "fine": "defect"}[marked[next(iter(marked))]]
+    write_csv(tmp_path / "corrected.csv", ["category", "path", "verdict"], [["tile", path, corrected]])
+    succeed("llb.review", "--run", run, tmp_path / "corrected.csv")
+    with Browser(tmp_path / "profile", run / "report.html") as page:
+        shown = dict(page.value(SAID))
+        assert shown[path] == corrected and shown.keys() >= marked.keys()
+        page.press(["u", "u", "d", "u"])  # the first leads to the suspects; the last takes back this page's own mark
+        assert dict(page.value(SAID)) == shown
 
 
 def small_run(folder: Path, paths: list[str], seed: int = 0, category: str = '=bolt, "4"') -> Path:

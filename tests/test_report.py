@@ -178,6 +178,12 @@ def test_the_commands_can_be_given_again():
     one, other = (parse_flags(Stage2, shlex.split(line)[2:]) for line in (trained, fitted))
     assert (one.run, one.train_on, one.set) == ("a b", "clean", "recipe=dinomaly,dropout=0.2") and one.steps == 30
     assert other.detector == "padim" and other.steps is other.learning_rate is None and other.batch_size == 32
+    released = {
+        "all": stages["clean"] | {"train_on": "all", "steps": 0, "released": "d.pth", "released_digest": "ab12"}
+    }
+    _, line = commands(Path("a"), CONFIG | {"stage2": released}, False)
+    again = parse_flags(Stage2, shlex.split(line)[2:])
+    assert again.released == "d.pth" and again.steps is again.batch_size is None, "nothing is trained"
 
 
 def test_purification_is_compared_with_what_it_could_gain():
@@ -185,6 +191,7 @@ def test_purification_is_compared_with_what_it_could_gain():
         return comparison({name: {"image_auroc": value} for name, value in aurocs.items()})
 
     assert "makes good 75% of the loss" in line(purified=0.975, all=0.96, clean=0.98)
+    assert "makes good 0% of the loss" in line(purified=0.8999, all=0.9, clean=0.95)
     assert "next to nothing" in line(purified=0.95, all=0.96, clean=0.962)
     assert "0.960 without" in line(purified=0.95, all=0.96) and "clean would show" in line(purified=0.95, all=0.96)
     assert line(purified=0.9, clean=0.9) is None and line(purified=0.9, all=None) is None
@@ -207,7 +214,9 @@ def test_the_histogram_draws_every_image_once_and_the_threshold_between_kept_and
     assert charts.between(scores, ~keep) is charts.between(scores, keep | ~keep) is None
 
 
-@pytest.mark.parametrize("scores", [[1.0], [0.0, 0.0], [2, 2, 2], [-1, 5], [1e-9, 1, 1e3], [0, 1e-300], [3, 3.0000001]])
+@pytest.mark.parametrize(
+    "scores", [[1.0], [0.0, 0.0], [2, 2, 2], [-1, 5], [1e-9, 1, 1e3], [0, 1e-300], [3, 3.0000001], [1000, 1000.5]]
+)
 def test_any_scores_can_be_drawn(scores):
     for threshold in (None, 4.0):
         plot = histogram_of(scores, 2, threshold)
@@ -220,6 +229,7 @@ def test_any_scores_can_be_drawn(scores):
         assert len(plot["x_ticks"]) <= 12 and len(plot["y_ticks"]) >= 2
     both = np.array(scores, float)
     plot = charts.scatter(both, both, {"all": both > -9}, ("a", "b"))
+    assert all(len({text for _, text in plot[axis]}) == len(plot[axis]) for axis in ("x_ticks", "y_ticks"))
     places = re.findall(r"M([\d.]+) ([\d.]+)h0", plot["dots"]["all"])
     assert len(places) == len(scores)
     assert all(charts.LEFT <= float(x) <= charts.RIGHT and charts.TOP <= float(y) <= charts.BOTTOM for x, y in places)

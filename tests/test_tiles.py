@@ -53,6 +53,10 @@ def test_tiles_are_small_and_show_the_image_the_heat_and_the_outline_of_the_mask
     assert coloured.any() and not coloured[65:95, 65:95].any() and not coloured[:50].any(), "around the mask only"
     assert np.ptp(hot, axis=2)[:70].mean() > 3 * np.ptp(hot, axis=2)[90:].mean()
     assert tiles.read_tiles(tmp_path / "none.json")["tiles"] == {}
+    for place in range(100, 110):  # a defect of one pixel has an outline, too
+        small = np.zeros((400, 400), bool)
+        small[place, place] = True
+        assert (tiles.outlined(np.zeros((160, 160, 3), np.uint8), small) == tiles.OUTLINE).all(axis=2).any()
     for name, advice in (
         (tiles.tiles_file("suspects"), "delete it and run stage 1 again$"),  # --overwrite would delete the run
         (tiles.tiles_file("all"), "delete it and run evaluate.py again, with --overwrite$"),
