@@ -188,6 +188,21 @@ def test_with_the_same_marks_a_detector_is_taken_over_but_with_another_head_neit
     assert read_metrics(lent[0])["tile"].keys() == {"reviewed", "all"}
 
 
+@pytest.mark.parametrize("change", ["list", "stage 1"])
+def test_an_evaluation_is_taken_over_only_with_the_list_and_the_sub_models_that_its_threshold_is_of(lent, change):
+    new, old, cell = lent
+    assert read_config(new, "", "")["stage2"] == {}, "its own may have other settings"
+    if change == "list":
+        listed = new / "tile" / "purified.txt"
+        listed.write_text("".join(listed.read_text().splitlines(keepends=True)[1:]))
+        taken = borrowed(lent, "auto")
+    else:
+        other = dataclasses.replace(cell(new), stage1=dataclasses.replace(cell(new).stage1, submodels=5))
+        borrow_detector(other, other.finals[1], [old])
+        taken = {path.name for path in (new / "tile").iterdir()} - {*STAGE1_FILES}
+    assert "stage2-all" in taken and "predictions-all.csv" not in taken and not read_metrics(new)
+
+
 OTHER = {"weights_digest": "0", "precision": "bfloat16", "white": {"tile": {"integer": 4095}}}
 
 

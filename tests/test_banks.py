@@ -159,6 +159,23 @@ def test_a_bank_scores_what_it_holds_with_zero():
     assert scores[held - 1] < 1e-5 * scores[held]
 
 
+def test_settings_bound_the_bank_and_the_references_and_say_how_many_neighbours_count(monkeypatch):
+    setup, asked = setup_of(patchcore, fraction=0.5, most=9, neighbours=3), []
+    params = fit(patchcore, setup, FEATURES, ALL, KEY)
+    assert params["entries"].shape == (9, 16) and np.isfinite(params["norms"]).all()
+    patches = np.asarray(banks.embedding(setup, jnp.asarray(FEATURES))).reshape(-1, 16)
+    squared = ((patches[:, None] - np.asarray(params["entries"])) ** 2).sum(axis=2)
+    assert_close(distance(patchcore, setup, params).ravel(), np.sort(squared, axis=1)[:, :3].mean(axis=1))
+
+    def outlier_factor(patches, real, others, neighbours, whole=softpatch.outlier_factor):
+        asked.append((others.shape, neighbours))
+        return whole(patches, real, others, neighbours)
+
+    monkeypatch.setattr(softpatch, "outlier_factor", outlier_factor)
+    fit(softpatch, setup_of(softpatch, references=4, lof_neighbours=2), FEATURES, ALL, KEY)
+    assert set(asked) == {((4,), 2)}
+
+
 def test_a_planted_outlier_is_in_the_bank_of_patchcore_and_not_of_softpatch():
     features = FEATURES.copy()
     features[3, :, -8:] += 30  # half of one image's patches, 7 % of all

@@ -12,12 +12,13 @@ from llb.checkpoint import CheckpointFolder
 from llb.config import Stage1, Stage2
 from llb.defaults import resolve, resolve_final, with_sizes
 from llb.detectors import DETECTORS, is_trained, read_settings
+from llb.encoders import load_encoder
 from llb.features import Features
 from llb.files import UserError
 from llb.fit import learn
 from llb.run import command_line
 from llb.score import score_all
-from llb.stage import check_step, state_bytes
+from llb.stage import check_step, make_stage, state_bytes
 from llb.train import Submodels, submodel_keys
 
 IMAGES = 23
@@ -139,6 +140,16 @@ def test_defaults_are_the_detectors_the_encoders_and_the_protocols(given, expect
     """Real-IAD's layout has no default of its own: a dropout of 0.4 is the multi-class script's."""
     settings = resolve(Stage1(**given), "real-iad")
     assert {name: getattr(settings, name) for name in expected} == expected
+
+
+def test_a_detector_is_set_up_with_all_that_the_flags_say(tmp_path):
+    given = {"recipe": "llbnad", "dropout": 0.4, "set": "attention=softmax", "image_score": "max"}
+    numbers = {"learning_rate": 0.01, "steps": 7, "batch_size": 3}
+    settings = with_sizes(resolve(Stage1(encoder="tiny", **given, **numbers), "mvtec"), 32)
+    setup = make_stage(tmp_path, settings, load_encoder("tiny", image_size=32), vars(settings)).setup
+    own = DETECTORS["dinomaly"].Settings(recipe="llbnad", dropout=0.4, attention="softmax")
+    assert (setup.detector, setup.settings, setup.score) == ("dinomaly", own, "max")
+    assert numbers == {name: getattr(setup, name) for name in numbers}
 
 
 def test_the_demo_set_has_steps_and_batches_of_its_own():

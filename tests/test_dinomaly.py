@@ -3,6 +3,7 @@
 import dataclasses
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +175,22 @@ def test_each_ablation_changes_the_training_and_nothing_becomes_undefined(change
     apart = max(np.abs(a - b).max() for a, b in zip(gradients_of(Settings()), ablated))
     assert apart > 1e-6 or changed == {"groups": "layers"}
     assert dinomaly.vit_groups(Settings(groups="layers"), small_setup("dinomaly").spec) == ((0,), (1,))
+
+
+def test_jitter_is_uniads_noise_on_the_bottlenecks_input(monkeypatch):
+    setup, key = small_setup("dinomaly", settings=Settings(noise="jitter")), jax.random.key(2)
+    features = jax.random.normal(jax.random.key(1), (3, 2, 11, 8)).astype(jnp.float16)
+    given = []
+
+    def apply(variables, noisy, **_):
+        given.append(noisy)
+        return jnp.ones((3, 2, 9, 8))
+
+    monkeypatch.setattr(dinomaly, "network", lambda setup: SimpleNamespace(apply=apply, patches=9))
+    dinomaly.loss(setup, {}, features, key, jnp.int32(0))
+    exact = np.asarray(features, np.float32)
+    scale = 20 / 8 * np.linalg.norm(exact, axis=-1, keepdims=True)
+    np.testing.assert_allclose(given[0], exact + scale * jax.random.normal(key, exact.shape), rtol=1e-5)
 
 
 def test_the_softmax_attends_as_its_definition_says():

@@ -12,6 +12,7 @@ from llb import dropping
 from llb.config import Evaluate
 from llb.files import UserError, write_json
 from llb.runfiles import read_config, write_config
+from llb.tables import read_metrics
 
 
 def test_a_moved_ranking_is_better_or_worse_and_the_best_threshold_is_the_best_of_all(finished, monkeypatch):
@@ -39,6 +40,15 @@ def test_the_figure_is_made_by_runs_of_stage_1_alone(finished, tmp_path, monkeyp
     settings = Evaluate(run=str(run), cache=str(finished.parent / "cache"))
     ((stage, dataset, score),) = dropping.stages_of(run, settings)
     assert stage.setup.steps == 4 and len(dataset.train) == len(score)  # of stage 1: there is no other
+
+
+def test_final_detectors_trained_at_once_are_judged_as_stage_2_and_evaluation_do(finished):
+    cache = str(finished.parent / "cache")
+    ((stage, dataset, _),) = dropping.stages_of(finished, Evaluate(run=str(finished), cache=cache))
+    kept = np.ones((2, len(dataset.train)), bool)
+    kept[1] = [record.label == 0 for record in dataset.train]
+    first, other = dropping.final_aurocs(stage, dataset, list(kept))
+    assert first == read_metrics(finished)["tile"]["all"]["image_auroc"] and 0 <= other <= 1
 
 
 def test_finished_runs_are_points_and_those_without_all_three_are_left_out(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,15 @@ import llb.features
 from llb import processes
 from llb.cache import make_room
 from llb.encoders import load_encoder
-from llb.features import Source, cached_features, make_encode, make_source, normalise, streamed_features
+from llb.features import (
+    Source,
+    cached_features,
+    feature_kind,
+    make_encode,
+    make_source,
+    normalise,
+    streamed_features,
+)
 from llb.files import UserError
 from llb.images import ImageFiles
 
@@ -131,6 +139,19 @@ def test_features_of_another_encoder_or_other_settings_are_not_used(paths):
     assert other == list(range(7))
     cached(paths, other, encoder=SimpleNamespace(**vars(TOY) | {"weights_digest": "x"}))
     assert other == 2 * list(range(7)) and len(shards(paths)) == 12
+
+
+def test_whatever_features_depend_on_gives_them_a_folder_of_their_own(monkeypatch):
+    def kind(white=None, resize=None, **changes):
+        return feature_kind(Source(SimpleNamespace(**vars(TOY) | changes), None), ImageFiles((), white or {}, resize))
+
+    spec = SimpleNamespace(name="toy", release=True)  # a --protocol's positions
+    changes = [{"weights_digest": "x"}, {"precision": "bfloat16"}, {"strides": (8,)}, {"spec": spec}, {"image_size": 9}]
+    kinds = [kind(), *(kind(**change) for change in changes), kind(resize=9), kind({"float": 1}), kind({"float": 255})]
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="another")])
+    kinds.append(kind())
+    monkeypatch.setattr(llb.features, "digest_of_files", lambda *_: "other sources")
+    assert len({*kinds, kind()}) == len(kinds) + 1
 
 
 def test_the_shards_used_longest_ago_make_room_and_nothing_else_is_deleted(paths, monkeypatch):

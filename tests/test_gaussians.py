@@ -1,6 +1,7 @@
 """PaDiM, its robust form and the PCA residual: PyTorch's arithmetic (gaussians_reference.py), sums over images, what
 they can find."""
 
+import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,12 @@ def assert_close(actual, expected, tolerance=1e-4):
 
 def test_padim_is_the_published_arithmetic_with_the_release_s_channels():
     assert_close(fitted(padim, setup_of(padim)), STORED["published"])
+
+
+def test_another_channel_seed_draws_other_channels_as_the_release_would():
+    for seed in (1, 1024):
+        drawn = padim.channels(setup_of(padim, channel_seed=seed)).tolist()
+        assert drawn == sorted(random.Random(seed).sample(range(3 + 4 + 5), 8))
 
 
 def test_padim_on_one_coarse_grid_takes_means_of_neighbours():

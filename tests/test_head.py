@@ -77,6 +77,30 @@ def test_a_head_finds_what_was_named_and_its_map_counts_as_far_as_it_ranks_image
     np.testing.assert_allclose(blocks["weight"], head["weight"], rtol=0.02, atol=1e-3)
 
 
+def test_a_head_learns_neither_from_what_it_is_tested_on_nor_from_the_rest_of_a_defective_image(
+    setup, fitted, images, monkeypatch
+):
+    features, defective = images
+    marks, learned, spreads = np.where(defective, DEFECT, FINE).astype(np.int8), [], []
+    marks[30:40] = marks[70:] = UNSAID
+
+    def fit_head(*patches, whole=heads.fit_head):
+        learned.append(tuple(map(len, patches)))
+        return whole(*patches)
+
+    def usual(values, whole=heads.usual):
+        spreads.append(values.size)
+        return whole(values)
+
+    monkeypatch.setattr(heads, "fit_head", fit_head)
+    monkeypatch.setattr(heads, "usual", usual)
+    assert fit(setup, fitted, features, marks)[0] is not None
+    # of 9 positions the worst one of each defect; 2 of 20 drawn ones of each other image, and the 3 worst of each fine
+    # one; without the 6 defects and 6 fine ones of a fold, at last of all
+    assert learned == [(24, 2 * 64 + 3 * 24, 20 * 64)] * 5 + [(30, 2 * 70 + 3 * 30, 20 * 70)]
+    assert sorted(spreads) == [20 * 64] * 5 + [20 * 70] * 2
+
+
 def test_a_head_learns_also_when_no_image_is_left_unseen(setup, fitted, images):
     features, defective = images
     head, facts = fit(setup, fitted, features, np.where(defective, DEFECT, FINE).astype(np.int8))

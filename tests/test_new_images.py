@@ -1,5 +1,6 @@
 """evaluate.py --images: other images get the scores that they would get as test images, and the run stays as it is."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from helpers import draw, refuse, rows_of, succeed
 from PIL import Image
 
 from llb.config import Evaluate
-from llb.files import UserError
+from llb.files import UserError, write_json
 from llb.manifest import clear_stage2
 from llb.new_images import check_lists, choose
 from llb.runfiles import read_config
@@ -51,6 +52,26 @@ def test_new_images_score_as_test_images_do_and_nothing_else_of_the_run_changes(
     assert {file.suffix for file in out.rglob("*") if file.is_file()} == {".txt", ".csv"}, (
         "pictures of old scores are gone"
     )
+
+
+def test_above_the_threshold_is_a_defect_and_all_overlays_have_one_scale_that_reaches_it(
+    finished, data, tmp_path, monkeypatch
+):
+    run, scales, verdicts = shutil.copytree(finished, tmp_path / "run"), [], []
+    facts = json.loads((run / "tile" / "threshold-purified.json").read_text())
+
+    def sheet(tiles, side, scale):
+        scales.append(scale)
+        return Image.new("L", (8, 8))
+
+    monkeypatch.setattr("llb.new_images.contact_sheet", sheet)
+    for threshold in (5.0, 0.0):  # none of these images is a defect, or all are
+        write_json(run / "tile" / "threshold-purified.json", facts | {"threshold": threshold})
+        succeed("evaluate", "--run", run, "--images", data / "tile" / "test" / "good", "--overlays")
+        verdicts += [row["verdict"] for row in rows_of(run / "tile" / "images-good" / "scores-purified.csv")]
+    assert verdicts == ["fine"] * 3 + ["defect"] * 3
+    assert len(scales) == 6 and len(set(scales)) == 2
+    assert scales[0][1] == 5 > scales[3][1] > scales[3][0] == scales[0][0]
 
 
 def test_pictures_of_a_killed_command_go_with_their_images(finished, data, tmp_path, monkeypatch):

@@ -1,15 +1,19 @@
 """Pages of suspects and marks: what a person looks at, and says."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from llb import next_page
 from llb.data import Dataset
 from llb.files import UserError
+from llb.head import Headed
 from llb.layouts import Record
 from llb.marks import DEFECT, FINE, UNSAID, read_marks, write_marks
 from llb.pages import DRAWN, PAGE, suspect_pages
+from llb.runfiles import VERSION, write_config
 
 
 def ranks_of(images: int, seed: int = 0) -> np.ndarray:
@@ -49,6 +53,25 @@ def test_every_image_outside_the_highest_is_drawn_with_the_same_chance():
     expected = 2000 * DRAWN / (62 - 21)
     assert not times[:21].any()
     assert np.abs(times[21:] - expected).max() < 5 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_next_page_holds_the_unseen_images_that_score_highest_the_first_suspect_first(tmp_path, monkeypatch, known):
+    images, scores = dataset(*(f"{i}.png" for i in range(60))), np.random.default_rng(0).permutation(60) / 60
+    marks = np.where(np.arange(60) % 3, UNSAID, FINE).astype(np.int8)
+    write_config(tmp_path, {"llb": VERSION})
+    write_marks(tmp_path / "c", images, marks)
+    shown = []
+    monkeypatch.setattr(next_page, "load_features", lambda *_: None)
+    monkeypatch.setattr(next_page, "score_some", lambda _p, _s, _f, unseen, _t: scores[unseen][:, None])
+    monkeypatch.setattr(next_page, "heat_maps", lambda _p, _s, _f, first, _t: ((i, None) for i in first))
+    monkeypatch.setattr(next_page, "tile_to_judge", lambda stage, dataset, index, heat: int(index))
+    monkeypatch.setattr(next_page, "write_tiles", lambda file, tiles, side: shown.append((file.name, tiles)))
+    stage = SimpleNamespace(run=tmp_path, final="reviewed-padim", setup=None)
+    for params in (Headed(None, None), None):  # without a head stage 1's order is the better one
+        next_page.write_next_page(stage, images, params, scores if known else None)
+    unseen = [i for i in np.argsort(-scores).tolist() if marks[i] == UNSAID]
+    assert shown == [("tiles-next-reviewed-padim.json", tiles) for tiles in (unseen[:PAGE], [])]
 
 
 def dataset(*paths: str) -> Dataset:

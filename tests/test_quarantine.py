@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import LATER, TILE, command, refuse, rows_of, succeed
 
-from llb.files import write_csv
+from llb.files import UserError, digest_of_file, move_file, write_csv
 from llb.runfiles import read_config, write_config
 
 NAME = "llb.quarantine"
@@ -163,7 +163,18 @@ def test_a_command_that_is_killed_anywhere_is_given_again_or_undone(own, how, mo
     assert kills > 15
 
 
-def test_what_cannot_be_moved_safely_is_refused_before_anything_moves(own, tmp_path):
+@pytest.mark.parametrize("copy", [False, True])
+def test_an_image_is_not_deleted_while_its_new_place_holds_something_else(tmp_path, copy):
+    image, place = tmp_path / "image.png", tmp_path / "to" / "image.png"
+    place.parent.mkdir()
+    for file in (image, place):
+        file.write_bytes(file.parent.name.encode())
+    with pytest.raises(UserError, match="has other contents, and nothing is overwritten"):
+        move_file(image, place, digest_of_file(image), 0, copy)
+    assert image.read_bytes() != place.read_bytes() == b"to"
+
+
+def test_what_cannot_be_moved_safely_is_refused_before_anything_moves(own, tmp_path, monkeypatch):
     run, images = own
     first, last = images / dropped(run)[0], images / dropped(run)[-1]
     content, to, go = last.read_bytes(), tmp_path / "run-quarantine", (NAME, "--run", run, "--go")
@@ -186,6 +197,9 @@ def test_what_cannot_be_moved_safely_is_refused_before_anything_moves(own, tmp_p
     refused("is there already, and nothing is overwritten")
     shutil.rmtree(to)
     refused("lies in the folder of images", *go, "--to", images / "aside")
+    with monkeypatch.context() as patch:
+        patch.setattr("llb.quarantine.os.access", lambda folder, _: folder != last.parent)
+        refused(f"{last.parent} cannot be written: grant access to it, or give --copy")
     refused("exclude each other", *go, "--dropped", "--top", "1")
     refused("exclude each other", *go, "--reviewed", "--undo")
     refused("run has tile", *go, "--category", "bottle")

@@ -250,6 +250,28 @@ def test_the_interval_narrows_with_the_last_page_and_knows_its_bounds():
     assert unseen_defects(pages, rank, np.zeros(150, np.int8))[:4] == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    "by_page, says",
+    [
+        ([0], "what is seen leaves room for 62 defects"),
+        ([0] * 6, "what is seen leaves room for 31 defects"),
+        ([9, 2, 0, 0, 0, 0, 0, 0], "enough: the last whole page held 0, and at most 9% are left"),
+        ([9, 2, 0, 0, 0, 0, 0, 2], "the last whole one held 2 defects"),
+        ([], "mark all images of the first page"),
+    ],
+)
+def test_one_more_page_pays_after_one_with_defects_and_while_there_is_room_for_many(tmp_path, by_page, says):
+    rank, folder = np.arange(1, 451), tmp_path / "nut"
+    write_csv(folder / "scores.csv", ["path", "label", "score"], [[f"{i}.png", 0, -r] for i, r in enumerate(rank)])
+    marks = np.full(450, UNSAID, np.int8)
+    marks[0] = FINE
+    for page, defects in zip(suspect_pages(rank, 0, 450), by_page):
+        marks[page.images] = FINE
+        marks[page.images[~page.drawn][:defects]] = DEFECT
+    write_marks(folder, training_set(folder), marks)
+    assert says in findings(folder, training_set(folder), 0)[1]
+
+
 def test_defects_are_counted_by_page_and_elsewhere_and_those_that_are_left_make_the_threshold_doubtful(tmp_path):
     pages, rank, marks, labels = drawn_run(0, 0.3, 1.0, 48)
     folder = tmp_path / "nut"

@@ -1,5 +1,6 @@
 """The folder of a run: what is deleted in it, whose images it is of, and who may work in it at once."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -9,19 +10,23 @@ import sys
 from pathlib import Path
 
 import helpers
+import jax
 import pytest
 from helpers import LATER, TILE, child, draw, draw_mvtec, refuse, rows_of, succeed
 
 from llb.config import Evaluate, Stage1, Stage2
-from llb.data import Dataset
+from llb.data import Dataset, load_category
 from llb.files import UserError, atomic, digest_of_file, discard_files, move_file, write_csv, write_text
 from llb.layouts import Record
 from llb.lock import CHANGERS, hold, turn
 from llb.manifest import clear_run, clear_stage2, image_digests
 from llb.marks import choose_images
-from llb.run import find_run, place_run
+from llb.new_images import read_folder
+from llb.run import find_run, finished_detectors, load_datasets, place_run
 from llb.runfiles import VERSION, write_config
+from llb.stage import Stage, load_features
 from llb.tables import read_purified
+from llb.train import submodel_keys
 from stage2_train import lists_to_train_on
 
 OWN = ("notes.txt", "tile/remarks.csv", "tile/stage1/why.txt", "tile/maps-all/best/000.png", "cache/0.npy", "x/1.png")
@@ -47,6 +52,38 @@ def test_the_demo_set_is_trained_on_as_purified_all_and_clean_and_other_images_a
     assert lists(None) == ("purified", "all", "clean") and lists("/images") == ("purified",)
     assert lists(None, train_on="all") == lists("/images", train_on="all") == ("all",)
     assert lists(None, released="dinomaly.pth") == ("purified",)
+
+
+def test_a_final_detector_begins_with_other_random_numbers_than_the_sub_models_and_follows_the_runs_seed(
+    moved, monkeypatch
+):
+    run, _ = moved
+
+    def stop(setup, features, submodels, *_):
+        raise UserError(str(jax.random.key_data(submodels.keys).tolist()[0]))
+
+    monkeypatch.setattr("stage2_train.learn", stop)
+    keys, config = [], json.loads((run / "config.json").read_text())
+    monkeypatch.setattr("stage2_train.load_datasets", lambda *_: [load_category(config["data"], "tile", 0.25)])
+    for seed in (0, 7):
+        write_config(run, config | {"seed": seed})
+        keys.append(refuse("stage2_train", "--run", run, "--steps", 3, "--train-on", "clean"))
+        branches = jax.random.split(jax.random.key(seed))
+        used = [key for branch in branches for key in jax.random.key_data(submodel_keys(branch, 3)).tolist()]
+        assert keys[-1] not in [f"error: {key}" for key in used]
+    assert keys[0] != keys[1]
+
+
+def test_a_detector_is_finished_when_every_category_has_it(tmp_path, capsys):
+    final = {"train_on": "all", "steps": 3}
+    config = {"categories": ["nut", "bolt"], "stage2": {"all": final, "clean": final | {"train_on": "clean"}}}
+    (tmp_path / "nut" / "stage2-all" / "3").mkdir(parents=True)
+    (tmp_path / "bolt" / "stage2-all" / "2").mkdir(parents=True)  # still in training
+    with pytest.raises(UserError, match="no finished detector; first: .*--train-on all$"):
+        finished_detectors(tmp_path, config, "all")
+    (tmp_path / "bolt" / "stage2-all" / "3").mkdir()
+    assert finished_detectors(tmp_path, config, None) == ["all"]
+    assert "clean is not finished and left out" in capsys.readouterr().out
 
 
 # ---- what is deleted ----
@@ -219,6 +256,17 @@ def test_all_unreadable_images_are_named_at_once_and_the_same_command_goes_on_wi
     assert "removed (1: 000.png)" in ((images / "000.png").unlink(), refuse(*line))[1]  # now they are learned
 
 
+def test_an_unreadable_test_image_or_mask_is_named_before_any_training(tmp_path):
+    root = draw_mvtec(tmp_path / "root")
+    for name in ("test/good/001.png", "ground_truth/square/002_mask.png"):
+        file = root / "tile" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:60])
+        line = refuse("stage1_partition", "--data", root, "--out", tmp_path / "run", "--no-cache", *TILE)
+        assert f"{file} cannot be read" in line and not (tmp_path / "run" / "tile").exists()
+        file.write_bytes(whole)
+
+
 def test_copies_of_an_image_are_told(tmp_path):
     root = draw_mvtec(tmp_path / "root")
     for copy, of in (("train/good/003.png", "train/good/001.png"), ("test/good/002.png", "train/good/008.png")):
@@ -249,6 +297,26 @@ def test_a_run_finds_its_images_and_no_others_of_that_name(moved, tmp_path, monk
     (tmp_path / "gone").rename(tmp_path / "new")
     assert "is finished" in succeed("stage1_partition", "--data", "new", "--out", "run", *TILE)
     assert "purified is evaluated" in succeed("evaluate", "--run", run)
+
+
+def test_every_stage_shows_images_with_the_white_and_the_cut_of_the_run(moved, monkeypatch, tmp_path):
+    run, root = moved
+    shown = {"white": {"tile": {"integer": 4095}}, "resize": 37}
+    write_config(run, config := json.loads((run / "config.json").read_text()) | shown)
+    datasets = load_datasets(run, config, Stage2()) + [read_folder(str(root / "tile" / "test"), "tile", config)]
+    assert [(each.white, each.resize) for each in datasets] == [({"integer": 4095}, 37)] * 2
+    monkeypatch.setattr("llb.stage.streamed_features", lambda source, files: files)
+    stage = Stage(run, Stage2(no_cache=True), None, None)
+    files = load_features(stage, datasets[0], "test")
+    assert (files.white, files.resize) == ({"integer": 4095}, 37)
+
+    def stop(stage, dataset):
+        raise UserError(f"{dataset.white} {dataset.resize}")
+
+    monkeypatch.setattr("stage1_partition.stage1", stop)
+    monkeypatch.setattr("llb.run.find_white", lambda dataset: dataclasses.replace(dataset, white={"float": 255}))
+    line = ("stage1_partition", "--data", root, "--out", tmp_path / "new", *TILE, "--resize", 37)
+    assert refuse(*line) == "error: {'float': 255} 37"
 
 
 def test_a_file_that_is_not_as_the_run_lists_it_is_not_looked_up_in_the_cache(moved):
@@ -328,6 +396,24 @@ def test_nobody_trains_or_scores_while_images_are_moved_or_marked(finished, data
         with hold(finished, stage):
             for line in (("stage2_train",), ("evaluate",), ("evaluate", "--images", data)):
                 assert f"another command works in this run ({stage}, " in refuse(*line, "--run", finished)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_nothing_is_moved_marked_selected_or_deleted_while_another_command_works(moved, tmp_path):
+    run, root = moved
+    (tmp_path / "marks.csv").write_text("category,path,verdict\n")
+    changers = [("stage1_partition", "--data", root, "--out", run, *TILE)]
+    changers += [("llb.review", "--run", run, tmp_path / "marks.csv"), ("llb.review", "--run", run, "--simulate", 3)]
+    changers += [("llb.quarantine", "--run", run, way) for way in ("--go", "--undo")]
+    for stage in ("evaluate", "evaluate-images-7", "stage2-all"):
+        with hold(run, stage):
+            for line in changers:
+                assert f"another command works in this run ({stage}, " in refuse(*line)
+    stage2 = ("stage2_train", "--run", run, "--steps", 3, "--train-on", "all")
+    for reader in ("evaluate", "evaluate-images-7"):
+        with hold(run, reader):
+            assert f"({reader}, " in refuse(*stage2, "--overwrite"), "it deletes what the other one reads"
+            assert "is finished" in succeed(*stage2)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")

@@ -1,23 +1,28 @@
 """Another selection from a finished stage 1: quick, exact, and never at the cost of a list that was edited by hand."""
 
 import dataclasses
+import itertools
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import TILE, contents, refuse, rows_of, succeed
+from PIL import Image
 
 import evaluate
 import stage1_partition
 from llb.checkpoint import CheckpointFolder, save_finished
-from llb.config import Evaluate
-from llb.data import load_category
-from llb.files import write_json
-from llb.head import evidence
+from llb.config import Evaluate, Stage1
+from llb.data import Dataset, Record, load_category
+from llb.files import UserError, write_json
+from llb.head import Headed, evidence
 from llb.marks import DEFECT, UNSAID, normal_images, training_set, write_marks
+from llb.purify import combine
 from llb.runfiles import read_config, write_config
 from llb.stage import Stage
-from llb.tables import read_metrics, read_purified, read_threshold
+from llb.tables import Choice, Stage1Result, read_metrics, read_purified, read_threshold, write_scores
 
 
 @pytest.fixture
@@ -34,6 +39,45 @@ def stage1(copy, data, monkeypatch):
 
     monkeypatch.setattr(stage1_partition, "score_all", never)
     return ("stage1_partition", "--data", data, "--out", copy, *TILE)
+
+
+def test_folds_and_standardise_are_those_of_the_settings():
+    scores = np.random.default_rng(0).lognormal(size=(30, 3)).astype(np.float32) * np.float32([1, 9, 0.1])
+    subset, results = np.arange(30) % 3, []
+    for folds, standardise in itertools.product(("own", "others"), ("yes", "no")):
+        settings = Stage1(folds=folds, standardise=standardise, aggregate="out-of-fold", keep=0.5)
+        results.append(stage1_partition.select(settings, subset, scores).aggregated)
+        expected = combine(scores, subset, folds == "others", standardise == "yes", "out-of-fold")
+        np.testing.assert_array_equal(results[-1], expected)
+    assert len({result.tobytes() for result in results}) == 4
+
+
+@pytest.mark.parametrize(("folds", "images"), [("own", 4), ("others", 8)])
+def test_sub_models_learn_from_their_own_subset_or_from_all_others(folds, images, data, tmp_path, monkeypatch):
+    def stop(setup, features, submodels, *_):
+        raise UserError(f"{[len(each) for each in submodels.images]} of {sum(map(len, submodels.subsets))}")
+
+    monkeypatch.setattr(stage1_partition, "learn", stop)
+    line = ("stage1_partition", "--data", data, "--out", tmp_path / "run", *TILE, "--folds", folds)
+    assert refuse(*line) == f"error: {[images] * 3} of 12"
+
+
+def test_the_sheet_shows_the_first_suspects_in_order_with_what_became_of_them(tmp_path, monkeypatch):
+    score = np.random.default_rng(0).permutation(40) / 100
+    result = Stage1Result(np.zeros(40, int), score[:, None], score, score < 0.3)
+    dataset = Dataset(tmp_path, "folder", "nut", tuple(Record(f"{i}.png", None, (), "") for i in range(40)), ())
+    sheets = []
+    monkeypatch.setattr(stage1_partition, "heat_maps", lambda _p, _s, _f, shown, _t: ((i, None) for i in shown))
+    monkeypatch.setattr(
+        stage1_partition, "tile_to_judge", lambda _s, data, i, heat: (data.train[i].path, 0, heat, None)
+    )
+    monkeypatch.setattr(stage1_partition, "write_tiles", lambda *_: None)
+    monkeypatch.setattr(stage1_partition, "contact_sheet", lambda tiles: sheets.append(tiles) or Image.new("L", (1, 1)))
+    stage = SimpleNamespace(run=tmp_path, settings=Stage1(), setup=None)
+    stage1_partition.write_suspects(stage, dataset, result, None, None)
+    order = np.argsort(-score)[:24]
+    words = [(f"{n}. {score[i]:.4f} {'dropped' if n <= 10 else 'kept'}", f"{i}.png") for n, i in enumerate(order, 1)]
+    assert [text for _, _, text in sheets[0]] == words
 
 
 def test_another_keep_rule_and_back_again_are_exact(copy, finished, stage1):
@@ -105,6 +149,36 @@ def test_another_ranking_wants_another_head_and_another_share_does_not(copy, sta
     assert (folder / "threshold-all.json").exists() and (folder / "maps-all").exists()
 
 
+def test_what_a_memory_has_learned_is_scored_by_those_sub_models_of_stage_1_that_have_not_seen_it(
+    tmp_path, monkeypatch
+):
+    scores, subset = np.random.default_rng(0).random((9, 3), np.float32), np.arange(9, dtype=np.int32) % 3
+    dataset = Dataset(tmp_path, "folder", "nut", tuple(Record(f"{i}.png", None, (), "") for i in range(9)), ())
+    write_scores(tmp_path / "nut", dataset.train, Stage1Result(subset, scores, scores[:, 0], subset >= 0))
+    own = {"detector": "padim", "set": {"ridge": 0.01}, "image_score": "max"}
+    stage = SimpleNamespace(run=tmp_path, final="all", setup=SimpleNamespace(detector="padim", settings=None))
+    images = np.array([7, 2, 3])
+
+    def fair(params=None, submodels=3, images=images, **final):
+        config = own | {"submodels": submodels, "folds": "others", "stage2": {"all": own | final}}
+        return evaluate.fair_scores(stage, dataset, config, params, images)
+
+    np.testing.assert_allclose(fair(), scores[images, subset[images]], rtol=1e-6)
+    assert fair(submodels=1) is fair(images=images[:0]) is None
+    assert fair(detector="subspace") is fair(set={"ridge": 1.0}) is fair(image_score="top-1%") is None
+
+    # ---- with a head the sub-models score them once more ----
+    anew = np.random.default_rng(1).random((3, 3), np.float32)
+    monkeypatch.setattr(evaluate, "open_checkpoints", nullcontext)
+    monkeypatch.setattr(evaluate, "restore_params", lambda folder: folder.name)
+    given = []
+    monkeypatch.setattr(evaluate, "scored", lambda *arguments: given.append(arguments) or anew)
+    headed = fair(Headed(None, {"bias": np.ones(1)}))
+    np.testing.assert_allclose(headed, anew[np.arange(3), subset[images]], rtol=1e-6)
+    params = given[0][3]
+    assert params.detector == "stage1" and params.head["bias"].tolist() == [1, 1, 1]
+
+
 def test_where_all_that_is_not_dropped_is_called_defective_there_is_no_threshold_until_the_list_changes(
     copy, monkeypatch
 ):
@@ -136,6 +210,15 @@ def test_an_outdated_detector_does_not_hold_up_another_one_of_the_same_train_on(
     assert "reviewed-padim is outdated" in told and "     reviewed " in told
     shutil.rmtree(folder / "stage2-reviewed")
     assert "stage2-reviewed-padim: the list" in refuse("evaluate", "--run", copy, "--train-on", "reviewed")
+
+
+def test_purification_is_judged_by_the_list_as_a_person_left_it(finished, data):
+    dataset = load_category(data, "tile", 0.25)
+    labels = [record.label for record in dataset.train]
+    for images in (np.arange(5), np.flatnonzero(labels)):
+        facts = evaluate.purification_facts(dataset, Choice(images), finished / "tile")
+        assert (facts["kept"], facts["contamination_before"]) == (len(images), 0.25)
+        assert facts["contamination_after"] == np.mean(np.array(labels)[images])
 
 
 def test_corrected_labels_and_kinds_are_evaluated_again(finished, data):

@@ -18,7 +18,7 @@ from llb.features import Features
 from llb.files import UserError
 from llb.fit import learn
 from llb.placement import place_submodels
-from llb.train import Submodels, batch_stream, key_for, submodel_keys, train
+from llb.train import Submodels, batch_stream, init_state, key_for, submodel_keys, train, train_step
 
 IMAGES, PATCHES, PREFIX, WIDTH = 23, 9, 2, 8
 FEATURES = np.random.default_rng(3).normal(size=(IMAGES, 2, PREFIX + PATCHES, WIDTH)).astype(np.float16)
@@ -110,6 +110,31 @@ def test_a_sub_model_sees_its_own_subset_only(tmp_path):
     assert_trees_close(member(one, 0), member(other, 0), 0)
     assert_trees_close(member(one, 2), member(other, 2), 0)
     assert np.abs(one["block_0"]["norm1"]["scale"] - other["block_0"]["norm1"]["scale"])[1].max() > 1e-5
+
+
+@pytest.mark.parametrize(("others", "passes"), [(False, [3, 3, 3]), (True, [5, 5, 6])])
+def test_a_pass_shows_all_images_that_a_sub_model_learns_from(tmp_path, monkeypatch, others, passes):
+    def stop(state, batch, each, shared, **static):
+        raise UserError(str(each["steps_per_pass"].tolist()))
+
+    monkeypatch.setattr(llb.train, "train_step", stop)
+    with pytest.raises(UserError, match=re.escape(str(passes))):  # llbnad's rate falls after each
+        trained(tmp_path, submodels=dataclasses.replace(THREE, others=others))
+
+
+def test_each_sub_model_and_each_purpose_has_a_key_of_its_own_and_each_step_other_noise():
+    few, many = (jax.random.key_data(submodel_keys(jax.random.key(5), count)).tolist() for count in (3, 5))
+    assert many[:3] == few and len(set(map(tuple, many))) == 5
+    purposes = [key_for(purpose, THREE.keys[0]) for purpose in ("weights", "batches", "noise")]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in (*purposes, THREE.keys[0])}) == 4
+    placement = place_submodels(3)
+    each = {"key": placement.spread_keys(THREE.keys), "steps_per_pass": placement.spread(np.full(3, 3, np.int32))}
+    batch, losses = placement.spread(np.stack([FEATURES[:3]] * 3)), []
+    for step in (0, 0, 1):
+        state = init_state(each["key"], setup=SETUP, sharding=placement.sharding)
+        _, seen = train_step(state, batch, each, (None, np.int32(step)), setup=SETUP, mesh=placement.mesh)
+        losses.append(np.asarray(seen)[:, 0])
+    assert (losses[0] == losses[1]).all() and (losses[0] != losses[2]).all(), "the dropout of a step is its own"
 
 
 def test_a_diverging_training_is_not_saved(tmp_path):

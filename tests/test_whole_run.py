@@ -16,6 +16,7 @@ from llb.checkpoint import open_checkpoints, restore_params
 from llb.detectors.common import SCORES
 from llb.detectors.released import released_name
 from llb.files import UserError
+from llb.masks import MaskRule, load_masks
 from llb.tables import read_threshold
 from llb.tiles import read_tiles
 
@@ -169,8 +170,9 @@ def test_another_final_detector_stands_beside_stage_1s(tmp_path, data):
     assert not list((run / "tile").glob("stage2-*/*")) and not list((run / "tile").glob("*-purified*"))
 
 
-def test_dinomalys_protocol_cuts_out_the_centre_judges_at_256_and_takes_released_weights(tmp_path, data):
-    run = tmp_path / "run"
+def test_dinomalys_protocol_cuts_out_the_centre_judges_at_256_and_takes_released_weights(tmp_path, data, monkeypatch):
+    run, rules = tmp_path / "run", []
+    monkeypatch.setattr(evaluate, "load_masks", lambda *given: rules.append(given[2:]) or load_masks(*given))
     flags = ("--protocol", "dinomaly", "--noise-ratio", "0.25", *SMALL, "--set", "groups=layers,attention=softmax")
     succeed("stage1_partition", "--data", data, "--out", run, *flags)
     config = json.loads((run / "config.json").read_text())
@@ -190,6 +192,11 @@ def test_dinomalys_protocol_cuts_out_the_centre_judges_at_256_and_takes_released
     with Image.open(next((run / "tile" / "maps-purified").rglob("*.png"))) as image:
         assert image.size == (256, 256)
     assert json.loads((run / "metrics.json").read_text())["tile"]["purified"]["pixel_aupro"] is not None
+    assert set(rules) == {(32, MaskRule(37, any_share=True, side=256)), (32, MaskRule(37))}, "judged, and drawn"
+    succeed("evaluate", "--run", run, "--images", data / "tile" / "test")  # their centre, too
+    new = {f"tile/test/{row['path']}": row["score"] for row in rows_of(run / "tile/images-test/scores-purified.csv")}
+    known = rows_of(run / "tile" / "predictions-purified.csv")
+    assert known and all(new[row["path"]] == row["score"] for row in known)
 
 
 def test_llbnads_protocol_takes_passes_and_the_maximum_in_the_test(tmp_path, data):
