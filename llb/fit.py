@@ -115,7 +115,8 @@ def fit(
             states = placement.spread(states)
         params = placement.gather(finish_states(states, keys, setup=setup, mesh=placement.mesh), count)
         if any(np.isnan(leaf).any() for leaf in jax.tree.leaves(params)):
-            raise UserError(f"--detector {setup.detector}: its parameters are not finite; are all images alike?")
+            problem = "all images may be alike, or a setting of --set too small for these features"
+            raise UserError(f"--detector {setup.detector}: its parameters are not finite; {problem}")
         save(checkpoints, 1, {"params": params}, at.digest)
     return params, None
 

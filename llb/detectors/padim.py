@@ -7,14 +7,14 @@ hundred normal images tell how its features are distributed there.
     maps      (B, h, w, C) each    of ResNets strides 4, 8, 16: at 224 pixels 56², 28², 14²
     x         (B, h, w, d)         brought to one grid; d of the channels, drawn once, the same everywhere
     sums      Σ1, Σx, Σxxᵀ         (), (h, w, d), (h, w, d, d): all that a fit needs, whatever the number of images
-    Σ         (h, w, d, d)         (Σxxᵀ − n μμᵀ) / (n − 1) + 0.01 · I
-    whiten    (h, w, d, d)         L⁻¹, where Σ = LLᵀ: so that ‖L⁻¹(x − μ)‖² = (x − μ)ᵀ Σ⁻¹ (x − μ)
+    C         (h, w, d, d)         (Σxxᵀ − n μμᵀ) / (n − 1) + 0.01 · I, the covariance
+    whiten    (h, w, d, d)         L⁻¹, where C = LLᵀ: so that ‖L⁻¹(x − μ)‖² = (x − μ)ᵀ C⁻¹ (x − μ)
     distance  (B, h, w)            ‖L⁻¹(x − μ)‖
 
 Without the ridge the images of the fit have a mean squared distance of d(n − 1)/n whatever they show, and none above
 (n − 1)²/n: in-fold scores say little while n is not far above d. (Ranking AUROC on the demo set, n = 133, d = 100, each
 sub-model fitted to all subsets but one, seeds 0 to 2: .894 by the mean of all, .883 out of fold.) Sums are float32,
-about zero: so subsets add up. A channel mean 16 deviations from 0 costs 4e-5 of a distance, 64 6e-4; tiny's is 13.
+about zero: so subsets add up. A channel mean 64 deviations from 0 costs 6e-4 of a distance (300: half); tiny's is 13.
 
 Differs from the release: encoders that are no ResNets have one coarse grid (pooling "mean") and the score `top-1%` in
 place of the maximum, and sums replace the features of all images in memory.
