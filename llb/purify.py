@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FEWEST = 3  # images: the median deviation of two is that of each, of one it is 0
+FEWEST = 3  # unseen images: with two, both deviate equally; with one, the deviation is 0
 
 
 def partition(key: jax.Array, images: int, submodels: int) -> np.ndarray:
@@ -34,14 +34,18 @@ def standardised(scores: jax.Array, seen: jax.Array) -> jax.Array:
     """Scores of sub-models whose scales differ, on one scale: float32 (N, K), finite.
 
     Each column is shifted and stretched so that its median and its median absolute deviation, over the images that this
-    sub-model has not seen, become the means of all columns' medians and deviations. The scores stay as they are if for
-    some sub-model fewer than FEWEST images are unseen, which is too few for a deviation, or if its deviation is 0.
+    sub-model has not seen, become the means of all columns' medians and deviations. Then its in-fold scores are shifted
+    so that the columns' in-fold medians are one, too: they lie far below, so an error of the deviation moves them all,
+    and the image's subset would decide (of 40 images PaDiM's whole subsets stood apart). The scores stay as they are if
+    for some sub-model fewer than FEWEST images are unseen, which is too few for a deviation, or if its deviation is 0.
     """
     enough = (~seen).sum(axis=0).min() >= FEWEST
     unseen = jnp.where(seen, jnp.nan, scores)
     middle = jnp.nanmedian(unseen, axis=0)  # (K,)
     width = jnp.nanmedian(jnp.abs(unseen - middle), axis=0)
     result = (scores - middle) / jnp.where(width > 0, width, 1.0) * width.mean() + middle.mean()
+    inside = jnp.nanmedian(jnp.where(seen, result, jnp.nan), axis=0)  # (K,)
+    result = jnp.where(seen, result - inside + jnp.nanmean(inside), result)
     return jnp.where(enough & (width > 0).all(), result, scores)
 
 

@@ -53,10 +53,21 @@ def test_standardised_scores_do_not_depend_on_a_sub_models_scale_but_for_one_com
         middle = np.median(unseen)
         assert np.isclose(middle, np.median(one[subset != 0, 0]), rtol=1e-4)
         assert np.isclose(np.median(abs(unseen - middle)), np.median(abs(one[subset != 0, 0] - middle)), rtol=1e-4)
+        assert np.isclose(np.median(one[subset == k, k]), np.median(one[subset == 0, 0]), rtol=1e-4)
     scores[:50] = 1.0  # copies of one picture: a deviation of 0 is no scale
     np.testing.assert_array_equal(standardised(jnp.asarray(scores), seen), scores)
     equal = jnp.ones((6, 2))
     assert np.isfinite(standardised(equal, jnp.asarray(seen_by(np.arange(6) % 2, 2, others=False)))).all()
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_no_subset_stands_apart_however_far_the_in_fold_scores_lie_below(others):
+    for seed in range(20):  # as PaDiM's of 40 images: 13 out of fold with a deviation of 1, 5 in fold
+        random, subset = np.random.default_rng(seed), np.arange(40) % 3
+        seen = seen_by(subset, 3, others)
+        scores = np.where(seen, random.normal(5, 0.1, (40, 3)), random.normal(13, 1, (40, 3))).astype(np.float32)
+        score = combine(scores, subset, others, True, "mean")
+        assert np.corrcoef(score, combine(scores, subset, others, True, "out-of-fold"))[0, 1] > 0.95
 
 
 @pytest.mark.parametrize(("images", "submodels", "others"), [(20, 20, True), (3, 3, True), (5, 1, False), (7, 3, True)])
