@@ -28,22 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llb.files import UserError, typed
-from llb.pairing import VIEWS, is_masks, is_normal, pair, split_beside, split_views, suspicions
+from llb.pairing import is_masks, is_normal, pair, split_beside, split_views, suspicions
+from llb.recognise import NO_KINDS, recognise
 from llb.tree import AGAIN, OTHER, Tree, by_folder, count, fold, fold_path, summary, walk
 
-# How a path below the root, folded, tells the layout.
-SIGNS = {
-    "real-iad": r"realiad_(?:1024|512|256|raw)/|realiad_jsons",
-    "visa": r"split_csv/1cls\.csv$|(?:[^/]+/)?data/images/(?:normal|anomaly)/",
-    "ksdd2": r"(?:train|test)/[^/]+_gt\.\w+$",
-    "ksdd": r"kos\d+/[^/]+_label\.\w+$",
-    "dagm": r"(?:[^/]+/)?(?:train|test)/label/[^/]+_label\.\w+$",
-    # the last, as it is one only if the kind is normal
-    "mvtec": r"(?:(?P<box>[^/]+)/(?:(?P=box)/)?)?train(?:ing)?/(?P<kind>[^/]+)/(?P<inner>[^/]+/)?",
-}
-REALIAD_NAME = re.compile(r"_\d{4}_(?:ok|ng)_(?:\w+_)?c\d_\d+\.\w+$")
 LAYOUTS = ("real-iad", "real-iad-sv", "visa", "mvtec", "ksdd2", "ksdd", "dagm", "folder")
-SIGN = re.compile("|".join(f"(?P<{name.replace('-', '_')}>{sign})" for name, sign in SIGNS.items()))
 KNOWN = "a Real-IAD root, an MVTec-AD or VisA root, or a folder with images"
 
 VALIDATION, PRIVATE, OUTSIDE = "for validation", "for test without labels", "outside the layout"
@@ -52,7 +41,6 @@ NO_IMAGE, OF_NORMAL = "masks without an image", "masks of normal images"
 PARTS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing", "test_public"), "test")
 PARTS |= dict.fromkeys(("test_private", "test_private_mixed"), PRIVATE)
 PARTS |= dict.fromkeys(("validation", "valid", "val"), VALIDATION)
-NO_KINDS = VIEWS | {"data"}
 
 
 @dataclass(frozen=True)
@@ -140,55 +128,6 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
         raise UserError(f"--layout {layout}: {path} has no training images in this layout ({rest})")
     left_out = {reason: paths for reason, paths in tree.left_out.items() if not (again and reason == AGAIN)}
     return Root(path, layout, tree, found.sets, found.homes, left_out | found.left_out, found.notes)
-
-
-def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
-    """The layout that the files' paths show; images: those among them. A UserError is raised if it is not clear."""
-    folded = [fold_path(file) for file in files]
-    there = {}
-    for file in folded:
-        if sign := _sign(file):
-            there.setdefault(sign, file)
-    if len(there) > 1:
-        seen = " and ".join(f"{layout} ({first})" for layout, first in there.items())
-        raise UserError(f"--data {root} holds several layouts, {seen}: choose with --layout {' or '.join(there)}")
-    if there:
-        layout = next(iter(there))
-        jsons = [file for file in folded if file.startswith("realiad_jsons") and file.endswith(".json")]
-        single = layout == "real-iad" and jsons and all("realiad_jsons_sv/" in file for file in jsons)
-        return "real-iad-sv" if single else layout
-    for depth in (1, 2):
-        below = {}
-        for real, file in zip(files, folded, strict=True):
-            rest = file.split("/", depth)[depth:]
-            if rest and (layout := _sign(rest[0])):
-                below.setdefault("/".join(real.split("/")[:depth]), layout)
-        if below:
-            places = " or ".join(f"--data {typed(root / folder)} ({layout})" for folder, layout in [*below.items()][:3])
-            raise UserError(f"--data {root}: the image set lies deeper; give {places}")
-    if any(REALIAD_NAME.search(file) for file in folded):
-        raise UserError(
-            f"--data {root} holds Real-IAD's images without its JSON files: unpack realiad_jsons beside realiad_1024, "
-            "which holds a folder for each category, and give the folder of both; --layout folder trains on every image"
-        )
-    hints, better = suspicions(images)
-    if hints:
-        alone = f", as --data {typed(root / better)}" if better else ""
-        raise UserError(
-            f"--data {root} looks like a labelled image set, but is none that llb knows: {', '.join(hints[:3])}. "
-            f"Give the folder of the training images alone{alone}, or arrange them as train/good, test/<kind>, "
-            "ground_truth/<kind>; --layout folder trains on every image, masks and defects included"
-        )
-    return "folder"
-
-
-def _sign(path: str) -> str:
-    """The layout that a path shows, "" for none."""
-    if not (match := SIGN.match(path)):
-        return ""
-    kind, inner = match["kind"] or "good", match["inner"] or ""
-    swapped = not match["box"] and kind not in NO_KINDS and is_normal(inner)  # train/<category>/good
-    return match.lastgroup.replace("_", "-") if is_normal(kind) or swapped else ""
 
 
 def visa_csv(files: Iterable[str]) -> str | None:

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every file of the core, from the bottom up. A file may import only from files to the left of it, and above.
 CORE = """
     files flags console processes lock times runfiles device
-    cache metrics keep threshold pictures pages tiles charts tree pairing layouts lists images masks data demo maps
-    tables marks unseen learning figures compare looks quarantine review sheet
+    cache metrics keep threshold pictures pages tiles charts tree pairing recognise layouts lists images masks data demo
+    maps tables marks unseen learning figures compare looks quarantine review sheet
     encoders.specs encoders.stem encoders.pickles encoders.vit encoders.cnn encoders.weights encoders
     detectors.common detectors.layers detectors.recipes detectors.decoder detectors.dinomaly detectors.released
     detectors.padim detectors.student detectors.subspace detectors.banks detectors.patchcore detectors.softpatch
