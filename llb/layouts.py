@@ -9,7 +9,7 @@
                           test_public/ground_truth/<kind>/<name>_mask.png                  MVTec AD 2
                           test/<kind>/{gt,label}/<name>.png, images in rgb/, img/          MVTec 3D-AD, BMAD
                                     ground_truth/<name>.png, test/<kind>/<name>_mask.png beside <name>.png
-                images in train/good/<any>/…                                               AeBAD
+                images in train/good/<any>/…, and in test/<any>/{good,<kind>}/…            AeBAD
                 {train,test,ground_truth}/<category>/<kind>/…, too
     ksdd2       {train,test}/<name>.png beside <name>_GT.png; a black mask is normal       KolektorSDD2
     ksdd        kos01/<name>.jpg beside <name>_label.bmp; all for training                 KolektorSDD
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llb.files import UserError, typed
-from llb.pairing import is_masks, is_normal, pair, split_beside, split_views, suspicions
+from llb.pairing import is_masks, is_normal, pair, quality_of, split_beside, split_views, suspicions
 from llb.recognise import NO_KINDS, recognise
 from llb.tree import AGAIN, OTHER, Tree, by_folder, count, fold, fold_path, summary, walk
 
@@ -144,6 +144,7 @@ def _mvtec(images: Iterable[str], own_name: str) -> Found:
     train = {reading for of_place in readings.values() for reading in of_place if reading[1] == "train"}
     folders = {folder for folder, _, rest in train if rest and is_normal(fold(rest[0]))}
     chosen = {place: _choose(of_place, folders) for place, of_place in readings.items()}
+    chosen = dict(zip(chosen, _kinds_first([*chosen.values()]), strict=True))
     for path in images:
         place, _, name = path.rpartition("/")
         folder, part, rest = chosen[place]
@@ -213,6 +214,27 @@ def _choose(readings: Sequence[Reading], folders: Collection[str]) -> Reading:
     if masks is not None and part in ("train", "test"):
         return folder, "mask", rest[:masks] + rest[masks + 1 :]
     return folder, part, rest
+
+
+def _kinds_first(readings: Sequence[Reading]) -> list[Reading]:
+    """Readings with test/<video>/good as test/good/<video>. A video, or camera, has a folder for normal images."""
+    inner, below_normal = defaultdict(set), set()
+    for folder, part, rest in readings:
+        if len(rest) > 1 and part in ("train", "test"):
+            kind, name = map(fold, rest[:2])
+            below_normal |= {(folder, name)} if is_normal(kind) else set()
+            if part == "test" and not is_normal(kind) and quality_of(kind) != "defect":
+                inner[folder, kind].add(name)
+    videos = set()
+    for (folder, kind), names in inner.items():
+        normal = [name for name in names if is_normal(name) and (folder, name) not in below_normal]  # no light's name
+        videos |= {(folder, kind)} if normal and NO_KINDS.isdisjoint(names) else set()
+
+    def turned(folder: str, part: str, rest: tuple[str, ...]) -> Reading:
+        swap = part in ("test", "mask") and len(rest) > 1 and (folder, fold(rest[0])) in videos
+        return folder, part, (rest[1], rest[0], *rest[2:]) if swap else rest
+
+    return [turned(*reading) for reading in readings]
 
 
 def _part(name: str) -> str:

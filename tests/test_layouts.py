@@ -98,6 +98,18 @@ SETS = {
         "a/train/good/{u,v}/0.png a/test/{good,cut}/u/0.png a/ground_truth/cut/u/0.png",
         ("mvtec a", 2, 0, 1, "a/test/cut/u/0.png a/ground_truth/cut/u/0.png", {}),
     ),
+    "AeBAD, a video": (
+        "a/train/good/u/0.png a/test/{u,v}/{good,cut}/0.png a/test/hole/{rgb,normals}/0.png a/test/bad/ok/1.png "
+        "a/test/{good,dent}/normal/2.png "
+        "a/ground_truth/v/cut/0.png",
+        (
+            "mvtec a",
+            *(1, 0, 3),
+            "a/test/bad/ok/1.png - a/test/dent/normal/2.png - a/test/hole/rgb/0.png - "
+            "a/test/u/cut/0.png - a/test/v/cut/0.png a/ground_truth/v/cut/0.png",
+            {"outside the layout": 1},
+        ),
+    ),
     "ImageFolder, and other capitals": (
         "Train/{Normal,Cut}/0.PNG Test/{Normal,Cut}/0.PNG Ground_Truth/CUT/0_Mask.PNG",
         (
