@@ -125,6 +125,7 @@ NEGATIONS = {"no", "not", "non", "free", "frei", "without", "ohne", "sans", "sin
 NO_DIGITS = dict.fromkeys(map(ord, "0123456789"), "_")  # few names are left to look at
 OPPOSITES = ({"yes", "no"}, {"pos", "neg"}, {"true", "false"})  # which of them is normal depends
 OPPOSITES += ({"rgb", "depth"}, {"rgb", "xyz"})
+OPPOSITES += ({"cd", "ud"}, {"cp", "up"}, {"cw", "uw"})  # SDNET2018: cracked and uncracked decks, pavements, walls
 FEW = 12  # folders of one parent whose files are compared
 NEUTRAL = set("image images img imgs class part parts sample samples set data only test train".split())
 

@@ -207,6 +207,7 @@ REFUSED = {
     "in German": ("{iO,niO}/0.png", "iO/ beside niO/", "{root}/iO"),
     "in Chinese": ("{合格,不合格}/0.png", "{root}/合格"),
     "a word for not": ("{nonDefective,Defective}/0.png", "{root}/nonDefective"),
+    "SDNET2018": ("D/{CD,UD}/{0,1}.jpg W/{CW,UW}/0.jpg", "D/CD/ beside D/UD/, W/CW/ beside W/UW/"),
     "yes and no": ("{yes,no}/0.png", "no/ beside yes/"),
     "good parts beside bad": ("{goodparts,badparts}/0.png", "goodparts/ beside badparts/", "{root}/goodparts"),
     "parts in Chinese": ("{OK品,NG品}/0.png", "OK品/ beside NG品/"),
