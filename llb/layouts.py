@@ -249,6 +249,9 @@ def _ksdd(images: Iterable[str], own_name: str) -> Found:
         folder, _, name = path.rpartition("/")
         folders[folder].append((name, path))
     for folder, members in folders.items():
+        if PARTS.get(fold(folder.split("/")[0])) == VALIDATION:
+            found.left_out[VALIDATION] += [path for _, path in members]
+            continue
         own, masks = split_beside(members)
         paired = pair(own, masks)
         part = found.sets[own_name][fold(folder) == "test"]

@@ -149,8 +149,13 @@ SETS = {
         ("visa a", 10, 0, 2, "a/Data/Images/Anomaly/0.png a/Data/Masks/Anomaly/0.png", {"not images": 1}),
     ),
     "KolektorSDD2": (
-        "{train,test}/{1,2}.png -{train,test}/1_GT.png {train,test}/2_GT.png train/3.png",
-        ("ksdd2 set", 2, 1, 1, "test/2.png test/2_GT.png", {"without a mask that gives the label": 1}),
+        "{train,test}/{1,2}.png -{train,test}/1_GT.png {train,test}/2_GT.png train/3.png Val/{4,4_GT}.png",
+        (
+            "ksdd2 set",
+            *(2, 1, 1),
+            "test/2.png test/2_GT.png",
+            {"for validation": 2, "without a mask that gives the label": 1},
+        ),
     ),
     "KolektorSDD": (
         "kos01/Part{0,1}.jpg -kos01/Part0_label.bmp kos01/Part1_label.bmp",
