@@ -117,7 +117,7 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
     found = READERS[layout](images, Path(os.path.abspath(path)).name.lstrip(".") or "images")
     if found.doubts and not given:
         raise UserError(
-            f"--data {path}: there seem to be masks or defects among the images in {found.doubts[0]}. "
+            f"--data {path}: there seem to be masks, maps or defects among the images in {found.doubts[0]}. "
             f"Move them away; --layout {layout} takes them for images of that folder's kind"
         )
     records = [record for split in found.sets.values() for part in split for record in part]

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
 from pathlib import PurePosixPath
@@ -124,8 +124,11 @@ FLIP = re.compile(r"(?:no[nt]?|un|in|ab|不|非|无)[ _-]?(.+)|(.+)(?:free|frei|
 NEGATIONS = {"no", "not", "non", "free", "frei", "without", "ohne", "sans", "sin", "senza"}
 NO_DIGITS = dict.fromkeys(map(ord, "0123456789"), "_")  # few names are left to look at
 OPPOSITES = ({"yes", "no"}, {"pos", "neg"}, {"true", "false"})  # which of them is normal depends
-OPPOSITES += ({"rgb", "depth"}, {"rgb", "xyz"})
 OPPOSITES += ({"cd", "ud"}, {"cp", "up"}, {"cw", "uw"})  # SDNET2018: cracked and uncracked decks, pavements, walls
+MAPS = {"depth", "normals", "xyz", "disparity", "pointcloud", "pointclouds"}  # of a scan: to be seen, no image
+COLOURS = VIEWS | {"color", "colour"}
+BETWEEN = "_. -"  # the words of a file's name
+MAP_ENDINGS = tuple(f"{sign}{word}" for sign in BETWEEN for word in sorted(MAPS))
 FEW = 12  # folders of one parent whose files are compared
 NEUTRAL = set("image images img imgs class part parts sample samples set data only test train".split())
 
@@ -224,8 +227,15 @@ def suspicions(images: Sequence[str], known: str = "") -> tuple[list[str], str]:
     beside = [path for path, name in stems.items() if _is_mask_by_name(name)]
     if beside and not masks:
         hints.append(f"masks beside images ({beside[0]}; {len(beside)} of the images)")
+    maps = {path for path, name in stems.items() if name.casefold().endswith(MAP_ENDINGS)}
+    if of_image := _with_image(maps, images):
+        hints.append(f"maps of depth or normals beside images ({of_image}; {len(maps)} of the images)")
     better = ""
     for folder, below in children.items():
+        if scans := _scans(below):
+            below = {name: path for name, path in below.items() if path not in scans}
+            rest = [f"{path}/" for path in below.values()] + [f"{folder}/{name}" for name in in_folder[folder][:1]]
+            hints += [f"maps in {scans[0]}/ beside {rest[0].lstrip('/')}"] if rest else []
         kinds = {name: kind_of(below[name].rpartition("/")[2]) for name in sorted(below)}
         found = [pair for pair in OPPOSITES if pair <= kinds.keys()]
         if kinds.keys() == {"0", "1"} and not in_folder[folder] and not known:  # classes by number
@@ -274,6 +284,22 @@ def _says_mask(word: str) -> bool:
 def _is_mask_by_name(name: str) -> bool:
     said = words(name)
     return bool(said) and (_says_mask(said[-1]) or name.casefold().startswith("mask_"))
+
+
+def _with_image(maps: Collection[str], images: Sequence[str]) -> str:
+    """The first of a scan's maps, 0_depth.png, whose image lies beside it, as 0_rgb.png or 0.png; "" for none."""
+    for path in sorted(maps)[:FEW]:
+        front = re.sub(rf"[{BETWEEN}][a-z]+\.\w+$", "", path, flags=re.IGNORECASE)
+        fronts = tuple(f"{front}{sign}" for sign in BETWEEN)
+        if any(image.startswith(fronts) and image not in maps for image in images):
+            return path
+    return ""
+
+
+def _scans(below: Mapping[str, str]) -> list[str]:
+    """Of the folders beside each other those of a scan's maps. normals/ is one beside rgb/ or depth/ only."""
+    names = sorted(below.keys() & MAPS)
+    return [] if names == ["normals"] and COLOURS.isdisjoint(below) else [below[name] for name in names]
 
 
 def _twins(folder: str, names: Sequence[str]) -> list[str]:

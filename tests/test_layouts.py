@@ -194,7 +194,16 @@ REFUSED = {
     "such maps in train/good": ("a/train/good/{0,overlay/0}.png", "a/train/good: masks in overlay/", "--layout mvtec"),
     "such maps in a defect's kind": ("a/train/good/0.png a/test/cut/{0,overlay/0}.png", "a/test/cut: masks beside"),
     "depth": ("{rgb,depth}/{0,1}.png", "depth/ beside rgb/"),
-    "points": ("rgb/{0,1}.png xyz/{0,1}.tiff", "rgb/ beside xyz/"),
+    "points": ("rgb/{0,1}.png xyz/{0,1}.tiff", "maps in xyz/ beside rgb/"),
+    "depth beside images": ("{0,1}_{image_0,depth}.png", "maps of depth or normals beside images (0_depth.png; 2 of"),
+    "depth below images": ("x/{0,1,depth/0}.png", "maps in x/depth/ beside x/0.png"),
+    "normals are maps": ("x/{color,normals}/0.png", "maps in x/normals/ beside x/color/", "images alone, or"),
+    "normals are images": ("{normals,defects}/0.png", "normals/ beside defects/", "{root}/normals"),
+    "depth in train/good": (
+        "a/train/good/{color,infrared,depth}/0.png",
+        "a/train/good/color: maps in depth/ beside color/",
+    ),
+    "normals in train/good": ("a/train/good/{0,0_normals}.png", "beside images (0_normals.png; 1 of the images)"),
     "masks of any name": ("x/images/u/{0,1,2}.jpg x/binary/u/{1,2}.png", "image and mask (x/binary/ and x/images/)"),
     "masks of the same name": ("cut/{0,1}.{jpg,png}", "cut/0.*; 2 pairs"),
     "train beside test": ("train/{0,1}.png test/0.png", "train/ beside test/", "{root}/train"),
@@ -269,6 +278,7 @@ def test_folders_that_say_nothing_of_defects_are_a_plain_folder(tmp_path):
     plant(tmp_path, "x/a/{0,1,2}.jpg x/b/{2,3,4}.png y/a/0.jpg y/b/0.png")  # few of one name
     plant(tmp_path, "many/{0,1,2,3,4,5,6,7,8,9,a,b}/{0,1}.png many/c/{0,1}.jpg")
     plant(tmp_path, "numbers/{0,1,2}/0.png others/{0,1,.}/0.png pieces/{image,sample}/0.png")
+    plant(tmp_path, "lines/{0,1}_normals.png lines/2.png drill/deep/{depth,0}.png tilt/normals/0.png")
     assert read_root(tmp_path).layout == "folder"
     assert read_root(plant(tmp_path / "crack_detector", "crack_{0,1}.png")).layout == "folder"  # all are named so
 
