@@ -1,12 +1,13 @@
 """Which layout a data root has (llb.layouts), by its names; one that is more than a folder of images is refused."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from llb.files import UserError, typed
-from llb.pairing import VIEWS, is_normal, suspicions
-from llb.tree import fold_path
+from llb.pairing import NEUTRAL, TEST_WORDS, TRAIN_WORDS, VIEWS, is_masks, is_normal, quality_of, suspicions, words
+from llb.tree import fold, fold_path
 
 # How a path below the root, folded, tells the layout.
 SIGNS = {
@@ -21,10 +22,13 @@ SIGNS = {
 REALIAD_NAME = re.compile(r"_\d{4}_(?:ok|ng)_(?:\w+_)?c\d_\d+\.\w+$")
 SIGN = re.compile("|".join(f"(?P<{name.replace('-', '_')}>{sign})" for name, sign in SIGNS.items()))
 NO_KINDS = VIEWS | {"data"}
+TESTS = TEST_WORDS - {"dev"}  # a folder's name for what is under development, too
+ALL_THE_SAME = "--layout folder takes it all the same"
 
 
 def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
     """The layout that the files' paths show; images: those among them. A UserError is raised if it is not clear."""
+    _refuse_half_of_realiad(root)
     folded = [fold_path(file) for file in files]
     there = {}
     for file in folded:
@@ -52,15 +56,77 @@ def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
             f"--data {root} holds Real-IAD's images without its JSON files: unpack realiad_jsons beside realiad_1024, "
             "which holds a folder for each category, and give the folder of both; --layout folder trains on every image"
         )
+    _refuse_part(root)
     hints, better = suspicions(images)
     if hints:
-        alone = f", as --data {typed(root / better)}" if better else ""
+        clean = better and not suspicions([path[len(better) :] for path in images if path.startswith(better)])[0]
+        alone = f", as --data {typed(root / better)}" if clean else ""
+        full = Path(os.path.abspath(root))
+        if any(_sign(f"{fold(full.name)}/{file}") for file in folded):
+            raise UserError(
+                f"--data {root} is a part of an image set: give --data {typed(full.parent)}, "
+                f"or the folder of the training images alone{alone}; {ALL_THE_SAME}"
+            )
         raise UserError(
             f"--data {root} looks like a labelled image set, but is none that llb knows: {', '.join(hints[:3])}. "
             f"Give the folder of the training images alone{alone}, or arrange them as train/good, test/<kind>, "
             "ground_truth/<kind>; --layout folder trains on every image, masks and defects included"
         )
     return "folder"
+
+
+def _refuse_half_of_realiad(root: Path) -> None:
+    """Raise a UserError if the root is, or lies in, Real-IAD's images or lists, and the other lies beside them."""
+    full = Path(os.path.abspath(root))
+    for place in (full, full.parent):
+        if _sign(f"{fold(place.name)}/") == "real-iad":
+            names = [name for name in map(fold, [place.name, *_beside(place)]) if _sign(f"{name}/") == "real-iad"]
+            if len({name.startswith("realiad_jsons") for name in names}) == 2:
+                raise UserError(f"--data {root} is a part of Real-IAD: give --data {typed(place.parent)}")
+
+
+def _refuse_part(root: Path) -> None:
+    """Raise a UserError if the root is one with masks, defects or the images for test: by its name, or by that of the
+    folder around it, and by the folders beside that."""
+    full = Path(os.path.abspath(root))
+    for place in (full.parent, full):
+        said, beside, better = words(place.name), _beside(place), place.parent
+        train = [name for name in beside if _only(name, TRAIN_WORDS)]
+        normal = [name for name in beside if quality_of(name) == "normal"]
+        if is_masks(" ".join(word for word in said if word not in NEUTRAL)):
+            images = [name for name in beside if fold(name) in NO_KINDS or _only(name, TESTS)]
+            holds, where = "masks", [f"beside {name}/" for name in train + images + normal]
+        elif not TESTS.isdisjoint(said) and TRAIN_WORDS.isdisjoint(said):
+            holds, where = "the images for test", [f"beside {name}/" for name in train]
+        elif place == full and quality_of(place.name) == "defect":
+            plain = all(word in NEUTRAL or quality_of(word) == "defect" for word in said)  # no crack_detector
+            others = normal + (train if plain else [])
+            better = place.parent.joinpath(*others[:1])
+            inside = [f"in {better.name}/"] if _only(better.name, TESTS) else []
+            holds, where = "defects", [f"beside {name}/" for name in others] or inside
+        else:
+            continue
+        if where:
+            raise UserError(
+                f"--data {root}: {place.name}/ seems to hold {holds}, as it lies {where[0]}: "
+                f"give --data {typed(better)}; {ALL_THE_SAME}"
+            )
+
+
+def _only(name: str, its_words: Collection[str]) -> bool:
+    """Whether a name says this and nothing else, as train_images does for train."""
+    said = {word for word in words(name) if word not in NEUTRAL or word in TRAIN_WORDS | TESTS}
+    return bool(said) and said <= its_words
+
+
+def _beside(folder: Path) -> list[str]:
+    """The other folders beside one, none if they may not be seen."""
+    try:
+        with os.scandir(folder.parent) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+    return [name for name in names if name != folder.name]
 
 
 def _sign(path: str) -> str:

@@ -269,6 +269,76 @@ def test_a_tree_that_looks_like_more_than_a_folder_of_images_is_refused_in_one_l
         assert len(dataset.train) == len(spelled(files)) and {record.label for record in dataset.train} == {None}
 
 
+# files, the folder of them that is given, and words of the line that refuses it, for what lies around it
+AROUND = {
+    "masks": ("bottle/{train/good,ground_truth/cut}/0.png", "bottle/ground_truth", "hold masks", "{root}/bottle;"),
+    "a kind's masks": ("bottle/{train/good,ground_truth/cut}/0.png", "bottle/ground_truth/cut", "{root}/bottle;"),
+    "masks beside images": ("{images,Mask_images}/0.png", "Mask_images", "hold masks, as it lies beside images/"),
+    "images for test": ("{train/images,valid}/0.png", "valid", "hold the images for test", "beside train/", "{root};"),
+    "a kind for test": ("a/{train/good,test/cut,test/good}/0.png", "a/test/good", "test/ seems to hold", "{root}/a;"),
+    "good ones for test": ("a/{train/good,test_public/{bad,good}}/0.png", "a/test_public", "--data {root}/a;"),
+    "defects": ("{OK,NG}/0.png", "NG", "hold defects, as it lies beside OK/: give --data {root}/OK; --layout folder"),
+    "defects beside training images": ("{train_images,bad}/0.png", "bad", "defects, as it lies beside train_images/"),
+    "defects on a side": ("{ok_front,crack_front}/0.png", "crack_front", "hold defects, as it lies beside ok_front/"),
+    "defects for test": (
+        "test/cracks/0.png",
+        "test/cracks",
+        "hold defects, as it lies in test/: give --data {root}/test",
+    ),
+    "MVTec 3D-AD's train": (
+        "a/train/good/{rgb,xyz}/0.png",
+        "a/train",
+        "is a part of an image set: give --data {root}/a,",
+    ),
+    "VAD's train": (
+        "a/train/{good,bad}/0.png",
+        "a/train",
+        "--data {root}/a, or",
+        "alone, as --data {root}/a/train/good;",
+    ),
+    "KolektorSDD's item": ("kos01/Part{0,1}{,_label}.png", "kos01", "is a part of an image set: give --data {root},"),
+    "VisA's data": (
+        "a/Data/Images/{Normal,Anomaly}/0.png",
+        "a/Data",
+        "is a part of an image set: give --data {root}/a,",
+    ),
+    "Real-IAD's images": (
+        "realiad_1024/cap/0.png realiad_jsons/cap.json=",
+        "realiad_1024",
+        "Real-IAD: give --data {root}",
+    ),
+    "an item of them": ("realiad_1024/cap/0.png realiad_jsons/cap.json=", "realiad_1024/cap", "Real-IAD: give --data"),
+    "Real-IAD's lists": ("realiad_1024/cap/0.png realiad_jsons/cap.json=", "realiad_jsons", "Real-IAD: give --data"),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_folder_that_is_a_part_of_an_image_set_is_refused_by_its_name_and_those_beside_it(name, tmp_path):
+    files, given, *words = AROUND[name]
+    plant(tmp_path / "set", files)
+    with pytest.raises(UserError) as caught:
+        read_root(tmp_path / "set" / given)
+    assert all(word.format(root=tmp_path / "set") in str(caught.value) for word in words), caught.value
+    if "Real-IAD" not in name and "them" not in name:
+        assert read_root(tmp_path / "set" / given, "folder").layout == "folder"
+
+
+def test_a_folder_whose_name_alone_says_defects_or_test_is_a_plain_folder(tmp_path):
+    places = "label_printing_machine test_parts/images defects_unsorted dev/parts".split()
+    plant(tmp_path / "set", " ".join(f"{place}/0.png" for place in places))
+    plant(tmp_path / "lines", "train_station/0.png testing/0.png bad_bolts/0.png")
+    plant(tmp_path, "{dev/parts,training,crack_detector,products/labels/x,products/caps}/0.png")
+    given = [f"set/{place}" for place in places] + ["lines/testing", "lines/bad_bolts", "dev/parts", "crack_detector"]
+    for place in [*given, "training", "products/labels", "products/labels/x"]:
+        assert read_root(tmp_path / place).layout == "folder", place
+
+
+def test_no_folder_with_masks_or_defects_is_named_as_that_of_the_training_images(tmp_path):
+    plant(tmp_path, "{train,val}/{images,masks}/0.png")
+    with pytest.raises(UserError, match="train/ beside val/. Give the folder of the training images alone, or arrange"):
+        read_root(tmp_path)
+
+
 def test_folders_that_say_nothing_of_defects_are_a_plain_folder(tmp_path):
     plant(tmp_path, "cams/ok_cam{1,2}/0.png monday/{a,b}.png train/0.jpg gold/maskless.png 0.{png,jpg} labels.csv=")
     plant(
