@@ -59,7 +59,7 @@ def choose_categories(root: Root | Path | str, wanted: str | None) -> list[str]:
     """The categories for `--category`: one name, several with commas, "all", or None if there is only one.
 
     Case does not matter where it does not tell two of them apart. A UserError that lists them is raised if one is not
-    there, or none is given where there are several.
+    there, or none is given where there are several; and if images of one may be of several kinds.
     """
     root = _read(root)
     there = categories(root)
@@ -192,6 +192,12 @@ def _require_category(root: Root, name: str, there: list[str]) -> None:
     if name not in there:
         raise UserError(f"--category {name} is not in {root.path}; it has {', '.join(there) or 'none'}")
     lists.check_name(name, f"--data {root.path}")
+    if name in root.doubts:
+        others = f", or leave {name} out with --category" if len(there) > 1 else ""
+        raise UserError(
+            f"--data {root.path}: there seem to be masks, maps or defects among the images in {root.doubts[name]}. "
+            f"Move them away{others}; --layout {root.layout} takes them for images of that folder's kind"
+        )
 
 
 def _label_by_masks(root: Path, records: Sequence[Record]) -> list[Record]:

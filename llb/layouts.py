@@ -67,6 +67,9 @@ class Root:
     homes: Mapping[str, str]  # category → the folder that it lies in, with a slash; "" for the root itself
     left_out: Mapping[str, Sequence[str]]  # reason → files and folders
     notes: tuple[str, ...]  # to be said of how the root was read
+    doubts: Mapping[str, str] = field(
+        default_factory=dict
+    )  # category → its folder whose images may be of several kinds
 
 
 @dataclass
@@ -77,7 +80,7 @@ class Found:
     homes: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     notes: tuple[str, ...] = ()
-    doubts: list[str] = field(default_factory=list)  # folders whose images may not all be of its kind
+    doubts: dict[str, str] = field(default_factory=dict)  # as of Root
 
     def add(self, folder: str, own_name: str, split: Split) -> None:
         """Add the category that lies in `folder`, "" for the root itself."""
@@ -115,11 +118,6 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
     again = again if layout == "mvtec" else ()
     images = by_folder((*tree.images, *again)) if again else tree.images
     found = READERS[layout](images, Path(os.path.abspath(path)).name.lstrip(".") or "images")
-    if found.doubts and not given:
-        raise UserError(
-            f"--data {path}: there seem to be masks, maps or defects among the images in {found.doubts[0]}. "
-            f"Move them away; --layout {layout} takes them for images of that folder's kind"
-        )
     records = [record for split in found.sets.values() for part in split for record in part]
     used = {path for record in records for path in (record.path, *record.masks)}.union(*found.left_out.values())
     found.left_out[NO_IMAGE] += [image for image in images if image not in used]
@@ -127,7 +125,8 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
         rest = summary(count(found.left_out))
         raise UserError(f"--layout {layout}: {path} has no training images in this layout ({rest})")
     left_out = {reason: paths for reason, paths in tree.left_out.items() if not (again and reason == AGAIN)}
-    return Root(path, layout, tree, found.sets, found.homes, left_out | found.left_out, found.notes)
+    doubts = {} if given else found.doubts
+    return Root(path, layout, tree, found.sets, found.homes, left_out | found.left_out, found.notes, doubts)
 
 
 def visa_csv(files: Iterable[str]) -> str | None:
@@ -184,7 +183,8 @@ def _mvtec(images: Iterable[str], own_name: str) -> Found:
         title = titles[folder, kind] if label else "good"
         names = [below if part == "train" else below.replace("/", " ") for below, path in images if path not in paired]
         if hints := suspicions(names, "defect" if label else "normal")[0]:
-            found.doubts.append(f"{os.path.dirname(images[0][1])}: {', '.join(hints[:3])}")
+            category = folder.rpartition("/")[2] or own_name
+            found.doubts.setdefault(category, f"{os.path.dirname(images[0][1])}: {', '.join(hints[:3])}")
         splits[folder][part == "test"].extend(Record(path, label, paired.get(path, ()), title) for _, path in images)
     for (_, kind), of_kind in masks.items():
         found.left_out[OF_NORMAL] += [path for _, path in of_kind if is_normal(kind)]

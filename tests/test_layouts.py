@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llb.data import categories, describe, load_category, reading_line
+from llb.data import categories, choose_categories, describe, load_category, reading_line
 from llb.files import UserError
 from llb.layouts import LAYOUTS, read_root
 from llb.tree import walk
@@ -260,13 +260,21 @@ def test_a_tree_that_looks_like_more_than_a_folder_of_images_is_refused_in_one_l
     if name == "a run":
         (tmp_path / "config.json").write_text('{"llb": 1}')
     with pytest.raises(UserError) as caught:
-        read_root(tmp_path)
+        choose_categories(tmp_path, "all")
     assert all(word.format(root=tmp_path) in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
     assert name != "defects in train/good" or len(read_root(tmp_path, "mvtec").sets["a"][0]) == 2
     if "looks like" in str(caught.value):  # said outright, every image is one for training
         dataset = load_category(read_root(tmp_path, "folder"), tmp_path.name)
         assert len(dataset.train) == len(spelled(files)) and {record.label for record in dataset.train} == {None}
+
+
+def test_masks_among_the_images_of_a_category_that_is_not_chosen_stop_nothing(tmp_path):
+    plant(tmp_path, "{cap,nut}/train/good/{0,1}.png cap/train/good/0_heatmap.png")
+    assert choose_categories(tmp_path, "nut") == ["nut"] and len(load_category(tmp_path, "nut").train) == 2
+    for choose in (choose_categories, load_category):
+        with pytest.raises(UserError, match="0_heatmap.png; 1 of the images.*or leave cap out with --category"):
+            choose(tmp_path, "cap")
 
 
 # files, the folder of them that is given, and words of the line that refuses it, for what lies around it
