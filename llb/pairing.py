@@ -119,7 +119,7 @@ DEFECT = re.compile(
     r"|irregular|fehler\w*|schlecht\w*|ausschuss\w*|mal[oa]s?|mauvais|d[eé]faut\w*|d[eé]fectu\w*|difett\w*|scart[io]"
     r"|缺陷|瑕疵|异常|異常|불량품?|брак|дефект\w*"
 )
-THINGS = re.compile(r"(?:parts?|pieces?|images?|imgs?|samples?|品|件)$")  # goodparts, NG品
+THINGS = re.compile(r"(?:parts?|pieces?|images?|imgs?|samples?|品|件|样本|样品|图片|图像|图)$")  # goodparts, NG品
 FLIP = re.compile(r"(?:no[nt]?|un|in|ab|不|非|无)[ _-]?(.+)|(.+)(?:free|frei|less)")  # nondefective, 不良品, flawless
 NEGATIONS = {"no", "not", "non", "free", "frei", "without", "ohne", "sans", "sin", "senza"}
 NO_DIGITS = dict.fromkeys(map(ord, "0123456789"), "_")  # few names are left to look at

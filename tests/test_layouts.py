@@ -225,6 +225,8 @@ REFUSED = {
     "yes and no": ("{yes,no}/0.png", "no/ beside yes/"),
     "good parts beside bad": ("{goodparts,badparts}/0.png", "goodparts/ beside badparts/", "{root}/goodparts"),
     "parts in Chinese": ("{OK品,NG品}/0.png", "OK品/ beside NG品/"),
+    "samples in Chinese": ("x/{无瑕疵样本,瑕疵样本}/0.png", "x/无瑕疵样本/ beside x/瑕疵样本/", "{root}/x/无瑕疵样本"),
+    "pictures in Chinese": ("{OK图,NG图片}/0.png", "OK图/ beside NG图片/"),
     "one sign": ("{良,不良}/0.png", "良/ beside 不良/"),
     "regular": ("{regular,irregular}/0.png", "regular/ beside irregular/"),
     "a golden sample": ("{golden,test}/0.png", "golden/ beside test/", "{root}/golden"),
