@@ -27,9 +27,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llb.files import UserError, typed
+from llb.files import UserError, some, typed
 from llb.pairing import is_masks, is_normal, pair, quality_of, split_beside, split_views, suspicions
-from llb.recognise import NO_KINDS, recognise
+from llb.recognise import NO_KINDS, places_below, recognise
 from llb.tree import AGAIN, OTHER, Tree, by_folder, count, fold, fold_path, summary, walk
 
 LAYOUTS = ("real-iad", "real-iad-sv", "visa", "mvtec", "ksdd2", "ksdd", "dagm", "folder")
@@ -125,8 +125,12 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
         rest = summary(count(found.left_out))
         raise UserError(f"--layout {layout}: {path} has no training images in this layout ({rest})")
     left_out = {reason: paths for reason, paths in tree.left_out.items() if not (again and reason == AGAIN)}
+    homes = tuple(home for home in found.homes.values() if home)
+    outside = [path for path in found.left_out.get(OUTSIDE, ()) if not path.startswith(homes)]
+    unread = some(places_below(path, outside, [*map(fold_path, outside)]))
+    notes = (*found.notes, f"not read: {unread}") if unread else found.notes
     doubts = {} if given else found.doubts
-    return Root(path, layout, tree, found.sets, found.homes, left_out | found.left_out, found.notes, doubts)
+    return Root(path, layout, tree, found.sets, found.homes, left_out | found.left_out, notes, doubts)
 
 
 def visa_csv(files: Iterable[str]) -> str | None:

@@ -42,15 +42,8 @@ def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
         jsons = [file for file in folded if file.startswith("realiad_jsons") and file.endswith(".json")]
         single = layout == "real-iad" and jsons and all("realiad_jsons_sv/" in file for file in jsons)
         return "real-iad-sv" if single else layout
-    for depth in (1, 2):
-        below = {}
-        for real, file in zip(files, folded, strict=True):
-            rest = file.split("/", depth)[depth:]
-            if rest and (layout := _sign(rest[0])):
-                below.setdefault("/".join(real.split("/")[:depth]), layout)
-        if below:
-            places = " or ".join(f"--data {typed(root / folder)} ({layout})" for folder, layout in [*below.items()][:3])
-            raise UserError(f"--data {root}: the image set lies deeper; give {places}")
+    if places := places_below(root, files, folded):
+        raise UserError(f"--data {root}: the image set lies deeper; give {' or '.join(places[:3])}")
     if any(REALIAD_NAME.search(file) for file in folded):
         raise UserError(
             f"--data {root} holds Real-IAD's images without its JSON files: unpack realiad_jsons beside realiad_1024, "
@@ -73,6 +66,19 @@ def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
             "ground_truth/<kind>; --layout folder trains on every image, masks and defects included"
         )
     return "folder"
+
+
+def places_below(root: Path, files: Sequence[str], folded: Sequence[str]) -> list[str]:
+    """The image sets one or two folders below the root, by the files that lie there: a flag for each."""
+    for depth in (1, 2):
+        below = {}
+        for real, file in zip(files, folded, strict=True):
+            rest = file.split("/", depth)[depth:]
+            if rest and (layout := _sign(rest[0])):
+                below.setdefault("/".join(real.split("/")[:depth]), layout)
+        if below:
+            return [f"--data {typed(root / folder)} ({layout})" for folder, layout in below.items()]
+    return []
 
 
 def _refuse_half_of_realiad(root: Path) -> None:

@@ -271,6 +271,15 @@ def test_a_tree_that_looks_like_more_than_a_folder_of_images_is_refused_in_one_l
         assert len(dataset.train) == len(spelled(files)) and {record.label for record in dataset.train} == {None}
 
 
+def test_image_sets_below_a_root_that_is_one_are_named_as_not_read(tmp_path):
+    plant(tmp_path, "cap/{train,test}/{good,cut}/{rgb,xyz}/0.png sets/{a,b}/train/good/0.png k/train/0{,_GT}.png")
+    root = read_root(tmp_path)
+    assert list(root.sets) == ["cap"]
+    assert root.notes == (f"not read: --data {tmp_path}/k (ksdd2), --data {tmp_path}/sets (mvtec)",)
+    assert root.notes[0] in reading_line(describe(root, [load_category(root, "cap")]))
+    assert read_root(tmp_path / "cap").notes == read_root(tmp_path / "sets").notes == ()
+
+
 def test_masks_among_the_images_of_a_category_that_is_not_chosen_stop_nothing(tmp_path):
     plant(tmp_path, "{cap,nut}/train/good/{0,1}.png cap/train/good/0_heatmap.png")
     assert choose_categories(tmp_path, "nut") == ["nut"] and len(load_category(tmp_path, "nut").train) == 2
