@@ -30,7 +30,7 @@ from pathlib import Path
 from llb.files import UserError, some, typed
 from llb.pairing import is_masks, is_normal, pair, quality_of, split_beside, split_views, suspicions
 from llb.recognise import NO_KINDS, places_below, recognise
-from llb.tree import AGAIN, OTHER, Tree, by_folder, count, fold, fold_path, summary, walk
+from llb.tree import AGAIN, OTHER, UNREAD, Tree, by_folder, count, fold, fold_path, summary, walk
 
 LAYOUTS = ("real-iad", "real-iad-sv", "visa", "mvtec", "ksdd2", "ksdd", "dagm", "folder")
 KNOWN = "a Real-IAD root, an MVTec-AD or VisA root, or a folder with images"
@@ -105,7 +105,8 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
     tree = walk(path)
     again = tree.linked_twice()
     files = [*tree.images, *again, *tree.left_out.get(OTHER, ())]
-    given, layout = layout, layout or recognise(path, files, tree.images)
+    unread = [*tree.left_out.get(OTHER, ()), *tree.left_out.get(UNREAD, ())]
+    given, layout = layout, layout or recognise(path, files, tree.images, unread)
     if not tree.images and not layout.startswith("real-iad"):
         rest = f" ({summary(count(tree.left_out))})" if tree.left_out else ""
         raise UserError(f"--data {path} holds no images{rest}: give {KNOWN}")
@@ -127,8 +128,8 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
     left_out = {reason: paths for reason, paths in tree.left_out.items() if not (again and reason == AGAIN)}
     homes = tuple(home for home in found.homes.values() if home)
     outside = [path for path in found.left_out.get(OUTSIDE, ()) if not path.startswith(homes)]
-    unread = some(places_below(path, outside, [*map(fold_path, outside)]))
-    notes = (*found.notes, f"not read: {unread}") if unread else found.notes
+    below = some(places_below(path, outside, [*map(fold_path, outside)]))
+    notes = (*found.notes, f"not read: {below}") if below else found.notes
     doubts = {} if given else found.doubts
     return Root(path, layout, tree, found.sets, found.homes, left_out | found.left_out, notes, doubts)
 

@@ -2,11 +2,23 @@
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from llb.files import UserError, typed
-from llb.pairing import NEUTRAL, TEST_WORDS, TRAIN_WORDS, VIEWS, is_masks, is_normal, quality_of, suspicions, words
+from llb.pairing import (
+    NEUTRAL,
+    TEST_WORDS,
+    TRAIN_WORDS,
+    VIEWS,
+    is_masks,
+    is_normal,
+    quality_of,
+    stem,
+    suspicions,
+    words,
+)
 from llb.tree import fold, fold_path
 
 # How a path below the root, folded, tells the layout.
@@ -26,8 +38,11 @@ TESTS = TEST_WORDS - {"dev"}  # a folder's name for what is under development, t
 ALL_THE_SAME = "--layout folder takes it all the same"
 
 
-def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
-    """The layout that the files' paths show; images: those among them. A UserError is raised if it is not clear."""
+def recognise(root: Path, files: Sequence[str], images: Sequence[str], unread: Sequence[str] = ()) -> str:
+    """The layout that the files' paths show; images: those among them; unread: all files of other formats.
+
+    A UserError is raised if it is not clear.
+    """
     _refuse_half_of_realiad(root)
     folded = [fold_path(file) for file in files]
     there = {}
@@ -51,6 +66,7 @@ def recognise(root: Path, files: Sequence[str], images: Sequence[str]) -> str:
         )
     _refuse_part(root)
     hints, better = suspicions(images)
+    hints += _annotations(images, unread)
     if hints:
         clean = better and not suspicions([path[len(better) :] for path in images if path.startswith(better)])[0]
         alone = f", as --data {typed(root / better)}" if clean else ""
@@ -117,6 +133,18 @@ def _refuse_part(root: Path) -> None:
                 f"--data {root}: {place.name}/ seems to hold {holds}, as it lies {where[0]}: "
                 f"give --data {typed(better)}; {ALL_THE_SAME}"
             )
+
+
+def _annotations(images: Sequence[str], unread: Sequence[str]) -> list[str]:
+    """A hint for each folder of annotations, by its name, whose files are no images but called as images are."""
+    names = defaultdict(set)
+    for path in unread:
+        *above, name = path.split("/")
+        if any(map(is_masks, above)):
+            names["/".join(above)].add(stem(name))
+    of_images = {stem(path.rpartition("/")[2]) for path in images} if names else set()
+    found = {folder: len(inside & of_images) for folder, inside in names.items()}
+    return [f"annotations in {folder}/ (of {n} images)" for folder, n in found.items() if 2 * n > len(names[folder])]
 
 
 def _only(name: str, its_words: Collection[str]) -> bool:

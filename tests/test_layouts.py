@@ -189,6 +189,11 @@ REFUSED = {
     "masks beside images": ("{0,1}.png {0,1}_mask.png", "masks beside images (0_mask.png; 2 of the images)"),
     "masks in short": ("{images,msk}/{0,1}.png", "masks in msk/ (2 of the images)"),
     "labels in short, beside images": ("{0,1}.jpg {0,1}_lbl.png", "masks beside images (0_lbl.png; 2 of the images)"),
+    "annotations in MATLAB's format": (
+        "image/{0,1}.jpg groundTruth/{0,1}.mat=",
+        "annotations in groundTruth/ (of 2 images",
+    ),
+    "annotations of two kinds": ("x/{0,1}.jpg x/Annotations/cut/{0,1,2}.xml=", "in x/Annotations/cut/ (of 2 images)"),
     "maps drawn over images": ("{images,heatmaps}/{0,1}.png", "masks in heatmaps/ (2 of the images)"),
     "such maps beside images": ("{0,1}.jpg {0,1}_overlay.png", "masks beside images (0_overlay.png"),
     "such maps in train/good": ("a/train/good/{0,overlay/0}.png", "a/train/good: masks in overlay/", "--layout mvtec"),
@@ -268,7 +273,8 @@ def test_a_tree_that_looks_like_more_than_a_folder_of_images_is_refused_in_one_l
     assert name != "defects in train/good" or len(read_root(tmp_path, "mvtec").sets["a"][0]) == 2
     if "looks like" in str(caught.value):  # said outright, every image is one for training
         dataset = load_category(read_root(tmp_path, "folder"), tmp_path.name)
-        assert len(dataset.train) == len(spelled(files)) and {record.label for record in dataset.train} == {None}
+        images = [name for name in spelled(files) if not name.endswith("=")]
+        assert len(dataset.train) == len(images) and {record.label for record in dataset.train} == {None}
 
 
 def test_image_sets_below_a_root_that_is_one_are_named_as_not_read(tmp_path):
@@ -367,6 +373,7 @@ def test_folders_that_say_nothing_of_defects_are_a_plain_folder(tmp_path):
     plant(tmp_path, "x/a/{0,1,2}.jpg x/b/{2,3,4}.png y/a/0.jpg y/b/0.png")  # few of one name
     plant(tmp_path, "many/{0,1,2,3,4,5,6,7,8,9,a,b}/{0,1}.png many/c/{0,1}.jpg")
     plant(tmp_path, "numbers/{0,1,2}/0.png others/{0,1,.}/0.png pieces/{image,sample}/0.png")
+    plant(tmp_path, "shift/{0,1}.png shift/labels/{0,classes,notes}.txt= shift/{0,1}.xml=")
     plant(tmp_path, "lines/{0,1}_normals.png lines/2.png drill/deep/{depth,0}.png tilt/normals/0.png")
     assert read_root(tmp_path).layout == "folder"
     assert read_root(plant(tmp_path / "crack_detector", "crack_{0,1}.png")).layout == "folder"  # all are named so
