@@ -67,9 +67,7 @@ class Root:
     homes: Mapping[str, str]  # category → the folder that it lies in, with a slash; "" for the root itself
     left_out: Mapping[str, Sequence[str]]  # reason → files and folders
     notes: tuple[str, ...]  # to be said of how the root was read
-    doubts: Mapping[str, str] = field(
-        default_factory=dict
-    )  # category → its folder whose images may be of several kinds
+    doubts: Mapping[str, str] = field(default_factory=dict)  # category → its folder that may hold several kinds
 
 
 @dataclass

@@ -80,6 +80,7 @@ def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_
     path, corrected = next(iter(marked)), {"defect": "fine", "fine": "defect"}[marked[next(iter(marked))]]
     write_csv(tmp_path / "corrected.csv", ["category", "path", "verdict"], [["tile", path, corrected]])
     succeed("llb.review", "--run", run, tmp_path / "corrected.csv")
+    write_report(run)
     with Browser(tmp_path / "profile", run / "report.html") as page:
         shown = dict(page.value(SAID))
         assert shown[path] == corrected and shown.keys() >= marked.keys()
