@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from helpers import small_setup, tree_of
 from scipy.ndimage import gaussian_filter, zoom
 
-from llb.detectors import dinomaly
+from llb.detectors import dinomaly, uniad
 from llb.detectors.common import SCORES, anomaly_map, cosine_distance
 from llb.detectors.decoder import Attention, Dinomaly
 from llb.detectors.dinomaly import MAP, Settings, patch_targets, reconstruction_loss
@@ -177,20 +177,23 @@ def test_each_ablation_changes_the_training_and_nothing_becomes_undefined(change
     assert dinomaly.vit_groups(Settings(groups="layers"), small_setup("dinomaly").spec) == ((0,), (1,))
 
 
-def test_jitter_is_uniads_noise_on_the_bottlenecks_input(monkeypatch):
-    setup, key = small_setup("dinomaly", settings=Settings(noise="jitter")), jax.random.key(2)
+@pytest.mark.parametrize(("groups", "count"), [("two", 2), ("one", 1)])
+def test_jitter_is_uniads_noise_on_the_bottlenecks_input_however_many_groups_it_is_the_mean_of(
+    groups, count, monkeypatch
+):
+    setup, key = small_setup("dinomaly", settings=Settings(noise="jitter", groups=groups)), jax.random.key(2)
     features = jax.random.normal(jax.random.key(1), (3, 2, 11, 8)).astype(jnp.float16)
     given = []
 
     def apply(variables, noisy, **_):
         given.append(noisy)
-        return jnp.ones((3, 2, 9, 8))
+        return jnp.ones((3, count, 9, 8))
 
     monkeypatch.setattr(dinomaly, "network", lambda setup: SimpleNamespace(apply=apply, patches=9))
     dinomaly.loss(setup, {}, features, key, jnp.int32(0))
-    exact = np.asarray(features, np.float32)
-    scale = 20 / 8 * np.linalg.norm(exact, axis=-1, keepdims=True)
-    np.testing.assert_allclose(given[0], exact + scale * jax.random.normal(key, exact.shape), rtol=1e-5)
+    exact = np.asarray(features, np.float32).mean(axis=1)
+    expected = uniad.jittered(exact, jax.random.normal(key, (3, 1, 11, 8))[:, 0], 20.0)
+    np.testing.assert_allclose(given[0].mean(axis=1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_softmax_attends_as_its_definition_says():

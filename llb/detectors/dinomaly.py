@@ -160,9 +160,10 @@ def init(setup: Setup, key: jax.Array) -> dict:
 def loss(setup: Setup, variables: dict, features: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
     recipe, model, features = recipe_of(setup), network(setup), prepared(setup, features)
     noisy = features
-    if setup.settings.noise == "jitter":
-        length = jnp.linalg.norm(features.astype(jnp.float32), axis=-1, keepdims=True) / features.shape[-1]
-        noisy = features + JITTER * length * jax.random.normal(key, features.shape)
+    if setup.settings.noise == "jitter":  # the bottleneck gets the mean over the groups: one draw for all of them
+        mean = features.astype(jnp.float32).mean(axis=1, keepdims=True)  # (B, 1, T, D)
+        length = jnp.linalg.norm(mean, axis=-1, keepdims=True) / mean.shape[-1]
+        noisy = features + JITTER * length * jax.random.normal(key, mean.shape)
     decoded = model.apply(variables, noisy, train=True, rngs={"dropout": key})
     # on the host, in double precision; after the ramp the number stays
     hard = [hard_positions(recipe, s, len(features) * model.patches) for s in range(recipe.ramp_steps + 1)]
