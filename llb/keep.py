@@ -13,7 +13,9 @@ from scipy.optimize import brentq
 from llb.files import UserError
 from llb.metrics import ranks
 
-START = 0.6745  # of the flank, in deviations: above it lie 25 % of a normal distribution
+# The flank: normal images above the centre whose scores fall off; the tail is fitted there. It begins at START
+# deviations (25 % of a normal distribution lie above).
+START = 0.6745
 CUTS = (2.0, 2.5, 3.0, 3.5, 4.0)  # in deviations
 FEW = 5  # images in the flank: from fewer no tail is fitted
 GROUP = 3  # images: fewer are no group
@@ -52,10 +54,10 @@ def expected_above(z: np.ndarray, cut: float, errors: float = 0.0) -> float:
 
     The flank is START < z ≤ cut; its rate is the maximum-likelihood one of an exponential distribution that is cut off
     there, `errors` standard errors of the flank's mean on the safe side. Tails that fall faster, such as a normal
-    distribution's, hold less than that, and defects in the flank make it flatter: so it is rather too much, and too
-    little is dropped. Infinite if the flank does not fall or holds few images. Efron, "Large-Scale Simultaneous
-    Hypothesis Testing: The Choice of a Null Hypothesis" (JASA 2004), fits the null distribution to the scores likewise,
-    but to their centre: the scores of normal images have a longer upper tail than that.
+    distribution's, hold less than that, and defects in the flank make it flatter: so it is mostly too much, but it is
+    no bound. Infinite if the flank does not fall or holds few images. Efron, "Large-Scale Simultaneous Hypothesis
+    Testing: The Choice of a Null Hypothesis" (JASA 2004), fits the null distribution to the scores likewise, but to
+    their centre: the scores of normal images have a longer upper tail than that.
     """
     flank = (z[(z > START) & (z <= cut)] - START) / (cut - START)  # (n,), 0 … 1
     if len(flank) < FEW:
@@ -110,4 +112,4 @@ def choose(scores: np.ndarray, keep: str | float) -> tuple[np.ndarray, str | Non
         return kept, "no clear group of outliers: all kept; look at suspects.png"
     if expected is None:
         return kept, None
-    return kept, f"{(~kept).sum()} dropped; at most about {expected:.0f} of them are expected to be normal"
+    return kept, f"{(~kept).sum()} dropped; by the rule's estimate about {expected:.0f} of them are normal"

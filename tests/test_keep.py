@@ -119,6 +119,7 @@ def test_what_is_said_of_a_choice():
     scores, bad = skewed(0, 160, 40)
     kept, said = choose(scores, "auto")
     dropped, expected = (int(word) for word in said.split() if word.isdigit())
+    assert said == f"{dropped} dropped; by the rule's estimate about {expected} of them are normal"
     assert dropped == (~kept).sum() and (~kept & ~bad).sum() <= expected < 10
     assert choose(scores[:160], "auto")[1].startswith("no clear group of outliers: all kept")
     assert choose(scores, 0.8)[1] is None and choose(scores, 0.8)[0].sum() == 160
