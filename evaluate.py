@@ -186,12 +186,12 @@ def evaluate(
         no_mask += [record.path for record, known in zip(batch, judged) if record.label == 1 and not known]
         if stage.settings.save_maps:
             write_maps(unfinished, batch, maps)
-    own, unfair = scores, remembers(stage.setup.detector, stage.setup.settings)
-    memory = part == "train" and unfair
-    if memory and (others := fair(params, everything)) is not None:
+    own_scores, remembering = scores, remembers(stage.setup.detector, stage.setup.settings)
+    on_learned = part == "train" and remembering
+    if on_learned and (others := fair(params, everything)) is not None:
         scores = others
         say(f"{name}, {final}: the images are scored by stage 1's sub-models that have not seen them")
-    elif memory:
+    elif on_learned:
         say(f"{name}, {final}: it scores images that it has learned from far too low; give it new ones with --images")
 
     # ---- metrics ----
@@ -208,16 +208,17 @@ def evaluate(
     # ---- write; without metrics, which come last, it is not evaluated: killed in between, it is scored again ----
     tables.forget_metrics(stage.run, [name], [final])
     facts = threshold_facts(fair(params, normal), labels, scores)
-    facts |= {"out_of_fold": int(unfair), "list": list_digest(normal)}
+    facts |= {"out_of_fold": int(remembering), "list": list_digest(normal)}
     if not len(normal):
         say(f"{name}, {final}: no threshold, since every image that is not dropped is called defective")
     tables.write_threshold(folder, final, facts)
     tables.write_kinds(folder, final, by_kind([r.kind for r in records], labels, scores, facts["threshold"]))
     shown = united(shown_tests(scores, labels, facts["threshold"]))
-    shown = shown[:0] if memory else shown  # its maps are empty there; stage 1's suspects have maps
+    # its maps of images that it has learned from show nothing; the report shows stage 1's maps of the suspects
+    shown = shown[:0] if on_learned else shown
     write_test_tiles(stage, dataset, records, heat_maps(params, stage.setup, features, shown, "examples"))
     if final.startswith("reviewed"):
-        write_next_page(stage, dataset, params, None if dataset.test else own)
+        write_next_page(stage, dataset, params, None if dataset.test else own_scores)
     if stage.settings.save_maps:
         replace_maps(unfinished, maps_folder, records)
     tables.write_predictions(folder, final, records, scores)

@@ -147,7 +147,8 @@ def stage1(stage: Stage, dataset: Dataset) -> None:
     # ---- write; each score stands beside the path of its image ----
     write_scores(folder, dataset.train, result)
     write_suspects(stage, dataset, result, params, features)
-    if not (folder / "purified.txt").exists():  # it may be edited, and another of the three files lost
+    # keep a list that a person has edited: perhaps only scores.csv or suspects.png was lost
+    if not (folder / "purified.txt").exists():
         write_purified(folder, dataset.train, result.kept)
     facts = purification([record.label for record in dataset.train], result.aggregated, result.kept)
     say(f"{name}: {purification_line(facts)}")

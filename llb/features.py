@@ -1,13 +1,14 @@
 """Features of the frozen encoder, computed once: neither stage augments, so an image's features never change.
 
     image     uint8   (S, S, 3)
-    features  float16 (N, 2, T, D) of a ViT: the means of two groups of its blocks; (N, L) of a CNN: its stages in a row
+    features  float16 (N, G, T, D) of a ViT: the means of G groups of its blocks, two by default; (N, L) of a CNN: its
+              stages in a row
 
 A detector that damages images gets them in place of features; they lie in the cache alike.
 
 Training and scoring get a function `fetch(indices) → features`. `cached_features` looks them up, `streamed_features`
-computes them each time. Both round to float16, so both give the same scores. (float16 halves disk and traffic; its
-step of 2⁻¹¹ changes a cosine distance by about 1e-7.)
+computes them each time. Both round to float16, so both give the same scores. (float16 halves disk and traffic; it
+rounds a number by at most 2⁻¹¹ of it, which changes a cosine distance of 0.04 to 0.3 by 2e-6 to 1e-5.)
 """
 
 import dataclasses

@@ -4,8 +4,8 @@
             of its analysis scripts, which name runs f{0,10,20,40}_t40_num{1,3,5,7}_iter1000_meanscores: keep 40 %,
             K = 5, 1,000 steps, mean. Most likely these are the paper's. Images go straight to 392 × 392. The score of
             an image is the mean of its map's highest 1 % in stage 1, the map's maximum in the test. Stage 2 takes two
-            passes over what was kept. The mean holds for every detector, so a memory bank's zero for an image that it
-            holds counts, too: `--aggregate out-of-fold` leaves it out.
+            passes over what was kept. The mean holds for every detector, so a memory bank's score of an image that it
+            has learned from, too low, counts, too: `--aggregate out-of-fold` leaves it out.
 "dinomaly"  Dinomaly (CVPR 2025, arXiv 2405.14325), one model for a category. The image is resized to 448 × 448 and its
             centre of 392 × 392 is shown: 23 % of the area is never seen, and defects there count only for the image.
             Maps are resized to 256 × 256, then smoothed by a kernel of 5 × 5 (σ = 4, zeros around the border); masks

@@ -3,7 +3,7 @@
     params, optimiser state   (K, …)
     features                  (K, B, …)   row k holds images of sub-model k only
     losses                    (K, 1 + B)  the loss, then each image's own highest distances
-    seen                      (K, T, 1 + B)   these of T steps: what the sub-models have seen while they trained
+    seen                      (K, steps kept, 1 + B)   these of some steps: what the sub-models have seen
 
 One step is written for ONE sub-model and vmapped. So the clipped gradient norm, the optimiser's moments, the dropout
 mask and the hard-mining quantile belong to each sub-model, and a sub-model that is trained beside others equals the
@@ -123,7 +123,7 @@ def seen_steps(setup: Setup, submodels: int) -> range:
 
 @partial(jax.jit, donate_argnames="seen")
 def see(seen: jax.Array, losses: jax.Array, place: jax.Array) -> jax.Array:
-    """Keep the losses of a step, (R, 1 + B), at a place in what was seen, (R, T, 1 + B)."""
+    """Keep the losses of a step, (R, 1 + B), at a place in what was seen, (R, steps kept, 1 + B)."""
     return seen.at[:, place].set(losses)
 
 
@@ -213,8 +213,8 @@ def train(
         devices: where the sub-models are placed; all devices by default.
 
     Returns:
-        the parameters, a host tree with leading axis K, and what was seen, float32 (K, T, 1 + B): the losses of
-        `seen_steps`; None if the parameters come from elsewhere.
+        the parameters, a host tree with leading axis K, and what was seen, float32 (K, steps kept, 1 + B):
+        the losses of `seen_steps`; None if the parameters come from elsewhere.
 
     Raises:
         UserError: a loss or a parameter is not finite, or the checkpoint is damaged, belongs to other images or cannot
@@ -261,7 +261,8 @@ def train(
         with progress(total=setup.steps, initial=start, desc=title, unit="step") as bar:
             try:
                 for step, batch in prefetch(batch_of, range(start, setup.steps), PREPARING, PREPARING):
-                    with stop_later():  # no signal comes between a step, which takes the old state, and the new state
+                    # train_step destroys the old state (donated): an interrupt waits until the new one is stored
+                    with stop_later():
                         state, losses = train_step(
                             state, batch, each, (frozen, np.int32(step)), setup=setup, mesh=placement.mesh
                         )

@@ -1,11 +1,14 @@
 """Anomaly detectors on the features of a frozen encoder, by name. They import no run, report or data.
 
 A detector is a module of pure functions, written for ONE sub-model. `setup` (llb.detectors.common.Setup) is what it
-may know, `features` a batch as it is cached: float16 (B, 2, T, D) of a ViT, (B, L) of a CNN. `maps_of(setup, features)`
-makes maps (B, h, w, C) of it. It has
+may know, `features` a batch as it is cached: float16 (B, G, T, D) of a ViT, (B, L) of a CNN. `maps_of(setup, features)`
+makes feature maps (B, h, w, C) of it; `maps_of`, `joined`, `cosine_distance` and `highest_part` are in
+llb.detectors.common. A detector has
 
-    Settings, STRIDES          its own numbers, changed by --set; the stages of a CNN that it takes, by stride in pixels
-    MAP, SCORE, AGGREGATE      how distances become a map, a map a score, and K scores one (a default each)
+    Settings                   a dataclass(frozen=True) of its own numbers, changed by --set
+    STRIDES                    a tuple, the stages of a CNN that it takes, by stride in pixels
+    MAP, SCORE, AGGREGATE      defaults. How distances become a map: a MapRule; a map a score: a name in SCORES (both
+                               llb.detectors.common); K scores one: a name in AGGREGATES (llb.purify)
     distance(setup, params, features) → float32 (B, h, w)         how anomalous each position of a grid is
 
 and learns in one of two ways. In closed form, from batches that come once (llb.fit):
@@ -24,7 +27,8 @@ optimiser, step by step (llb.train); `params` are then Flax's variables, {"param
                                            its highest distances (`highest_part`), or NaN; changed: the collections it
                                            changes
     optimizer(setup, steps_per_pass) → optax.GradientTransformation
-    LEARNING_RATE, STEPS, DEMO_STEPS                              defaults; the steps of stage 1 and of stage 2
+    LEARNING_RATE; STEPS, DEMO_STEPS                              defaults; each a pair, (steps of stage 1, steps of
+                                           stage 2); DEMO_STEPS: on the demo set
 
 Optional: PUBLISHED (flags by encoder), BATCH_SIZE, DEMO_BATCH_SIZE, SUBMODELS (default K), STANDARDISE (default of the
 flag), IMAGES (it gets images, not features), describe (a bank's size), step_bytes (memory of a step), vit_groups (of

@@ -1,10 +1,10 @@
 """What the detectors share: what they are told, features as maps, maps of distances, scores of images.
 
-features   as cached (llb.features): of a ViT float16 (B, 2, T, D); of a CNN (B, L), all its stages in one row
-maps       tuple of float32 (B, h, w, C), finest first: of a ViT two on one grid; of a CNN one for each stage
-distance   float32 (B, h, w): how anomalous each position is
-map        float32 (B, S, S): the distances at full image size, blurred: A · distance · Aᵀ
-score      float32 (B,): of an image
+features      as cached (llb.features): of a ViT float16 (B, G, T, D); of a CNN (B, L), all its stages in one row
+feature maps  `maps_of`: tuple of float32 (B, h, w, C), finest first: of a ViT G on one grid; of a CNN one a stage
+distance      float32 (B, h, w): how anomalous each position is
+anomaly map   float32 (B, S, S), `heat`: the distances at full image size, blurred: A · distance · Aᵀ
+score         float32 (B,): of an image
 """
 
 from collections.abc import Callable
@@ -63,7 +63,7 @@ class Setup:
 
 
 def maps_of(setup: Setup, features: jax.Array) -> tuple[jax.Array, ...]:
-    """Cached features, float16 (B, 2, T, D) or (B, L) → maps."""
+    """Cached features, float16 (B, G, T, D) or (B, L) → feature maps."""
     batch, shapes = len(features), setup.grids
     if features.ndim == 4:
         height, width, channels = shapes[0]
@@ -162,9 +162,9 @@ def anomaly_map(distance: jax.Array, size: int, rule: MapRule) -> jax.Array:
     return jnp.einsum("sg,bgh,th->bst", rows, distance, columns)
 
 
-def highest_mean(maps: jax.Array, count: int) -> jax.Array:
-    """(B, S, S) → (B,): the mean of the `count` highest pixels of each map."""
-    pixels = maps.reshape(len(maps), -1)
+def highest_mean(heat: jax.Array, count: int) -> jax.Array:
+    """(B, S, S) → (B,): the mean of the `count` highest pixels of each anomaly map."""
+    pixels = heat.reshape(len(heat), -1)
     return jax.lax.top_k(pixels, min(count, pixels.shape[1]))[0].mean(axis=-1)
 
 
@@ -178,17 +178,17 @@ def highest_part(values: jax.Array) -> jax.Array:
     return highest_mean(values, max(1, round(values.shape[1] * TOP_FRACTION)))
 
 
-def highest_window(maps: jax.Array, side: int = 16) -> jax.Array:
+def highest_window(heat: jax.Array, side: int = 16) -> jax.Array:
     """(B, S, S) → (B,): the highest mean of a window of side × side pixels."""
-    side = min(side, maps.shape[1])
-    return nn.avg_pool(maps[..., None], (side, side)).max(axis=(1, 2, 3))
+    side = min(side, heat.shape[1])
+    return nn.avg_pool(heat[..., None], (side, side)).max(axis=(1, 2, 3))
 
 
-# (distance, map) → score of each image
+# (distance, anomaly map) → score of each image
 SCORES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "max": lambda distance, maps: maps.max(axis=(1, 2)),
-    "patch-max": lambda distance, maps: distance.max(axis=(1, 2)),
-    "top-1%": lambda distance, maps: highest_mean(maps, max(1, int(maps[0].size * TOP_FRACTION))),
-    "top-100": lambda distance, maps: highest_mean(maps, 100),
-    "max-16": lambda distance, maps: highest_window(maps),
+    "max": lambda distance, heat: heat.max(axis=(1, 2)),
+    "patch-max": lambda distance, heat: distance.max(axis=(1, 2)),
+    "top-1%": lambda distance, heat: highest_mean(heat, max(1, int(heat[0].size * TOP_FRACTION))),
+    "top-100": lambda distance, heat: highest_mean(heat, 100),
+    "max-16": lambda distance, heat: highest_window(heat),
 }

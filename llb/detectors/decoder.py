@@ -21,7 +21,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @jax.checkpoint
 def feature_map(x: jax.Array) -> jax.Array:
-    """Linear attention's φ = elu + 1 in place of the softmax, float32."""
+    """Linear attention's φ = elu + 1 in place of the softmax: (…) → float32 (…), each number by itself."""
     return nn.elu(x.astype(jnp.float32)) + 1.0
 
 
@@ -51,7 +51,8 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention. "linear": the feature map φ = elu + 1 in place of the softmax (Dinomaly, eq. 2).
+    """Multi-head attention, (B, T, D) → (B, T, D). "linear": the feature map φ = elu + 1 in place of the softmax
+    (Dinomaly, eq. 2).
 
     φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)): the (T, T) attention matrix is never formed.
     """
@@ -70,7 +71,8 @@ class Attention(nn.Module):
             return jnp.einsum(formula, a, b).astype(jnp.float32)
 
         qkv = Linear(3 * width, self.linear_init, self.precision, name="qkv")(x)  # (B, T, 3 D)
-        q, k, v = (y.reshape(batch, tokens, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))  # (B, T, H, D/H)
+        # (B, T, heads, D/heads) each
+        q, k, v = (y.reshape(batch, tokens, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))
         if self.kind == "softmax":
             x = jax.nn.dot_product_attention(q, k, v)
         else:
@@ -82,7 +84,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """D → 4 D → D with exact GELU; with dropout before, between and after the layers it is the noisy bottleneck."""
+    """(B, T, D) → (B, T, 4 D) → (B, T, D) with exact GELU; with dropout before, between and after the layers it is the
+    noisy bottleneck."""
 
     linear_init: str
     precision: str
@@ -98,7 +101,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block, (B, T, D) → (B, T, D). Norms have ε = 1e-8, as the release."""
 
     attention: str
     heads: int
@@ -116,7 +119,7 @@ class Dinomaly(nn.Module):
     """Bottleneck and decoder.
 
     Args:
-        depth: decoder blocks, as many as encoder blocks are reconstructed (8); even.
+        depth: decoder blocks, as many as encoder blocks are reconstructed (8); a multiple of G.
         heads: attention heads, the encoder's.
         patches: P, the number of patch tokens; they are the last P of the T tokens.
         dropout: rate in the bottleneck while training.

@@ -4,14 +4,16 @@ Source: Guo et al., "Dinomaly: The Less Is More Philosophy in Multi-Class Unsupe
 arXiv 2405.14325), section 3. The idea: a decoder that is trained on normal images reconstructs normal features well and
 defects badly. So the cosine distance between a feature and its reconstruction tells how anomalous the position is.
 
-    features (B, 2, T, D)   means of two groups of encoder blocks (llb.features); T = class + registers + P patch tokens
-    input    (B, T, D)      their mean, which is the mean over all the blocks, since both groups are equally large
-    noisy    (B, T, D)      bottleneck: an MLP with dropout, which prevents the decoder from copying its input
-    blocks   L × (B, T, D)  decoder: transformer blocks with linear attention, which cannot focus on single positions
-    decoded  (B, 2, P, D)   "loose" reconstruction: only means of two groups of blocks are compared; patch tokens
-    distance (B, 2, P)      1 − cosine similarity at every position
-    map      (B, S, S)      mean of the distances over the groups, upsampled with aligned corners and blurred
-    score    (B,)           mean of the map's highest 1 %
+    features (B, G, T, D)       means of G groups of encoder blocks (llb.features); T = class, registers, P patch tokens
+    input    (B, T, D)          their mean, which is the mean over all the blocks, since the groups are equally large
+    noisy    (B, T, D)          bottleneck: an MLP with dropout, which prevents the decoder from copying its input
+    blocks   depth × (B, T, D)  decoder: transformer blocks with linear attention, which cannot focus on one position
+    decoded  (B, G, P, D)       "loose" reconstruction: only means of groups of blocks are compared; patch tokens
+    distance (B, G, P)          1 − cosine similarity at every position
+    map      (B, S, S)          mean of the distances over the groups, upsampled with aligned corners and blurred
+    score    (B,)               mean of the map's highest 1 %
+
+G is 2; with groups=one 1, with groups=layers one for each block.
 
 Differs from the release: the attention's denominator gets + 1e-6, so it never is zero. By default images are resized to
 392 × 392 (there 448, then the centre), maps are blurred at full size (there at 256, by a 5 × 5 kernel), and positions
@@ -82,21 +84,21 @@ def reconstruction_loss(decoded: jax.Array, target: jax.Array, hard: jax.Array, 
     more training there would teach the decoder to reconstruct defects as well.
 
     Args:
-        decoded, target: float32 (B, 2, P, D).
+        decoded, target: float32 (B, G, P, D).
         hard: int scalar ≥ 1; in each group, of the B · P positions of the batch, the `hard` ones with the largest
             distance keep their gradient, and so do positions tied with the last of them.
         factor: multiplies the gradient at the other positions.
 
     Returns:
-        scalar: the mean over groups and images of 1 − cosine similarity; and the distance at each position, (B, 2, P).
+        scalar: the mean over groups and images of 1 − cosine similarity; and the distance at each position, (B, G, P).
     """
     batch, groups, patches, width = decoded.shape
-    distance = cosine_distance(jax.lax.stop_gradient(decoded), target)  # (B, 2, P)
+    distance = cosine_distance(jax.lax.stop_gradient(decoded), target)  # (B, G, P)
     # Compared in sorted order, and sorted back: XLA may compute `distance` twice and round it differently, so that a
     # threshold taken from one copy would miss its own position in the other.
     flat = distance.transpose(1, 0, 2).reshape(groups, batch * patches)
     nearness, place = jax.lax.sort((-flat, jax.lax.broadcasted_iota(jnp.int32, flat.shape, 1)), num_keys=1)
-    threshold = jax.lax.dynamic_index_in_dim(nearness, hard - 1, axis=-1)  # (2, 1)
+    threshold = jax.lax.dynamic_index_in_dim(nearness, hard - 1, axis=-1)  # (G, 1)
     _, weight = jax.lax.sort((place, jnp.where(nearness > threshold, factor, 1.0)), num_keys=1)
     weight = weight.reshape(groups, batch, patches).transpose(1, 0, 2)
     decoded = scale_gradient(decoded, weight[..., None])
@@ -133,7 +135,8 @@ def vit_groups(settings: Settings, spec: Spec) -> tuple[tuple[int, ...], ...]:
 
 
 def prepared(setup: Setup, features: jax.Array) -> jax.Array:
-    """Cached features (B, G, T, D) as the ablations want them."""
+    """Cached features float16 (B, G, T, D) → what is reconstructed: groups=one: their mean, float32 (B, 1, T, D);
+    class_token=subtract or drop: patches only, (B, G, P, D), by subtract float32; else unchanged."""
     settings = setup.settings
     if settings.groups == "one":
         features = features.astype(jnp.float32).mean(axis=1, keepdims=True)

@@ -78,9 +78,9 @@ def coreset(
 ) -> tuple[jax.Array, jax.Array]:
     """Greedy choice: again and again the patch that is farthest from the chosen ones.
 
-    A patch's value is its distance to the nearest chosen patch; before the first choice, its mean distance to the
-    `starts`. Values only fall. So the 256 highest are looked at alone: while the highest of them is not below the
-    lowest that they had at first, no other patch has a higher one. Then one matrix product updates all values.
+    A patch's value is its distance to the nearest chosen patch, or to the `starts` (the mean) if that is less. Values
+    only fall. So it is enough to look at the 256 highest: a patch outside has at most the lowest value that these had
+    at the start. Choose among them while the best is at least that. Then one matrix product updates all values.
 
     Args:
         projected: float32 (images, P, d).

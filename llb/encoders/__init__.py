@@ -5,7 +5,7 @@ Example:
     from llb import load_encoder
     encoder = load_encoder("dinov2_vitb14_reg", weights="model.safetensors", image_size=392)
     tokens = encoder(images)  # float32 (B, 392, 392, 3), ImageNet-normalised → 12 × (B, 789, 768)
-    maps = load_encoder("resnet18")(images)  # (B, 224, 224, 3) → (B, 56, 56, 64) … (B, 7, 7, 512)
+    maps = load_encoder("resnet18")(small)  # small (B, 224, 224, 3) → (B, 56, 56, 64) … (B, 7, 7, 512)
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Encoder:
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        """The shape of one image's `features`: (2, T, D) of a ViT, (L,) of a CNN."""
+        """The shape of one image's `features`: (G, T, D) of a ViT (G groups of blocks), (L,) of a CNN."""
         if isinstance(self.spec, CnnSpec):
             return (sum(h * w * channels for h, w, channels in grids(self.spec, self.image_size, self.strides)),)
         return (len(self.spec.groups), self.tokens_per_image, self.spec.width)
@@ -65,7 +65,7 @@ class Encoder:
         return _apply(params, images, self.spec, self.precision, self.strides)
 
     def features(self, params: dict, images: jax.Array) -> jax.Array:
-        """What is cached of each image. Of a ViT float32 (B, 2, T, D): means of two groups of blocks, which Dinomaly
+        """What is cached of each image. Of a ViT float32 (B, G, T, D): means of groups of blocks, which Dinomaly
         reconstructs. Of a CNN float32 (B, L): the maps of all wanted stages in a row, finest first. See `apply`.
         """
         outputs = self.apply(params, images)
@@ -84,14 +84,14 @@ def feature_maps(
 ) -> tuple[jax.Array, ...]:
     """The feature maps of images, float32 (B, h, w, C) each, finest first; their sizes are those of `grids`.
 
-    Of a ViT the means of its two groups, patch tokens only. Of a CNN the wanted stages. A pure function.
+    Of a ViT the means of its groups, patch tokens only. Of a CNN the wanted stages. A pure function.
     images: float32 (B, H, W, 3), ImageNet-normalised.
     """
     outputs = _apply(params, images, spec, precision, strides)
     if isinstance(spec, CnnSpec):
         return tuple(outputs)
     rows, columns = images.shape[1] // spec.patch, images.shape[2] // spec.patch
-    patches = _group_means(params, outputs, spec)[:, :, -rows * columns :]  # (B, 2, P, D)
+    patches = _group_means(params, outputs, spec)[:, :, -rows * columns :]  # (B, G, P, D)
     return tuple(jnp.moveaxis(patches, 1, 0).reshape(len(spec.groups), len(images), rows, columns, spec.width))
 
 
@@ -106,7 +106,7 @@ def _apply(
 
 
 def _group_means(params: dict, tokens: list[jax.Array], spec: Spec) -> jax.Array:
-    """The mean of each group of a ViT's blocks: depth × (B, T, D) → (B, 2, T, D).
+    """The mean of each group of a ViT's blocks: depth × (B, T, D) → (B, G, T, D).
 
     The features of tiny are whitened by their mean and covariance over drawn images, which its weight file contains.
     Without that a few directions (brightness, contrast) hold most of their variance, and a cosine distance would see
@@ -116,7 +116,7 @@ def _group_means(params: dict, tokens: list[jax.Array], spec: Spec) -> jax.Array
     if spec.filter_bank:
         # a single block in place of a group is whitened as its group
         own = [next(i for i, usual in enumerate(SPECS[spec.name].groups) if group[0] in usual) for group in spec.groups]
-        mean, matrix = (params["whitening"][name][jnp.array(own)] for name in ("mean", "matrix"))  # (2, D), (2, D, D)
+        mean, matrix = (params["whitening"][name][jnp.array(own)] for name in ("mean", "matrix"))  # (G, D), (G, D, D)
         groups = jnp.einsum("bgtd,gde->bgte", groups - mean[:, None], matrix)
     return groups
 

@@ -70,19 +70,19 @@ def interpolate_positions(positions: jax.Array, rows: int, columns: int, spec: S
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q kᵀ / √E) v for each head, the softmax in float32: three (B, T, H, E) → (B, T, H, E)."""
+    """softmax(q kᵀ / √(D/heads)) v for each head, the softmax in float32: three (B, T, heads, D/heads) → the same."""
     if jax.default_backend() != "cpu":
         return jax.nn.dot_product_attention(q, k, v, implementation=attention_kernel(q.shape, q.dtype.name))
     # heads first: 1.5 × as fast on a CPU as jax.nn's
-    q, k, v = (y.swapaxes(1, 2) for y in (q * q.shape[-1] ** -0.5, k, v))  # (B, H, T, E)
+    q, k, v = (y.swapaxes(1, 2) for y in (q * q.shape[-1] ** -0.5, k, v))  # (B, heads, T, D/heads)
     logits = jnp.einsum("bhte,bhse->bhts", q, k, preferred_element_type=jnp.float32)
     return (jax.nn.softmax(logits, axis=-1).astype(v.dtype) @ v).swapaxes(1, 2)
 
 
 @lru_cache
 def attention_kernel(shape: tuple[int, ...], dtype: str) -> str | None:
-    """The kernel for this shape (B, T, H, E) and dtype: "cudnn" where a trial compilation succeeds, else None, which
-    means XLA. cuDNN never forms the (T, T) matrix, but JAX does not choose it by itself."""
+    """The kernel for this shape (B, T, heads, D/heads) and dtype: "cudnn" where a trial compilation succeeds, else
+    None, which means XLA. cuDNN never forms the (T, T) matrix, but JAX does not choose it by itself."""
     if jax.default_backend() != "gpu" or dtype == "float32":
         return None
     examples = [jax.ShapeDtypeStruct(shape, dtype)] * 3
@@ -104,7 +104,8 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = nn.Dense(3 * width, dtype=self.precision, name="qkv")(x)  # (B, T, 3 D)
-        q, k, v = (y.reshape(batch, tokens, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))  # (B, T, H, D/H)
+        # (B, T, heads, D/heads) each
+        q, k, v = (y.reshape(batch, tokens, self.heads, -1) for y in jnp.split(qkv, 3, axis=-1))
         x = attention(q, k, v)
         return nn.Dense(width, dtype=self.precision, name="proj")(x.reshape(batch, tokens, width))
 
