@@ -1,6 +1,7 @@
 """The lessons of llb/docs are true: their commands are accepted, their Python draws their figures.
 
-`python tests/test_docs.py [PAGE…]` runs the pages up to their figures; writes these, and what the Python prints, anew.
+`PYTHONPATH=. python tests/test_docs.py [PAGE…]` runs the pages up to their figures; writes these, and what the Python
+prints, anew.
 """
 
 import importlib

@@ -57,7 +57,7 @@ def test_the_readme_is_short_and_the_paths_and_functions_that_it_names_are_there
             for name in names:
                 assert re.search(rf"\b(def|class) {name}\b|^{name}(:.*)? =", text, re.M), (name, files)
     room, code = "", (ROOT / "llb" / "README.md").read_text(encoding="utf-8")
-    for line in code.split("## Code map")[1].split("`python tests")[0].splitlines():
+    for line in code.split("## Code map")[1].split("`PYTHONPATH=. python tests")[0].splitlines():
         for word in re.findall(r"[\w./]+", re.split(" {3,}", line.strip())[0]):
             if word.endswith("/"):
                 room = word

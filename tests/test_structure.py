@@ -1,4 +1,4 @@
-"""The house: which room may import which. `python tests/test_structure.py` prints the rooms with lines and imports."""
+"""The house: which room may import which. `PYTHONPATH=. python tests/test_structure.py` prints it, with lines."""
 
 import ast
 import subprocess
