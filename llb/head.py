@@ -210,7 +210,8 @@ def learn_head(
     defect, fine = review["defect"], review["fine"]
     if min(defect, fine) < MARKS:
         return None, review | {"why": f"no head: it needs {MARKS} images of each verdict"}
-    generator, own = np.random.default_rng((seed, 3)), jax.tree.map(lambda leaf: leaf[0], params)
+    generator = np.random.default_rng((seed, 3))
+    own = jax.device_put(jax.tree.map(lambda leaf: leaf[0], params))  # once, not for each batch
 
     # ---- one look: the detector's distances, and patches ----
     said, others = np.flatnonzero(marks >= FINE), np.flatnonzero(marks < FINE)
@@ -241,7 +242,7 @@ def learn_head(
     # ---- heads on the images that they have not learned from ----
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed % 2**32).split(said, marks[said])
     parts = [part for _, part in folds]
-    heads = jax.tree.map(lambda *leaves: np.stack(leaves), *map(head_of, parts))
+    heads = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *map(head_of, parts)))
 
     def heads_on(inputs: Any, at: np.ndarray) -> jax.Array:
         return own_step(heads, own, inputs, setup=setup)

@@ -1,5 +1,6 @@
 """DeSTSeg equals a small PyTorch model (tests/reference/destseg_reference.py), and paints sensible damage."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from llb.detectors.common import SCORES, Setup, anomaly_map
 from llb.detectors.damage import damage
 from llb.encoders import parameter_shapes
 from llb.encoders.specs import SPECS, CnnSpec
+from llb.files import UserError
 
 STORED = dict(np.load(Path(__file__).parent / "reference" / "destseg.npz"))
 SMALL = CnnSpec(name="small", block="basic", stem=4, layers=((1, 4, 3, 1), (1, 8, 3, 2), (1, 16, 3, 2)))
@@ -136,6 +138,11 @@ def test_for_resnet18_at_256_pixels_there_are_as_many_parameters_as_published():
     params = jax.eval_shape(partial(destseg.init, setup), jax.random.key(0))["params"]
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in params}
     assert counts["student"] == 24_665_024 and counts["res"] + counts["head"] == 7_706_369
+
+
+def test_one_image_a_step_has_no_variance_and_is_refused():
+    with pytest.raises(UserError, match="^--batch-size 1: "):
+        jax.eval_shape(partial(destseg.init, replace(SETUP, batch_size=1)), jax.random.key(0))
 
 
 def test_the_rates_are_those_published_each_in_its_phase():

@@ -66,6 +66,13 @@ def test_training_mode_normalises_true_and_noisy_features_as_one_batch():
     assert_close(scores, STORED["scores_batch"])
 
 
+def test_scores_in_bfloat16_are_not_rounded_to_it_so_that_few_are_equal():
+    q = np.random.default_rng(0).normal(size=(200, 24)).astype(np.float32)
+    model = simplenet.Discriminator(16, "bfloat16")
+    scores = jax.jit(model.apply)(model.init(jax.random.key(0), q), q)
+    assert len(np.unique(scores)) > 195
+
+
 def test_three_steps_with_given_noise_equal_pytorchs_two_optimisers_and_running_statistics():
     variables = tree("before/")
     opt = simplenet.optimizer(SETUP, 1).init(variables["params"])

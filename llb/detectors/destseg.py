@@ -17,9 +17,8 @@ Sizes for ResNet-18 at 256 pixels:
     loss       focal + L1, against the masks
     score      (B,)                             mean of the map's 100 highest pixels
 
-With another encoder the student stays as it is, and its outputs are resized to the teacher's grids. On a ViT, whose two
-maps lie on one grid, that is the outputs of the decoder's 256 and 128 channels. A 1 × 1 convolution brings each to
-the teacher's channels, if it has not these channels or if they are signed (a block's output never is negative).
+On another encoder's grids the student's outputs are resized; on a ViT, whose two maps lie on one grid, those of 256 and
+128 channels. A 1 × 1 convolution gives other channels, and signed ones (a block's output never is negative).
 
 Differs from the release: textures (see damage), normal images are not rotated, the student's loss is 32 · batch mean.
 """
@@ -38,6 +37,7 @@ from llb.detectors.common import MapRule, Setup, between, highest_part, resize, 
 from llb.detectors.damage import damage
 from llb.detectors.layers import ConvNorm
 from llb.encoders.specs import CnnSpec
+from llb.files import UserError
 from llb.images import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGES, STRIDES = True, (4, 8, 16)
@@ -125,6 +125,8 @@ class Head(nn.Module):
 
 def networks(setup: Setup) -> dict[str, nn.Module]:
     """The three parts, whose variables lie under these names and have a learning rate each."""
+    if setup.batch_size == 1:
+        raise UserError("--batch-size 1: destseg's BatchNorm needs 2 images or more")
     precision, width = setup.precision, setup.settings.width or min(64, setup.grids[-1][2] // 4)
     signed = not (isinstance(setup.spec, CnnSpec) and setup.spec.resnet)
     res, head = Blocks(4 * width, precision=precision), Head(precision)
@@ -139,9 +141,8 @@ def apply(setup: Setup, variables: dict, part: str, x: jax.Array, train: bool = 
 
 
 def init(setup: Setup, key: jax.Array) -> dict:
-    side, (height, width, _), parts = setup.image_size, setup.grids[0], networks(setup)
-    joined = sum(channels for *_, channels in setup.grids)
-    inputs = (side, side, 3), (height, width, joined), (height, width, parts["res"].width)
+    side, grid, parts = setup.image_size, setup.grids[0][:2], networks(setup)
+    inputs = (side, side, 3), (*grid, sum(channels for *_, channels in setup.grids)), (*grid, parts["res"].width)
     variables = {"params": {}, "batch_stats": {}}
     for own_key, shape, (part, network) in zip(jax.random.split(key, 3), inputs, parts.items()):
         own = network.init(own_key, jnp.zeros((1, *shape)), False)
@@ -225,7 +226,7 @@ def loss(setup: Setup, variables: dict, features: tuple, key: jax.Array, step: j
 def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTransformation:
     """Plain SGD with momentum, constant rates. Outside of its phase a part has neither decay nor momentum nor steps."""
 
-    def sgd(rate: float, of_student: bool) -> optax.GradientTransformation:
+    def sgd(share: float, of_student: bool) -> optax.GradientTransformation:
         def active(count: jax.Array) -> jax.Array:
             return ((count < student_steps(setup)) == of_student).astype(jnp.float32)
 
@@ -233,11 +234,10 @@ def optimizer(setup: Setup, steps_per_pass: jax.Array | int) -> optax.GradientTr
             optax.add_decayed_weights(DECAY),
             optax.scale_by_schedule(active),
             optax.trace(MOMENTUM),
-            optax.scale_by_schedule(lambda count: -rate * active(count)),
+            optax.scale_by_schedule(lambda count: -share * setup.learning_rate * active(count)),
         )
 
-    main = setup.learning_rate
-    parts = {"student": sgd(main, True), "res": sgd(RES_RATE * main, False), "head": sgd(HEAD_RATE * main, False)}
+    parts = {"student": sgd(1.0, True), "res": sgd(RES_RATE, False), "head": sgd(HEAD_RATE, False)}
     return optax.multi_transform(parts, {part: part for part in parts})
 
 

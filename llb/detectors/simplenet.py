@@ -81,7 +81,7 @@ class Discriminator(nn.Module):
     def __call__(self, q: jax.Array, train: bool = False) -> jax.Array:
         q = linear(self.hidden, self.precision, "first")(q).astype(jnp.float32)
         q = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, name="norm")(q)
-        return linear(1, self.precision, "last")(nn.leaky_relu(q, 0.2))[:, 0].astype(jnp.float32)
+        return linear(1, "float32", "last")(nn.leaky_relu(q, 0.2))[:, 0]  # in bfloat16 many scores would be equal
 
 
 def networks(setup: Setup, width: int) -> tuple[nn.Dense, Discriminator]:
