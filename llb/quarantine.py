@@ -46,7 +46,7 @@ class Quarantine:
     to: str | None = flag(None, "folder for the images", shown="beside the run, with -quarantine behind its name")
     copy: bool = flag(False, "copy the images: they stay where they are, too")
     go: bool = flag(False, "do it")
-    undo: bool = flag(False, "put back what was moved, and delete what was copied")
+    undo: bool = flag(False, "put back what was moved, and delete what was copied (needs no --go)")
 
 
 def main() -> None:
@@ -60,6 +60,8 @@ def main() -> None:
         raise UserError(f"--category {settings.category}: {run} has {', '.join(names)}")
     if settings.undo + settings.dropped + settings.reviewed + (settings.top is not None) > 1:
         raise UserError("--dropped, --reviewed, --top and --undo exclude each other: give one")
+    if settings.undo and (given := typed_flags(settings, ("to", "copy", "go"))):
+        raise UserError(f"{given[0]} says how images are taken out, and --undo puts them back: leave one of them out")
     names = [settings.category] if settings.category else names
     with hold(run, "quarantine", against=("",)) if settings.go or settings.undo else nullcontext():
         undo(run, names) if settings.undo else take_out(run, config, settings, names)
@@ -86,8 +88,12 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
             row = dict(zip(COLUMNS, (name, path, str(source), os.path.join(to, path), size, digest, modified)))
             if row["from"] not in old and os.path.lexists(row["to"]):
                 raise UserError(f"{row['to']} is there already, and nothing is overwritten: give another --to")
-            if row["from"] not in old or not is_lost(old[row["from"]]):  # it was taken out, and deleted there
-                rows.append(old.get(row["from"], row))
+            known = old.get(row["from"], row)
+            if known is not row and is_lost(known):  # it was taken out, and deleted there
+                continue
+            if settings.to and known["to"] != row["to"]:
+                raise UserError(f"{path} is in quarantine at {top(known, 'to')}: --undo first, or leave --to out")
+            rows.append(known)
     work = [row for row in rows if is_at(row["from"], row["to"], row)]
     if len({os.path.realpath(row["from"]) for row in work}) < len(work):
         raise UserError(f"{root}: two of these images are one file, by a link; put a copy in the place of the link")
@@ -102,9 +108,11 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
         raise UserError(f"{Path(shut[0]).parent} cannot be written: grant access to it, or give --copy")
 
     verb, first = "copy" if settings.copy else "move", some([printable(row["path"]) for row in work])
-    say(f"{len(work)} of {len(rows)} images to {verb} from {root} to {to}: {first or 'none'}")
+    places = sorted({top(row, "to") for row in rows}) or [Path(to)]  # those in the manifest may have another one
+    say(f"{len(work)} of {len(rows)} images to {verb} from {root} to {', '.join(map(str, places))}: {first or 'none'}")
     if settings.go:
-        check_writable(Path(to), "--to")
+        for place in places:
+            check_writable(place, "--to")
         write_csv(
             run / MANIFEST, COLUMNS, [[*row.values()] for row in (old | {row["from"]: row for row in rows}).values()]
         )
@@ -134,8 +142,7 @@ def undo(run: Path, names: list[str]) -> None:
     own = [row for row in rows if row["category"] in names]
     if not own:
         raise UserError(f"--undo: no image of {run} is in quarantine")
-    places = [[Path(row[end].removesuffix(os.path.normpath(row["path"]))) for end in ("from", "to")] for row in own]
-    if missing := [root for root, _ in places if not root.is_dir()]:
+    if missing := [root for row in own if not (root := top(row, "from")).is_dir()]:
         raise UserError(f"{missing[0]}, where the images belong, is not there: put it back")
     lost = [row for row in own if is_lost(row)]
     first = some([printable(row["path"]) for row in lost])
@@ -146,13 +153,18 @@ def undo(run: Path, names: list[str]) -> None:
     work = [row for row in own if not is_lost(row) and is_at(row["to"], row["from"], row)]
     for row in progress(work, desc="undo", unit="image"):
         move_file(Path(row["to"]), Path(row["from"]), row["sha256"], row["modified_ns"])
-    for row, (_, to) in zip(own, places):
-        discard_files(to, [row["path"]])  # what a killed copy has left, and empty folders
+    for row in own:
+        discard_files(top(row, "to"), [row["path"]])  # what a killed copy has left, and empty folders
     rest = [[*row.values()] for row in rows if row["category"] not in names or is_lost(row)]
     write_csv(run / MANIFEST, COLUMNS, rest) if rest else discard_files(run, [MANIFEST])
     say(f"{len(work)} images are back in their places")
     if lost:
         say(line)
+
+
+def top(row: dict[str, Any], end: str) -> Path:
+    """The folder of images, or of the quarantine, that an image's path starts from. end: "from" or "to"."""
+    return Path(row[end].removesuffix(os.path.normpath(row["path"])))
 
 
 def is_lost(row: dict[str, Any]) -> bool:

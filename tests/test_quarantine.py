@@ -114,6 +114,20 @@ def test_images_of_another_folder_are_not_moved_out_of_it(own, tmp_path):
     assert state(tmp_path / "theirs") == before and not (tmp_path / "run-quarantine").exists()
 
 
+def test_images_that_are_in_quarantine_are_not_said_to_go_to_another_place(own, tmp_path):
+    run, images = own
+    go, before = (NAME, "--run", run, "--go"), state(images)
+    succeed(*go, "--copy", "--to", tmp_path / "first")
+    copied = state(tmp_path / "first")
+    line = refuse(*go, "--to", tmp_path / "second")
+    assert f"{dropped(run)[0]} is in quarantine at {tmp_path / 'first'}: --undo first, or leave --to out" in line
+    assert state(images) == before and not (tmp_path / "second").exists()
+    assert f"from {images} to {tmp_path / 'first'}: " in succeed(*go)  # the same images, without --copy
+    assert state(tmp_path / "first") == copied and not (tmp_path / "run-quarantine").exists()
+    succeed(NAME, "--run", run, "--undo")
+    assert state(images) == before
+
+
 @pytest.mark.parametrize("how", ["on one disk", "to another disk", "copied"])
 def test_a_command_that_is_killed_anywhere_is_given_again_or_undone(own, how, monkeypatch, tmp_path):
     run, images = own
@@ -202,6 +216,7 @@ def test_what_cannot_be_moved_safely_is_refused_before_anything_moves(own, tmp_p
         refused(f"{last.parent} cannot be written: grant access to it, or give --copy")
     refused("exclude each other", *go, "--dropped", "--top", "1")
     refused("exclude each other", *go, "--reviewed", "--undo")
+    refused("--to says how images are taken out, and --undo puts them back", *go, "--undo", "--to", to)
     refused("run has tile", *go, "--category", "bottle")
     refused("config.json cannot be read", NAME, "--run", images)
 
