@@ -31,7 +31,7 @@ from llb.data import HALF
 from llb.defaults import resolve, resolve_final, with_sizes
 from llb.device import start_jax
 from llb.encoders.specs import SPECS
-from llb.files import UserError, check_writable, is_writer
+from llb.files import UserError, check_writable_file, is_writer
 from llb.flags import SEVERAL, flag, flag_of, influential, parse_flags, real, typed_flags, whole
 from llb.lock import hold
 from llb.pages import PAGE
@@ -59,7 +59,7 @@ class Ablate(Stage1):
     seeds: int = flag(3, "number of seeds, from --seed on", whole(1))
     train_on: str = flag("purified", f"final detectors, with commas; {ALONE}: stage 1 alone")
     suspects: int = flag(PAGE, "as stage 1's; few, since nobody marks the images of a grid", whole(1), affects=False)
-    lowest: float | None = flag(None, "as of llb.compare", real(0, 1), shown="–")
+    lowest: float | None = flag(None, "as of llb.compare", real(0, 1, open_below=True), shown="–")
     out: str | None = flag(None, "folder of the grid", shown="runs/PRESET or runs/ablate")
     print: bool = flag(False, "print the commands of each run, and do nothing")
 
@@ -76,7 +76,7 @@ def main() -> None:
     device = start_jax(settings)
     say(device)
     cells = distinct(cells)
-    check_writable(out)
+    check_writable_file(str(out / "compare.csv"), "--out")
     with hold(out, "ablate"):
         done = run_cells(cells, out, device, settings.overwrite)
         if done:

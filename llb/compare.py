@@ -48,7 +48,9 @@ class Compare:
     run: Any = flag(WORDS, "folders of runs")
     csv: str | None = flag(None, "write the figures of each run to this file", shown="none")
     plot: str | None = flag(None, "draw PLOT.png and PLOT.svg", shown="none")
-    lowest: float | None = flag(None, "show the contamination of this share of lowest scores", real(0, 1), None, "–")
+    lowest: float | None = flag(
+        None, "show the contamination of this share of lowest scores", real(0, 1, open_below=True), shown="–"
+    )
 
 
 @dataclass(frozen=True)

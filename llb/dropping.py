@@ -33,7 +33,7 @@ from llb.device import start_jax
 from llb.figures import COLOURS, INK, house, new_figure, save
 from llb.files import UserError, check_writable_file, some
 from llb.fit import learn
-from llb.flags import flag, parse_flags, real, whole
+from llb.flags import flag, parse_flags, real, typed_flags, whole
 from llb.keep import choose, deviations, keep_lowest
 from llb.looks import runs_in
 from llb.metrics import image_metrics
@@ -74,6 +74,10 @@ class Dropping:
 
 def main() -> None:
     settings = parse_flags(Dropping)
+    if not (settings.grid and settings.best) and (given := typed_flags(settings, ("best", "cache"))):
+        raise UserError(f"{given[0]} belongs to {'--grid' if settings.best else '--best'}: give both")
+    if settings.grid and (given := typed_flags(settings, ("noise_ratio", "seed"))):
+        raise UserError(f"{given[0]} is of the demo sets, and --grid takes their place: leave one of them out")
     check_writable_file(f"{settings.plot}.png", "--plot")
     if settings.grid:
         points = points_of([run for each in settings.grid.split(",") for run in runs_in(Path(each))])

@@ -250,7 +250,12 @@ def check_writable(folder: Path, flag: str = "--out") -> list[str]:
 
 
 def check_writable_file(file: str, flag: str) -> None:
-    """Raise a UserError if `file`, named by `flag`, could not be written at the end."""
+    """Raise a UserError if `file`, named by `flag`, could not be written, or lies in a run."""
+    top = Path(os.path.realpath(Path(file).parent))
+    for folder in (top, *top.parents):
+        with suppress(OSError):
+            if b'"llb": ' in (folder / "config.json").read_bytes():
+                raise UserError(f"{flag} {file} lies in the run {folder}: name a file outside of it")
     check_writable(Path(file).parent, flag)
     if Path(file).is_dir():
         raise UserError(f"{flag} {file} is a folder: name a file in it")

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import rows_of
+from helpers import dates, refuse, rows_of
 from PIL import Image
 
 from llb.compare import differing, main, read_groups, report, written
@@ -130,6 +130,22 @@ def test_the_papers_statistic_counts_defects_among_the_lowest_scores():
     # the first sub-model's two lowest are normal, the second's are one normal and one defective
     assert lowest_contamination(SCORES, LABELS, 0.4) == (0.25, 0.0)
     assert lowest_contamination(SCORES, (None, *LABELS[1:]), 0.4) == (None, None)
+
+
+def test_no_file_of_a_run_is_overwritten_and_a_share_of_none_is_refused(tmp_path):
+    run, other = made(tmp_path / "a"), tmp_path / "link"
+    other.symlink_to(tmp_path / "a" / "part")
+    written = dates(tmp_path)
+    for flag, file in (
+        ("--csv", f"{run}/config.json"),
+        ("--csv", f"{other}/scores.csv"),
+        ("--plot", f"{run}/new/plot"),
+    ):
+        assert f"lies in the run {run}: name a file outside of it" in refuse("llb.compare", run, flag, file)
+    assert "--lowest: '0' is not a number above 0 to 1" in refuse("llb.compare", run, "--lowest", "0")
+    assert "above 0 to 1" in refuse("llb.ablate", "--lowest", "0", "--print")
+    assert "lies in the run" in refuse("llb.ablate", "--out", run)
+    assert dates(tmp_path) == written and not (tmp_path / "a" / "new").exists()
 
 
 def test_the_command_writes_a_table_and_a_plot(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import rows_of
+from helpers import refuse, rows_of
 from test_compare import made
 
 from llb import dropping
@@ -80,6 +80,18 @@ def test_finished_runs_are_points_and_those_without_all_three_are_left_out(tmp_p
     write_config(grid / "seed=1", config | {"keep": 0.6})
     with pytest.raises(UserError, match="runs that differ in keep"):  # no mean over seeds
         dropping.main()
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    (
+        ("--best", "--best belongs to --grid: give both"),
+        ("--grid D --cache C", "--cache belongs to --best: give both"),
+        ("--grid D --seed 1", "--seed is of the demo sets, and --grid takes their place"),
+    ),
+)
+def test_a_flag_that_would_have_no_effect_is_refused(flags, problem):
+    assert problem in refuse("llb.dropping", *flags.split())
 
 
 def test_the_best_threshold_of_a_finished_run_is_the_best_of_all_on_its_own_ranking(finished, monkeypatch):
