@@ -44,6 +44,8 @@ from stage1_partition import run_stage1
 from stage2_train import run_stage2
 
 ALONE = "none"
+# not to be varied, with what to give instead
+OWNED = dict.fromkeys(("out", "final.run", "review.run"), "give --out") | {"final.train_on": "give --train-on"}
 OTHER = " (by other sources of llb: --overwrite makes it again)"
 
 
@@ -66,6 +68,9 @@ class Ablate(Stage1):
 
 def main() -> None:
     settings = parse_flags(Ablate)
+    given = [name_of(text) for text in settings.vary]  # of a preset's they take the place
+    if twice := [name for name in given if given.count(name) > 1]:
+        raise UserError(f"--vary {twice[0]}: is given twice; give all values in one, with commas")
     if settings.preset:
         settings = parse_flags(Ablate, PRESETS[settings.preset].split() + sys.argv[1:])
     out = Path(settings.out or f"runs/{settings.preset or 'ablate'}")
@@ -96,13 +101,25 @@ def grid(settings: Ablate, out: Path) -> tuple[list[str], list[Cell]]:
         name, _, values = text.partition("=")
         if not all(values.split(",")) or name.rpartition(".")[0] not in ("", "final", "set", "review"):
             raise UserError(f"--vary {text}: give NAME=A,B,… of a flag, final.NAME=…, set.NAME=… or review.NAME=…")
-        varied[name.replace("-", "_")] = values.split(",")
+        varied[name_of(text)] = values.split(",")
+    for name in varied:
+        if name in OWNED:
+            raise UserError(f"--vary {name}: it is the grid's own; {OWNED[name]}")
+        if name.startswith("final.") and settings.train_on == ALONE:
+            raise UserError(f"--vary {name}: with --train-on {ALONE} there is no final detector; leave it out")
+        if (name.startswith("review.") or name == "final.head") and "reviewed" not in settings.train_on.split(","):
+            raise UserError(f"--vary {name}: is of --train-on reviewed alone; give that too, or leave it out")
     if "noise_ratio" in varied and settings.data is not None and settings.noise_pool is None:
         settings = dataclasses.replace(settings, noise_pool=HALF)  # the same test set, also without a ratio
     grids = [{}, *({name: values} for name, values in varied.items())] if settings.single else [varied]
     owns = [dict(zip(each, values)) for each in grids for values in itertools.product(*each.values())]
     seeds = range(settings.seed, settings.seed + settings.seeds)  # outermost: soon there is something to compare
     return list(varied), [cell_of(settings, out, {"seed": str(seed)} | own) for seed in seeds for own in owns]
+
+
+def name_of(text: str) -> str:
+    """The setting that a --vary names."""
+    return text.partition("=")[0].replace("-", "_")
 
 
 def cell_of(settings: Ablate, out: Path, own: dict[str, str]) -> Cell:
@@ -116,13 +133,16 @@ def cell_of(settings: Ablate, out: Path, own: dict[str, str]) -> Cell:
     common = {each.name: getattr(settings, each.name) for each in dataclasses.fields(Stage1)}
     common |= {"out": run, "set": ",".join(sets) or None, "overwrite": False}
     carried = {"run": run} | {name: common[name] for name in CARRIED}
-    finals = [] if settings.train_on == ALONE else settings.train_on.split(",")
+    lists = [] if settings.train_on == ALONE else settings.train_on.split(",")
+    finals = [parse_flags(Stage2, [*typed_flags(Stage2(**carried)), *last, "--train-on", each]) for each in lists]
+    # in a grid that varies final.head the other detectors have none, and are the same in all runs
+    finals = [each if each.train_on == "reviewed" else dataclasses.replace(each, head="auto") for each in finals]
     look = parse_flags(Review, ["--run", run, *looks]) if looks else None
     if look and look.simulate is None:
         raise UserError("--vary review.errors: belongs to review.simulate; vary that too, and without --single")
     return Cell(
         parse_flags(Stage1, typed_flags(Stage1(**common)) + first),
-        [parse_flags(Stage2, [*typed_flags(Stage2(**carried)), *last, "--train-on", final]) for final in finals],
+        finals,
         Evaluate(**carried),
         look,
     )

@@ -82,6 +82,8 @@ def resolve_final(settings: Stage2, config: dict[str, Any]) -> Stage2:
 
     config: RUN/config.json.
     """
+    if settings.head == "none" and settings.train_on != "reviewed":
+        raise UserError("--head none: only --train-on reviewed has a head; leave it out")
     demo, name = config["data"] is None, settings.detector or config["detector"]
     settings = dataclasses.replace(settings, detector=name)
     protocol = PROTOCOLS.get(config["protocol"]) if name == "dinomaly" else None

@@ -258,7 +258,8 @@ def begin_stage2(run: Path, settings: Stage2, final: str, steps: dict[str, int],
     with turn(run):
         config = read_config(run, f"--run {run}", _make_again(run))
         recorded = config.setdefault("stage2", {})
-        old = recorded.get(final) and {"head": "auto"} | recorded[final]  # of before there were heads
+        auto, old = {"head": "auto"}, recorded.get(final)  # of before there were heads
+        old = old and (auto | old if settings.train_on == "reviewed" else old | auto)  # it has none, whatever was given
         new = influential(settings) | {"category_steps": None if settings.steps else steps}
         new |= {"released_digest": released} if released else {}
         if old is not None and not settings.overwrite:

@@ -123,6 +123,7 @@ def commands(run: Path, config: dict[str, Any], evaluated: bool) -> list[str]:
     for final, stage2 in (config.get("stage2") or {}).items():
         fitted = ("steps", "learning_rate") if stage2.get("learning_rate") == 0 else ()  # it has none
         fitted += ("batch_size",) if stage2.get("released") else ()  # nothing is trained
+        fitted += () if final.startswith("reviewed") else ("head",)
         unset = ("category_steps", "released_digest", *fitted)
         given = {name: value for name, value in stage2.items() if name not in unset}
         given = {"train_on": final} | given

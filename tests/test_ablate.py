@@ -17,6 +17,7 @@ from llb.config import Evaluate, Stage1, Stage2
 from llb.files import UserError, write_csv, write_json
 from llb.flags import parse_flags
 from llb.lock import hold
+from llb.presets import PRESETS
 from llb.run import command_line
 from llb.runfiles import COLUMNS, read_config, write_config
 from llb.tables import read_metrics
@@ -87,6 +88,12 @@ def test_all_runs_have_one_test_set_if_the_noise_ratio_is_varied(flags, pool, tm
     assert {cell.stage1.noise_pool for cell in cells} == {pool}
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_grid_and_given_values_take_the_place_of_its_own(preset, tmp_path):
+    line = ["--preset", preset, "--vary", "noise_ratio=0.3", "--out", tmp_path, "--print"]
+    assert "--noise-ratio 0.3" in succeed("llb.ablate", *line)
+
+
 def test_a_look_stands_between_the_stages(tmp_path):
     line = ["--vary", "review.simulate=24,48", "--vary", "review.errors=0.1", "--vary", "final.head=none"]
     lines = succeed("llb.ablate", *line, "--train-on", "reviewed,all", "--seeds", 1, "--out", tmp_path, "--print")
@@ -99,7 +106,7 @@ def test_a_look_stands_between_the_stages(tmp_path):
             "0.1",
         ]
         assert [final[4:6] for final in finals] == [["--train-on", "reviewed"], ["--train-on", "all"]]
-        assert look[4] == finals[0][3] and all("none" in final for final in finals)
+        assert look[4] == finals[0][3] and ["none" in final for final in finals] == [True, False]  # it has no head
 
 
 def test_overwrite_begins_again_as_stage_1_does_and_never_deletes_what_a_person_marked(
@@ -251,7 +258,7 @@ def test_metrics_of_another_selection_are_not_shown(finished, data, tmp_path):
         ("--single --vary image_size=112 --vary suspects=9 --vary final.steps=200", ["seed=0"]),
         ("--single --vary detector=padim --vary dropout=0.2 --detector padim", ["seed=0", "dropout=0.2,seed=0"]),
         (
-            "--vary review.simulate=3 --vary review.errors=0,0.1",
+            "--vary review.simulate=3 --vary review.errors=0,0.1 --train-on reviewed",
             [f"review.errors={e},review.simulate=3,seed=0" for e in ("0", "0.1")],
         ),
     ),
@@ -274,9 +281,17 @@ def test_settings_that_are_given_twice_or_are_the_default_make_one_run(flags, ma
         ("kept=0.5", "unrecognized arguments: --kept"),
         ("keep=2", "--keep"),
         ("final.steps=0", "--steps: '0'"),
-        ("review.errors=0,0.1", "review.errors: belongs to review.simulate"),
+        ("review.errors=0,0.1 --train-on reviewed", "review.errors: belongs to review.simulate"),
+        ("keep=0.7 --vary keep=0.8,0.9", "--vary keep: is given twice; give all values in one"),
+        ("noise_ratio=0.1 --vary noise-ratio=0.2 --preset noise", "--vary noise_ratio: is given twice"),
+        ("out=a,b", "--vary out: it is the grid's own; give --out"),
+        ("final.train-on=all", "--vary final.train_on: it is the grid's own; give --train-on"),
+        ("review.run=a", "--vary review.run: it is the grid's own"),
+        ("final.steps=3 --train-on none", "--vary final.steps: with --train-on none there is no final detector"),
+        ("review.simulate=3", "--vary review.simulate: is of --train-on reviewed alone"),
+        ("final.head=none --train-on all,clean", "--vary final.head: is of --train-on reviewed alone"),
     ),
 )
 def test_what_no_script_accepts_is_refused_before_anything_is_made(vary, problem, tmp_path):
-    assert problem in refuse("llb.ablate", "--vary", vary, "--out", tmp_path / "grid")
+    assert problem in refuse("llb.ablate", "--vary", *vary.split(), "--out", tmp_path / "grid")
     assert not (tmp_path / "grid").exists()

@@ -14,6 +14,7 @@ from llb.features import Features
 from llb.files import write_csv
 from llb.head import Headed, distance_of, learn_head, lower_bound
 from llb.marks import DEFECT, FINE, UNSAID
+from llb.runfiles import commands, read_config, write_config
 
 GRID, CHANNELS = 9, 8  # of small_setup: positions, numbers of each of the two maps
 
@@ -155,6 +156,17 @@ def mark(run, defects: int, fines: int) -> None:
     verdicts = dict.fromkeys(paths[0][:defects], "defect") | dict.fromkeys(paths[1][:fines], "fine")
     said = [[row["path"], verdicts[row["path"]]] for row in rows if row["path"] in verdicts]
     write_csv(run / "tile" / "marks.csv", ["path", "verdict"], said)
+
+
+def test_what_has_no_head_takes_no_flag_for_one_and_a_run_that_has_recorded_one_goes_on(tmp_path, finished):
+    run = shutil.copytree(finished, tmp_path / "run")
+    train = ("stage2_train", "--run", run, "--steps", 3, "--train-on", "all")
+    assert "--head none: only --train-on reviewed has a head" in refuse(*train, "--head", "none")
+    config = read_config(run, "", "")
+    config["stage2"]["all"]["head"] = "none"
+    write_config(run, config)
+    assert not any("--head" in line for line in commands(run, config, True))
+    assert "is finished" in succeed(*train) and read_config(run, "", "")["stage2"]["all"]["head"] == "auto"
 
 
 def test_reviewed_is_a_final_detector_beside_the_others(tmp_path, finished, data, monkeypatch):
