@@ -50,6 +50,7 @@ coordinator_flag = partial(flag, None, TOGETHER, shown="from srun or mpirun, els
 with_coordinator = partial(flag, None, shown="likewise", affects=False)
 SETS = "the detector's own settings, NAME=VALUE,… (another NAME lists them)"
 SCORED = "how the score of an image is taken from its map (patch-max: from the distances)"
+INHERITED = "stage 1's; of another detector its own"
 set_flag = partial(flag, None, SETS, shown="as published")
 image_score_flag = partial(flag, None, SCORED, choices=tuple(SCORES), shown="the detector's")
 processes_flag = partial(with_coordinator, "with --coordinator: how many processes", whole(1))
@@ -92,10 +93,13 @@ class Stage1:
         None,
         "side in pixels, a multiple of the patch size (of a CNN: 32)",
         SIDE,
-        shown="392, 384 for patch 16, 224 CNNs, 112 tiny",
+        shown="the detector's published one, else 392, 384 for patch 16, 224 CNNs, 112 tiny",
     )
     resize: int | None = flag(
-        None, "side of a larger square, of which the centre is taken", SIDE, shown="the image size: nothing is cut off"
+        None,
+        "side of a larger square, of which the centre is taken",
+        SIDE,
+        shown="the detector's published one, else the image size: nothing is cut off",
     )
     protocol: str | None = flag(
         None,
@@ -112,7 +116,9 @@ class Stage1:
     steps: int | None = flag(
         None, "steps of each sub-model", whole(1), shown=f"the detector's, or {STEPS}, demo set {DEMO_STEPS}"
     )
-    batch_size: int | None = flag(None, "images per step, sub-model", IMAGES, shown=f"{BATCH}, demo set {DEMO_BATCH}")
+    batch_size: int | None = flag(
+        None, "images per step, sub-model", IMAGES, shown=f"the detector's, or {BATCH}, demo set {DEMO_BATCH}"
+    )
     learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="the detector's and recipe's")
     dropout: float | None = flag(None, "rate in Dinomaly's bottleneck, or in UniAD", real(0, 1), shown="0.2, or 0.1")
     seed: int = flag(0, "determines all random numbers", whole(0, LARGEST_SEED))
@@ -166,17 +172,22 @@ class Stage2:
         choices=HEADS,
     )
     detector: str | None = flag(None, "the final detector", choices=DETECTORS, shown="stage 1's")
-    set: Any = set_flag()
-    image_score: str | None = image_score_flag()
+    set: Any = set_flag(shown=INHERITED)
+    image_score: str | None = image_score_flag(shown=INHERITED)
     steps: int | None = flag(
         None, "optimiser steps", whole(1), shown=f"the detector's, or {FINAL_STEPS}, demo set {DEMO_FINAL_STEPS}"
     )
     released: str | None = flag(
         None, "a checkpoint (.pth) of Dinomaly's release: the final detector, in place of a training", shown="none"
     )
-    passes: int | None = flag(None, "passes over the images, in place of --steps", whole(1), shown="see --steps")
-    batch_size: int | None = flag(None, "images per step", IMAGES, shown="stage 1's")
-    learning_rate: float | None = flag(None, "peak learning rate", RATE, shown="stage 1's")
+    passes: int | None = flag(
+        None,
+        "passes over the images, in place of --steps; each category with other steps compiles programs of its own",
+        whole(1),
+        shown="see --steps",
+    )
+    batch_size: int | None = flag(None, "images per step", IMAGES, shown=INHERITED)
+    learning_rate: float | None = flag(None, "peak learning rate", RATE, shown=INHERITED)
     cache: str = cache_flag()
     cache_limit: float = cache_limit_flag()
     cache_gib: float = cache_gib_flag()

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from llb.config import Evaluate, Stage1, Stage2
+from llb.defaults import resolve, resolve_final
 from llb.flags import Number, parse_flags, typed_flags
 
 NUMBERS = [
@@ -56,6 +57,20 @@ def test_every_number_is_bounded_and_help_says_how(settings, name, number, capsy
     shown = " ".join(capsys.readouterr().out.split())
     default = shown.split(f" {name} ")[-1].split("(default: ")[1]
     assert default.split(")")[0].endswith(number.bounds)
+
+
+def test_help_says_whose_the_defaults_are():
+    def shown(settings: type) -> dict[str, str]:
+        return {item.name: item.metadata["shown"] for item in dataclasses.fields(settings)}
+
+    stage1 = resolve(Stage1(data="D", detector="simplenet", encoder="wide_resnet50_2"), "mvtec")
+    final = resolve_final(Stage2(detector="padim"), vars(stage1))
+    values = {"image_size": 288, "resize": 329, "batch_size": 8}  # simplenet's as published, not the encoder's own
+    assert {name: getattr(stage1, name) for name in values} == values
+    assert all(shown(Stage1)[name].startswith("the detector's") for name in values)
+    for name in ("set", "image_score", "batch_size", "learning_rate"):
+        assert getattr(final, name) != getattr(stage1, name)
+        assert shown(Stage2)[name] == "stage 1's; of another detector its own"
 
 
 def test_settings_are_typed_as_the_flags_that_give_them():
