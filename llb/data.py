@@ -56,7 +56,7 @@ def categories(root: Root | Path | str) -> list[str]:
 
 
 def choose_categories(root: Root | Path | str, wanted: str | None) -> list[str]:
-    """The categories for `--category`: one name, several with commas, "all", or None if there is only one.
+    """The categories for `--category`, sorted: one name, several with commas, "all", or None if there is only one.
 
     Case does not matter where it does not tell two of them apart. A UserError that lists them is raised if one is not
     there, or none is given where there are several; and if images of one may be of several kinds.
@@ -74,7 +74,7 @@ def choose_categories(root: Root | Path | str, wanted: str | None) -> list[str]:
         chosen = [wanted]
     else:
         names = [name.strip() for name in wanted.split(",") if name.strip()]
-        chosen = list(dict.fromkeys(name if name in there else folded.get(fold(name)) or name for name in names))
+        chosen = sorted({name if name in there else folded.get(fold(name)) or name for name in names})
     for name in chosen or [wanted]:
         _require_category(root, name, there)
     return chosen

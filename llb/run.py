@@ -129,7 +129,8 @@ def open_run(
             if old and new and (os.path.realpath(old) == os.path.realpath(new) or not os.path.exists(old)):
                 config |= {name: new} | ({"data_given": settings.data} if name == "data" else {})
         trained = {name: value for name, value in now.items() if name not in SELECTING}
-        refuse_differences(config, trained, where, advice)
+        names = {"categories": sorted(config["categories"])}  # a run may be older than their order
+        refuse_differences(config | names, trained, where, advice)
         check_weights(config, encoder, where, advice)
         note_sources(config, run, sources_digest())
         note_machine(config, machine(facts["device"]))

@@ -355,7 +355,7 @@ def test_categories_are_chosen_by_name_list_or_all(tmp_path):
     for name in ("cap", "bolt", "nut"):
         put_mvtec(tmp_path, name)
     assert choose_categories(tmp_path, "nut") == ["nut"]
-    assert choose_categories(tmp_path, "nut, CAP,nut") == ["nut", "cap"]
+    assert choose_categories(tmp_path, "nut, CAP,nut") == ["cap", "nut"], "whatever the order"
     assert choose_categories(tmp_path, "all") == ["bolt", "cap", "nut"]
     assert choose_categories(tmp_path / "nut", None) == ["nut"]
     put_mvtec(tmp_path, "nut, left")

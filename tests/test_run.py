@@ -23,7 +23,7 @@ from llb.manifest import clear_run, clear_stage2, image_digests
 from llb.marks import choose_images
 from llb.new_images import read_folder
 from llb.run import find_run, finished_detectors, load_datasets, place_run
-from llb.runfiles import VERSION, write_config
+from llb.runfiles import VERSION, read_config, write_config
 from llb.stage import Stage, load_features
 from llb.tables import read_purified
 from llb.train import submodel_keys
@@ -275,6 +275,19 @@ def test_copies_of_an_image_are_told(tmp_path):
     out = succeed("stage1_partition", "--data", root, "--out", tmp_path / "run", "--cache", tmp_path / "cache", *flags)
     assert "copies: 1 of training images (tile/train/good/003.png is tile/train/good/001.png)" in out
     assert "1 of training images among the test images (tile/test/good/002.png is tile/train/good/008.png)" in out
+
+
+def test_the_order_of_categories_is_no_setting(tmp_path):
+    for name in ("Alpha", "beta"):
+        draw_mvtec(tmp_path / "root", name, good=4)
+    run, flags = tmp_path / "run", ("--detector", "padim", "--encoder", "tiny", "--image-size", 32)
+    line = ("stage1_partition", "--data", tmp_path / "root", "--out", run, "--cache", tmp_path / "cache", *flags)
+    succeed(*line, "--category", "beta,Alpha")
+    config = read_config(run, "", "")
+    assert config["categories"] == ["Alpha", "beta"]
+    assert "Alpha: stage 1 is finished" in succeed(*line, "--category", "Alpha,beta")
+    write_config(run, config | {"categories": ["beta", "Alpha"]})  # as an older run has them
+    assert "Alpha: stage 1 is finished" in succeed(*line, "--category", "beta,Alpha")
 
 
 def test_a_run_finds_its_images_and_no_others_of_that_name(moved, tmp_path, monkeypatch):
