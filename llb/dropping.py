@@ -195,18 +195,19 @@ def points_of(runs: Sequence[Path]) -> list[dict[str, Any]]:
     return points
 
 
-def row_of(settings: dict[str, Any]) -> tuple[str, str, str]:
-    """The set, the final detector and the noise ratio of a run, which make a row of the table."""
-    return settings["data"] or settings["layout"], settings["final.detector"], f"{settings['noise_ratio']:g}"
+def row_of(settings: dict[str, Any]) -> tuple[str, str, str, str]:
+    """The set, its categories, the final detector and the noise ratio of a run, which make a row of the table."""
+    data, categories = settings["data"] or settings["layout"], ", ".join(sorted(settings["categories"]))
+    return data, categories, settings["final.detector"], f"{settings['noise_ratio']:g}"
 
 
 def points_table(points: Sequence[dict[str, Any]]) -> str:
     """The means over the seeds, and the lowest gain of a seed; a row for each set, detector and noise ratio."""
-    titles, rows = ["set", "detector", "noise ratio", "n", *VALUES.values(), "lowest auto − all"], []
+    titles, rows = ["set", "categories", "detector", "noise ratio", "n", *VALUES.values(), "lowest auto − all"], []
     groups = {}
     for point in points:
         groups.setdefault(row_of(point["settings"]), []).append(point)
-    for (path, *names), own in [*sorted(groups.items()), (("all", "", ""), points)]:
+    for (path, *names), own in [*sorted(groups.items()), (("all", "", "", ""), points)]:
         cells = []
         for name, sign in zip(VALUES, ("", *"++++")):
             values = [point[name] for point in own if point[name] is not None]

@@ -24,6 +24,7 @@ from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: NumPy's and Pillow's errors have no number
 NOT_IN_A_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # line ends and control characters, in names of files
+RUN_MARKER = re.compile(rb'"(llb|submodels)"\s*:')  # in the config.json of a run
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
 PATHS = ("path", "from", "to")  # columns of tables
 LONGEST_NAME = 255  # bytes, of a file on nearly every disk
@@ -250,15 +251,21 @@ def check_writable(folder: Path, flag: str = "--out") -> list[str]:
 
 
 def check_writable_file(file: str, flag: str) -> None:
-    """Raise a UserError if `file`, named by `flag`, could not be written, or lies in a run."""
-    top = Path(os.path.realpath(Path(file).parent))
-    for folder in (top, *top.parents):
-        with suppress(OSError):
-            if b'"llb": ' in (folder / "config.json").read_bytes():
-                raise UserError(f"{flag} {file} lies in the run {folder}: name a file outside of it")
+    """Raise a UserError if `file`, named by `flag`, could not be written, or is one of a run's own."""
     check_writable(Path(file).parent, flag)
+    real = Path(os.path.realpath(file))
+    if real.is_file() and (is_marked(real.parent) or (real.parent / "scores.csv").is_file()):
+        raise UserError(f"{flag} {file} belongs to a run: name another file")
     if Path(file).is_dir():
         raise UserError(f"{flag} {file} is a folder: name a file in it")
+
+
+def is_marked(folder: Path) -> bool:
+    """Whether the config.json in a folder is a run's."""
+    with suppress(OSError):  # it may not be read: no run of this user
+        if (folder / "config.json").is_file():
+            return bool(RUN_MARKER.search((folder / "config.json").read_bytes()))
+    return False
 
 
 def read_json(path: Path | str, advice: str) -> Any:

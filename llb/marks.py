@@ -114,10 +114,14 @@ def normal_images(train_on: str, folder: Path, dataset: Dataset, purified: np.nd
 
 
 def threshold_is_old(folder: Path, final: str, train_on: str) -> bool:
-    """Whether the list that a final detector's threshold is taken from has changed since. By the run's tables alone."""
-    facts, training = read_threshold(folder, final), training_set(folder)
+    """Whether the list that a final detector's threshold is taken from may have changed since. By the run's tables."""
+    facts = read_threshold(folder, final)
+    if not facts:
+        return False
+    training = training_set(folder)
     purified = np.unique([index for _, index in listed_images(folder, training)])
-    return bool(facts) and facts.get("list") != list_digest(normal_images(train_on, folder, training, purified))
+    # an older version of llb wrote no list
+    return facts.get("list") != list_digest(normal_images(train_on, folder, training, purified))
 
 
 def reviewed_images(folder: Path, dataset: Dataset) -> Choice:

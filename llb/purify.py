@@ -34,10 +34,11 @@ def standardised(scores: jax.Array, seen: jax.Array) -> jax.Array:
     """Scores of sub-models whose scales differ, on one scale: float32 (N, K), finite.
 
     Each column is shifted and stretched so that its median and its median absolute deviation, over the images that this
-    sub-model has not seen, become the means of all columns' medians and deviations. Then its in-fold scores are shifted
-    so that the columns' in-fold medians are one, too: they lie far below, so an error of the deviation moves them all,
-    and the image's subset would decide (of 40 images PaDiM's whole subsets stood apart). The scores stay as they are if
-    for some sub-model fewer than FEWEST images are unseen, which is too few for a deviation, or if its deviation is 0.
+    sub-model has not seen, become the means of all columns' medians and deviations. Where a detector remembers, in-fold
+    scores lie far below, so that an error of the deviation moves all of them, and an image's subset decides (of 40
+    images PaDiM's whole subsets stood apart): if they lie more than a deviation below, they get one median, too. The
+    scores stay as they are if for some sub-model fewer than FEWEST images are unseen, which is too few for a deviation,
+    or if its deviation is 0.
     """
     enough = (~seen).sum(axis=0).min() >= FEWEST
     unseen = jnp.where(seen, jnp.nan, scores)
@@ -45,7 +46,8 @@ def standardised(scores: jax.Array, seen: jax.Array) -> jax.Array:
     width = jnp.nanmedian(jnp.abs(unseen - middle), axis=0)
     result = (scores - middle) / jnp.where(width > 0, width, 1.0) * width.mean() + middle.mean()
     inside = jnp.nanmedian(jnp.where(seen, result, jnp.nan), axis=0)  # (K,)
-    result = jnp.where(seen, result - inside + jnp.nanmean(inside), result)
+    far = middle.mean() - jnp.nanmean(inside) > width.mean()
+    result = jnp.where(seen & far, result - inside + jnp.nanmean(inside), result)
     return jnp.where(enough & (width > 0).all(), result, scores)
 
 

@@ -60,7 +60,7 @@ def main() -> None:
         raise UserError(f"--category {settings.category}: {run} has {', '.join(names)}")
     if settings.undo + settings.dropped + settings.reviewed + (settings.top is not None) > 1:
         raise UserError("--dropped, --reviewed, --top and --undo exclude each other: give one")
-    if settings.undo and (given := typed_flags(settings, ("to", "copy", "go"))):
+    if settings.undo and (given := typed_flags(settings, ("to", "copy"))):
         raise UserError(f"{given[0]} says how images are taken out, and --undo puts them back: leave one of them out")
     names = [settings.category] if settings.category else names
     with hold(run, "quarantine", against=("",)) if settings.go or settings.undo else nullcontext():
@@ -91,7 +91,7 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
             known = old.get(row["from"], row)
             if known is not row and is_lost(known):  # it was taken out, and deleted there
                 continue
-            if settings.to and known["to"] != row["to"]:
+            if settings.to and os.path.realpath(known["to"]) != os.path.realpath(row["to"]):
                 raise UserError(f"{path} is in quarantine at {top(known, 'to')}: --undo first, or leave --to out")
             rows.append(known)
     work = [row for row in rows if is_at(row["from"], row["to"], row)]

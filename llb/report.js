@@ -1,13 +1,13 @@
 "use strict";
 // The pages of suspects: look, mark, save. What was marked is a log of actions, [verdict, [images], [what the run said of
 // each]]: of an image its last action holds, and undo takes the last action back. The browser keeps the log; nothing
-// leaves this page. Once the run says something else of an image, marks were merged since, and the run's is newer.
+// leaves this page. What the run says of an image it has from merged marks: only actions after that are kept.
 
 const STORE = document.body.dataset.marks; // names the run, and what it shows: marks of another run never appear
 const desks = [...document.querySelectorAll("section.suspects")].map(makeDesk);
 const all = desks.flatMap((desk) => desk.pages.flat());
 const given = new Map(all.filter((t) => t.node.dataset.verdict).map((t) => [t.image, t.node.dataset.verdict])); // by the run
-let log = readLog().map(unmerged).filter(([, images]) => images.length);
+let log = readLog();
 let last = desks[0]; // the category that was worked on last
 
 const ACTIONS = {
@@ -44,15 +44,20 @@ function makeDesk(section) {
 
 function readLog() {
   try {
-    return JSON.parse(localStorage.getItem(STORE)) || [];
+    return unmerged(JSON.parse(localStorage.getItem(STORE)) || []);
   } catch {
     return []; // the browser keeps nothing
   }
 }
 
-function unmerged([verdict, images, before = []]) {
-  const open = images.map((image, i) => (before[i] ?? null) === (given.get(image) ?? null));
-  return [verdict, images.filter((_, i) => open[i]), before.filter((_, i) => open[i])];
+function unmerged(actions) {
+  const merged = new Map(); // image → the last action that says what the run says: it was merged, and those before it
+  actions.forEach(([verdict, images], number) => images.filter((image) => given.get(image) === verdict).forEach((image) => merged.set(image, number)));
+  const left = actions.map(([verdict, images, before = []], number) => {
+    const newer = (image, i) => (merged.has(image) ? number > merged.get(image) : (before[i] ?? null) === (given.get(image) ?? null));
+    return [verdict, images.filter(newer), before.filter((_, i) => newer(images[i], i))];
+  });
+  return left.filter(([, images]) => images.length);
 }
 
 function keepLog() {

@@ -7,6 +7,8 @@ and its one script, llb/report.js, are inside it, and it forbids all else (Conte
 import base64
 import hashlib
 import os
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ from markupsafe import Markup
 
 from llb import charts, figures, tables
 from llb.data import reading_line
-from llb.files import read_json, write_text
+from llb.files import UserError, read_json, typed, write_text
 from llb.keep import KEEP, choose
 from llb.marks import MARKS, threshold_is_old
 from llb.metrics import purification, ranks, why_undefined
 from llb.pictures import PALETTE
 from llb.review import simulated_line
-from llb.runfiles import commands, review_command, stage1_command
+from llb.runfiles import commands, review_command, stage1_command, stage2_command
 from llb.sheet import exact, fit_pages, marks_key, review_facts, scale_of, suspect_facts, tile_facts
 from llb.threshold import list_digest
 from llb.tiles import LARGEST, LOOKED_AT, OUTLINE, outcome, read_tiles, shown_tests, tiles_file
@@ -50,7 +52,7 @@ def write_report(run: Path, notes: dict[str, list[str]] | None = None) -> None:
     for name in names:
         said = rule_notes(scores[name], config.get("keep"))
         older = with_older_list(run / name, config)
-        said += [f"{each}: its threshold is of an older list of images; run evaluate.py again" for each in older]
+        said += older.values()
         facts = category_facts(run / name, scores[name], metrics.get(name, {}), [*notes[name], *said], most, older)
         finals = [detector["name"] for detector in facts["detectors"]]
         facts["review"] = review_facts(run / name, scores[name], seed, finals)
@@ -101,7 +103,12 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
 
 
 def category_facts(
-    folder: Path, scores: list[dict[str, Any]], entry: dict[str, Any], notes: list[str], most: int, older: list[str]
+    folder: Path,
+    scores: list[dict[str, Any]],
+    entry: dict[str, Any],
+    notes: list[str],
+    most: int,
+    older: Collection[str],
 ) -> dict[str, Any]:
     """What the report shows of one category. entry: what metrics.json says of it; most: tiles of a group; older: of
     `with_older_list`."""
@@ -136,12 +143,18 @@ def rule_notes(scores: list[dict[str, Any]], keep: str | float | None) -> list[s
     return [f"--keep {keep}: {said}"] if said and made_so else []
 
 
-def with_older_list(folder: Path, config: dict[str, Any]) -> list[str]:
-    """The final detectors of a category whose threshold was taken from a list that has changed since."""
-    if not all((folder / name).is_file() for name in ("scores.csv", "purified.txt")):
-        return []
-    finals = (config.get("stage2") or {}).items()
-    return [final for final, own in finals if threshold_is_old(folder, final, own["train_on"])]
+def with_older_list(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The final detectors of a category whose threshold may be of a list that has changed since, each with a note."""
+    older, run = {}, folder.parent
+    for final in config.get("stage2") or {}:
+        train_on = final.partition("-")[0]
+        with suppress(UserError):  # the list cannot be read: the next stage says so
+            if threshold_is_old(folder, final, train_on):
+                again = f"take it again: python evaluate.py --run {typed(run)} --train-on {train_on}"
+                if train_on == "purified":  # its detector has learned from the older list
+                    again = f"train it again: {stage2_command(run, final)} --overwrite"
+                older[final] = f"{final}: its threshold may be of another list of images; {again}"
+    return older
 
 
 def predicted(folder: Path) -> list[str]:

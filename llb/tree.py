@@ -7,7 +7,6 @@ a circle or a mesh lead nowhere twice; it goes 64 folders deep; only links and f
 import errno
 import heapq
 import os
-import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llb.files import UserError
+from llb.files import UserError, is_marked
 
 # what Pillow reads (llb.images): .jfif and .jpe are JPEG, .j2k and its kin JPEG 2000, .dib is BMP, .pnm and its kin PPM
 IMAGE_SUFFIXES = frozenset(
@@ -31,7 +30,6 @@ SYSTEM_FOLDERS = frozenset(
     + ("thumbnails", "thumbs", "__pycache__")
 )
 DEEPEST = 64  # folders
-RUN_MARKER = re.compile(rb'"(llb|submodels)"\s*:')  # in the config.json of a run
 RUN_TABLES = {"scores.csv", "suspects.png"}  # of a run's category
 
 # reasons for which the walk leaves something out
@@ -151,13 +149,7 @@ def _reason(entry: os.DirEntry) -> str:
 def _is_run(folder: Path, entries: Iterable[os.DirEntry]) -> bool:
     """Whether llb made the folder: with `--data .` a run lies among the images, and its own pictures are not data."""
     names = {entry.name for entry in entries}
-    try:
-        marked = "config.json" in names and os.path.isfile(folder / "config.json")
-        if marked and RUN_MARKER.search((folder / "config.json").read_bytes()):
-            return True
-    except OSError:  # it may not be read: no run of this user
-        pass
-    return names >= RUN_TABLES
+    return ("config.json" in names and is_marked(folder)) or names >= RUN_TABLES
 
 
 def count(left_out: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:

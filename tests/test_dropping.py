@@ -65,8 +65,8 @@ def test_finished_runs_are_points_and_those_without_all_three_are_left_out(tmp_p
     monkeypatch.setattr(sys, "argv", ["dropping", "--grid", str(grid), "--plot", str(tmp_path / "points")])
     dropping.main()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    titles, own, everything = rows[0], *(row for row in rows if row[3:4] == ["2"])
-    assert titles[4:] == [
+    titles, own, everything = rows[0], *(row for row in rows if row[4:5] == ["2"])
+    assert titles[5:] == [
         "ranking AUROC",
         "auto − all",
         "best − all",
@@ -74,7 +74,7 @@ def test_finished_runs_are_points_and_those_without_all_three_are_left_out(tmp_p
         "clean − all",
         "lowest auto − all",
     ]
-    assert own[1] == "padim" and own[5:] == everything[5:] == ["+0.0050", "–", "–", "+0.0500", "-0.0100"]
+    assert own[1:3] == ["part", "padim"] and own[6:] == everything[6:] == ["+0.0050", "–", "–", "+0.0500", "-0.0100"]
     assert (tmp_path / "points.png").stat().st_size and (tmp_path / "points.svg").stat().st_size
     config = read_config(grid / "seed=1", "", "")
     write_config(grid / "seed=1", config | {"keep": 0.6})

@@ -86,6 +86,15 @@ def test_a_person_marks_96_images_by_keys_closes_the_page_in_between_and_trains_
         assert shown[path] == corrected and shown.keys() >= marked.keys()
         page.press(["u", "u", "d", "u"])  # the first leads to the suspects; the last takes back this page's own mark
         assert dict(page.value(SAID)) == shown
+        # ---- a mark that is merged, then corrected here before the report is written again, stays corrected ----
+        keys = {"defect": "d", "fine": "f"}
+        page.press(keys[marked[path]])
+        merged = page.saved(tmp_path / "merged", "document.querySelector('[data-do=save]').click()")
+        succeed("llb.review", "--run", run, merged)
+        page.press(["ArrowLeft", keys[corrected]])
+    write_report(run)
+    with Browser(tmp_path / "profile", run / "report.html") as page:
+        assert marks_of(merged)[path] == int(marked[path] == "defect") and dict(page.value(SAID))[path] == corrected
 
 
 def small_run(folder: Path, paths: list[str], seed: int = 0, category: str = '=bolt, "4"') -> Path:

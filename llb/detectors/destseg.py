@@ -125,8 +125,6 @@ class Head(nn.Module):
 
 def networks(setup: Setup) -> dict[str, nn.Module]:
     """The three parts, whose variables lie under these names and have a learning rate each."""
-    if setup.batch_size == 1:
-        raise UserError("--batch-size 1: destseg's BatchNorm needs 2 images or more")
     precision, width = setup.precision, setup.settings.width or min(64, setup.grids[-1][2] // 4)
     signed = not (isinstance(setup.spec, CnnSpec) and setup.spec.resnet)
     res, head = Blocks(4 * width, precision=precision), Head(precision)
@@ -200,6 +198,8 @@ def student_steps(setup: Setup) -> int:
 
 
 def loss(setup: Setup, variables: dict, features: tuple, key: jax.Array, step: jax.Array) -> tuple:
+    if setup.batch_size == 1:
+        raise UserError("--batch-size 1: destseg's BatchNorm needs 2 images or more")
     images, encoder_params = features
     clean = images.astype(jnp.float32) / 255
     damaged, mask = damage(key, clean, setup.settings.noise_share)
