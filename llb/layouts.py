@@ -146,7 +146,11 @@ def _mvtec(images: Iterable[str], own_name: str) -> Found:
     train = {reading for of_place in readings.values() for reading in of_place if reading[1] == "train"}
     folders = {folder for folder, _, rest in train if rest and is_normal(fold(rest[0]))}
     chosen = {place: _choose(of_place, folders) for place, of_place in readings.items()}
-    chosen = dict(zip(chosen, _kinds_first([*chosen.values()]), strict=True))
+    turned = dict(zip(chosen, _kinds_first([*chosen.values()]), strict=True))
+    videos = [place for place, (_, part, rest) in turned.items() if part == "test" and rest != chosen[place][2]]
+    videos = sorted({"/".join(place.split("/")[: 1 - len(turned[place][2])]) for place in videos})
+    found.notes += (f"read as a video or camera, its folders as kinds: {some(videos)}",) if videos else ()
+    chosen = turned
     for path in images:
         place, _, name = path.rpartition("/")
         folder, part, rest = chosen[place]
@@ -220,18 +224,23 @@ def _choose(readings: Sequence[Reading], folders: Collection[str]) -> Reading:
 
 
 def _kinds_first(readings: Sequence[Reading]) -> list[Reading]:
-    """Readings with test/<video>/good as test/good/<video>. A video, or camera, has a folder for normal images."""
+    """Readings with test/<video>/good as test/good/<video>. A video, or camera, has folders for normal images and for
+    others; test/<kind>/{normal,dark}, a kind's lights, may be told by masks of the normal ones."""
     inner, below_normal = defaultdict(set), set()
+    masked = {(folder, *map(fold, rest[:2])) for folder, part, rest in readings if part == "mask"}
     for folder, part, rest in readings:
         if len(rest) > 1 and part in ("train", "test"):
             kind, name = map(fold, rest[:2])
             below_normal |= {(folder, name)} if is_normal(kind) else set()
             if part == "test" and not is_normal(kind) and quality_of(kind) != "defect":
                 inner[folder, kind].add(name)
-    videos = set()
+    videos, sure = set(), set()
     for (folder, kind), names in inner.items():
         normal = [name for name in names if is_normal(name) and (folder, name) not in below_normal]  # no light's name
-        videos |= {(folder, kind)} if normal and NO_KINDS.isdisjoint(names) else set()
+        if normal and NO_KINDS.isdisjoint(names) and masked.isdisjoint((folder, kind, name) for name in normal):
+            videos.add((folder, kind))
+            sure |= {folder} if len(names) > 1 else set()
+    videos = {(folder, kind) for folder, kind in videos if folder in sure}  # a camera may have seen no defect
 
     def turned(folder: str, part: str, rest: tuple[str, ...]) -> Reading:
         swap = part in ("test", "mask") and len(rest) > 1 and (folder, fold(rest[0])) in videos

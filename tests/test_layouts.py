@@ -277,6 +277,23 @@ def test_a_tree_that_looks_like_more_than_a_folder_of_images_is_refused_in_one_l
         assert len(dataset.train) == len(images) and {record.label for record in dataset.train} == {None}
 
 
+@pytest.mark.parametrize(
+    ("files", "kinds", "note"),
+    [
+        ("test/bent/{normal,dark}/0.png ground_truth/bent/{normal,dark}/0.png", {"bent": 2, "good": 1}, ""),
+        ("test/hole/normal/0.png", {"hole": 1, "good": 1}, ""),
+        ("test/bent/{normal,dark}/0.png", {"good": 2, "dark": 1}, "test/bent"),
+        ("test/{u/{good,cut},v/good}/{a,b}/0.png", {"good": 5, "cut": 2}, "test/u, test/v"),
+    ],
+    ids=["a kind's lights, by the masks", "its only light", "a camera, or lights", "cameras, one without defects"],
+)
+def test_a_camera_among_the_kinds_is_said_and_is_none_by_masks_of_its_normal_images(files, kinds, note, tmp_path):
+    root = read_root(plant(tmp_path, f"{{train,test}}/good/0.png {files}"))
+    _, test = root.sets[tmp_path.name]
+    assert Counter(record.kind for record in test) == kinds
+    assert root.notes == ((f"read as a video or camera, its folders as kinds: {note}",) if note else ())
+
+
 def test_image_sets_below_a_root_that_is_one_are_named_as_not_read(tmp_path):
     plant(tmp_path, "cap/{train,test}/{good,cut}/{rgb,xyz}/0.png sets/{a,b}/train/good/0.png k/train/0{,_GT}.png")
     root = read_root(tmp_path)
