@@ -70,9 +70,15 @@ def split_beside(members: Named, paired: Sequence[str] = ()) -> tuple[Named, Nam
     names = [stem(below) for below, _ in members]
     stems, images, masks = set(names), [], []
     for name, member in zip(names, members, strict=True):
-        match = BESIDE.fullmatch(_underscored(name)) or FRONT.fullmatch(name)
-        (masks if match and "".join(match.groups()) in stems and member[1] not in paired else images).append(member)
+        is_mask = (image := image_of(name)) != name and image in stems and member[1] not in paired
+        (masks if is_mask else images).append(member)
     return images, masks
+
+
+def image_of(name: str) -> str:
+    """A mask's stem without what its image's has not, x of x_mask; another stem as it is."""
+    match = BESIDE.fullmatch(_underscored(name)) or FRONT.fullmatch(name)
+    return "".join(match.groups()) if match else name
 
 
 def _underscored(name: str) -> str:
@@ -108,6 +114,9 @@ MASK = re.compile(
     r"gts?|masks?|msks?|label(?:map)?s?|lbls?|groundtruths?|\w*annot(?:ation)?s?|ann[os]?|segm?|segmentations?"
     r"|masken?|masques?|mascaras?|掩码|掩膜|标签"
 )
+SURE_MASK = re.compile(
+    r"gts?|ma?sks?|groundtruths?|masken?|masques?|mascaras?|掩码|掩膜"
+)  # no word for a thing, as label
 DRAWN = re.compile(r"heatmaps?|overlays?")  # over an image: it is no mask, and nothing to learn from
 NORMAL = re.compile(
     r"goods?|ok|okay|normals?|negatives?|io|gut|gutteile?|intact|healthy|perfect|buen[oa]s?|bons?|buon[oi]|conform\w*"

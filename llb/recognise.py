@@ -3,15 +3,18 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from llb.files import UserError, typed
 from llb.pairing import (
+    NEGATIONS,
     NEUTRAL,
+    SURE_MASK,
     TEST_WORDS,
     TRAIN_WORDS,
     VIEWS,
+    image_of,
     is_masks,
     is_normal,
     quality_of,
@@ -19,7 +22,7 @@ from llb.pairing import (
     suspicions,
     words,
 )
-from llb.tree import fold, fold_path
+from llb.tree import IMAGE_SUFFIXES, fold, fold_path
 
 # How a path below the root, folded, tells the layout.
 SIGNS = {
@@ -35,6 +38,7 @@ REALIAD_NAME = re.compile(r"_\d{4}_(?:ok|ng)_(?:\w+_)?c\d_\d+\.\w+$")
 SIGN = re.compile("|".join(f"(?P<{name.replace('-', '_')}>{sign})" for name, sign in SIGNS.items()))
 NO_KINDS = VIEWS | {"data"}
 TESTS = TEST_WORDS - {"dev"}  # a folder's name for what is under development, too
+MOST = 10**5  # files and folders that are looked at below a folder beside the root
 ALL_THE_SAME = "--layout folder takes it all the same"
 
 
@@ -64,7 +68,7 @@ def recognise(root: Path, files: Sequence[str], images: Sequence[str], unread: S
             f"--data {root} holds Real-IAD's images without its JSON files: unpack realiad_jsons beside realiad_1024, "
             "which holds a folder for each category, and give the folder of both; --layout folder trains on every image"
         )
-    _refuse_part(root)
+    _refuse_part(root, images)
     hints, better = suspicions(images)
     hints += _annotations(images, unread)
     if hints:
@@ -107,9 +111,9 @@ def _refuse_half_of_realiad(root: Path) -> None:
                 raise UserError(f"--data {root} is a part of Real-IAD: give --data {typed(place.parent)}")
 
 
-def _refuse_part(root: Path) -> None:
+def _refuse_part(root: Path, own: Sequence[str]) -> None:
     """Raise a UserError if the root is one with masks, defects or the images for test: by its name, or by that of the
-    folder around it, and by the folders beside that."""
+    folder around it, and by the folders beside that. own: the root's images."""
     full = Path(os.path.abspath(root))
     for place in (full.parent, full):
         said, beside, better = words(place.name), _beside(place), place.parent
@@ -117,12 +121,16 @@ def _refuse_part(root: Path) -> None:
         normal = [name for name in beside if quality_of(name) == "normal"]
         if is_masks(" ".join(word for word in said if word not in NEUTRAL)):
             images = [name for name in beside if fold(name) in NO_KINDS or _only(name, TESTS)]
-            holds, where = "masks", [f"beside {name}/" for name in train + images + normal]
+            around = train + images + normal
+            sure = any(map(SURE_MASK.fullmatch, said)) or _named_as(own, [place.parent / name for name in around])
+            holds, where = "masks", [f"beside {name}/" for name in around if sure]
         elif not TESTS.isdisjoint(said) and TRAIN_WORDS.isdisjoint(said):
+            train = [name for name in train if any(_images_below(place.parent / name))]
             holds, where = "the images for test", [f"beside {name}/" for name in train]
         elif place == full and quality_of(place.name) == "defect":
-            plain = all(word in NEUTRAL or quality_of(word) == "defect" for word in said)  # no crack_detector
-            others = normal + (train if plain else [])
+            rest = _besides_quality(place.name)  # of crack_detector; beside ok_detector it is no other thing
+            others = [name for name in normal if not rest or is_normal(name) or _besides_quality(name) == rest]
+            others += [] if rest else [name for name in train if any(_images_below(place.parent / name))]
             better = place.parent.joinpath(*others[:1])
             inside = [f"in {better.name}/"] if _only(better.name, TESTS) else []
             holds, where = "defects", [f"beside {name}/" for name in others] or inside
@@ -151,6 +159,35 @@ def _only(name: str, its_words: Collection[str]) -> bool:
     """Whether a name says this and nothing else, as train_images does for train."""
     said = {word for word in words(name) if word not in NEUTRAL or word in TRAIN_WORDS | TESTS}
     return bool(said) and said <= its_words
+
+
+def _besides_quality(name: str) -> set[str]:
+    """The words of a name that do not say normal or defect: front of ok_front."""
+    return {word for word in words(name) if word not in NEUTRAL | NEGATIONS and not quality_of(word)}
+
+
+def _named_as(own: Sequence[str], folders: Sequence[Path]) -> bool:
+    """Whether at least half of the root's images are called as images below these folders are."""
+    stems = {image_of(stem(path.rpartition("/")[2])) for path in own}
+    images = {stem(path.rpartition("/")[2]) for folder in folders for path in _images_below(folder)}
+    return 2 * len(stems & images) >= len(stems)
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    """The relative paths of the images in a folder and below, the outer ones first; of a very large one not all."""
+    folders, seen = [""], 0
+    for above in folders:
+        try:
+            with os.scandir(folder / above) as entries:
+                inside = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        except OSError:
+            continue
+        folders += [f"{above}{name}/" for name, is_folder in inside if is_folder]
+        images = [name for name, is_folder in inside if not is_folder and Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        yield from (f"{above}{name}" for name in images)
+        seen += len(inside)
+        if seen > MOST:
+            return
 
 
 def _beside(folder: Path) -> list[str]:

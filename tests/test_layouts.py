@@ -315,13 +315,15 @@ def test_masks_among_the_images_of_a_category_that_is_not_chosen_stop_nothing(tm
 AROUND = {
     "masks": ("bottle/{train/good,ground_truth/cut}/0.png", "bottle/ground_truth", "hold masks", "{root}/bottle;"),
     "a kind's masks": ("bottle/{train/good,ground_truth/cut}/0.png", "bottle/ground_truth/cut", "{root}/bottle;"),
-    "masks beside images": ("{images,Mask_images}/0.png", "Mask_images", "hold masks, as it lies beside images/"),
+    "masks beside images": ("images/1.png Mask_images/0.png", "Mask_images", "hold masks, as it lies beside images/"),
+    "labels of images": ("images/{a/0,a/1,2}.png seg/{a/{0,1}_seg,x}.png", "seg/a", "seg/ seems to hold masks, as it"),
     "images for test": ("{train/images,valid}/0.png", "valid", "hold the images for test", "beside train/", "{root};"),
     "a kind for test": ("a/{train/good,test/cut,test/good}/0.png", "a/test/good", "test/ seems to hold", "{root}/a;"),
     "good ones for test": ("a/{train/good,test_public/{bad,good}}/0.png", "a/test_public", "--data {root}/a;"),
     "defects": ("{OK,NG}/0.png", "NG", "hold defects, as it lies beside OK/: give --data {root}/OK; --layout folder"),
     "defects beside training images": ("{train_images,bad}/0.png", "bad", "defects, as it lies beside train_images/"),
     "defects on a side": ("{ok_front,crack_front}/0.png", "crack_front", "hold defects, as it lies beside ok_front/"),
+    "a kind of defects": ("{good,broken_large}/0.png", "broken_large", "hold defects, as it lies beside good/"),
     "defects for test": (
         "test/cracks/0.png",
         "test/cracks",
@@ -369,8 +371,12 @@ def test_a_folder_whose_name_alone_says_defects_or_test_is_a_plain_folder(tmp_pa
     places = "label_printing_machine test_parts/images defects_unsorted dev/parts".split()
     plant(tmp_path / "set", " ".join(f"{place}/0.png" for place in places))
     plant(tmp_path / "lines", "train_station/0.png testing/0.png bad_bolts/0.png")
-    plant(tmp_path, "{dev/parts,training,crack_detector,products/labels/x,products/caps}/0.png")
-    given = [f"set/{place}" for place in places] + ["lines/testing", "lines/bad_bolts", "dev/parts", "crack_detector"]
+    plant(tmp_path, "{dev/parts,training,crack_detector,golden_gate,products/labels/x,products/caps}/0.png")
+    plant(tmp_path / "shop", "{label_images,seg/cam1,Ann/2024}/{0,1,2}.png images/{0,a}.png {test,data,ok}/x.txt=")
+    plant(tmp_path / "home", "{valid_parts,test/photos,damaged_parts}/0.png train/slides.pdf= training/notes.txt=")
+    given = [f"shop/{place}" for place in "label_images seg seg/cam1 Ann/2024".split()]
+    given += [f"home/{place}" for place in "valid_parts test/photos damaged_parts".split()]
+    given += [f"set/{place}" for place in places] + ["lines/testing", "lines/bad_bolts", "dev/parts", "crack_detector"]
     for place in [*given, "training", "products/labels", "products/labels/x"]:
         assert read_root(tmp_path / place).layout == "folder", place
 
