@@ -3,7 +3,7 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llb.files import UserError, typed
@@ -116,31 +116,49 @@ def _refuse_part(root: Path, own: Sequence[str]) -> None:
     folder around it, and by the folders beside that. own: the root's images."""
     full = Path(os.path.abspath(root))
     for place in (full.parent, full):
-        said, beside, better = words(place.name), _beside(place), place.parent
+        said, beside = words(place.name), _beside(place)
         train = [name for name in beside if _only(name, TRAIN_WORDS)]
         normal = [name for name in beside if quality_of(name) == "normal"]
         if is_masks(" ".join(word for word in said if word not in NEUTRAL)):
             images = [name for name in beside if fold(name) in NO_KINDS or _only(name, TESTS)]
-            around = train + images + normal
+            around = train + normal + images
             sure = any(map(SURE_MASK.fullmatch, said)) or _named_as(own, [place.parent / name for name in around])
             holds, where = "masks", [f"beside {name}/" for name in around if sure]
         elif not TESTS.isdisjoint(said) and TRAIN_WORDS.isdisjoint(said):
-            train = [name for name in train if any(_images_below(place.parent / name))]
-            holds, where = "the images for test", [f"beside {name}/" for name in train]
+            around = [name for name in train if any(_images_below(place.parent / name))]
+            holds, where = "the images for test", [f"beside {name}/" for name in around]
         elif place == full and quality_of(place.name) == "defect":
             rest = _besides_quality(place.name)  # of crack_detector; beside ok_detector it is no other thing
-            others = [name for name in normal if not rest or is_normal(name) or _besides_quality(name) == rest]
-            others += [] if rest else [name for name in train if any(_images_below(place.parent / name))]
-            better = place.parent.joinpath(*others[:1])
-            inside = [f"in {better.name}/"] if _only(better.name, TESTS) else []
-            holds, where = "defects", [f"beside {name}/" for name in others] or inside
+            around = [name for name in normal if not rest or is_normal(name) or _besides_quality(name) == rest]
+            around += [] if rest else [name for name in train if any(_images_below(place.parent / name))]
+            inside = [f"in {place.parent.name}/"] if _only(place.parent.name, TESTS) else []
+            holds, where = "defects", [f"beside {name}/" for name in around] or inside
         else:
             continue
         if where:
-            raise UserError(
-                f"--data {root}: {place.name}/ seems to hold {holds}, as it lies {where[0]}: "
-                f"give --data {typed(better)}; {ALL_THE_SAME}"
-            )
+            better = _set_around(place) or _for_training(place.parent / name for name in around)
+            give = f"--data {typed(better)}" if better else "the folder of the training images"
+            seems = f"{place.name}/ seems to hold {holds}, as it lies {where[0]}"
+            raise UserError(f"--data {root}: {seems}: give {give}; {ALL_THE_SAME}")
+
+
+def _set_around(place: Path) -> Path | None:
+    """The nearest folder around one that is an image set by what lies in it."""
+    for folder in [folder for folder in place.parents if folder.name][:3]:
+        paths = map(fold_path, _images_below(folder))
+        if any(_sign(path) and not _sign(path.partition("/")[2]) for path in paths):  # no folder of several sets
+            return folder
+    return None
+
+
+def _for_training(folders: Iterable[Path]) -> Path | None:
+    """The first of the folders that has images and is no part for test, nor lies in one, or in one of defects."""
+    for folder in folders:
+        names = [folder.name, folder.parent.name, folder.parent.parent.name]
+        bad = [name for name in names if quality_of(name) == "defect" and not _besides_quality(name)]
+        if not bad and not any(_only(name, TESTS) for name in names) and any(_images_below(folder)):
+            return folder
+    return None
 
 
 def _annotations(images: Sequence[str], unread: Sequence[str]) -> list[str]:

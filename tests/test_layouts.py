@@ -315,10 +315,27 @@ def test_masks_among_the_images_of_a_category_that_is_not_chosen_stop_nothing(tm
 AROUND = {
     "masks": ("bottle/{train/good,ground_truth/cut}/0.png", "bottle/ground_truth", "hold masks", "{root}/bottle;"),
     "a kind's masks": ("bottle/{train/good,ground_truth/cut}/0.png", "bottle/ground_truth/cut", "{root}/bottle;"),
-    "masks beside images": ("images/1.png Mask_images/0.png", "Mask_images", "hold masks, as it lies beside images/"),
+    "masks beside images": (
+        "images/1.png Mask_images/0.png",
+        "Mask_images",
+        "hold masks, as it lies beside images/: give --data {root}/images;",
+    ),
     "labels of images": ("images/{a/0,a/1,2}.png seg/{a/{0,1}_seg,x}.png", "seg/a", "seg/ seems to hold masks, as it"),
-    "images for test": ("{train/images,valid}/0.png", "valid", "hold the images for test", "beside train/", "{root};"),
+    "images for test": (
+        "{train/images,valid}/0.png",
+        "valid",
+        "hold the images for test",
+        "beside train/",
+        "{root}/train;",
+    ),
     "a kind for test": ("a/{train/good,test/cut,test/good}/0.png", "a/test/good", "test/ seems to hold", "{root}/a;"),
+    "a kind's masks below its images": (
+        "a/train/good/0.png a/test/cut/{rgb,gt}/0.png",
+        "a/test/cut/gt",
+        "gt/ seems to hold masks, as it lies beside rgb/: give --data {root}/a;",
+    ),
+    "masks of images for test": ("test/cut/{rgb,gt}/0.png", "test/cut/gt", "rgb/: give the folder of the training"),
+    "defects beside no images": ("fail/0.png good/x.txt=", "fail", "beside good/: give the folder of the training"),
     "good ones for test": ("a/{train/good,test_public/{bad,good}}/0.png", "a/test_public", "--data {root}/a;"),
     "defects": ("{OK,NG}/0.png", "NG", "hold defects, as it lies beside OK/: give --data {root}/OK; --layout folder"),
     "defects beside training images": ("{train_images,bad}/0.png", "bad", "defects, as it lies beside train_images/"),
@@ -327,7 +344,7 @@ AROUND = {
     "defects for test": (
         "test/cracks/0.png",
         "test/cracks",
-        "hold defects, as it lies in test/: give --data {root}/test",
+        "hold defects, as it lies in test/: give the folder of the training images; --layout folder",
     ),
     "MVTec 3D-AD's train": (
         "a/train/good/{rgb,xyz}/0.png",
@@ -363,6 +380,17 @@ def test_a_folder_that_is_a_part_of_an_image_set_is_refused_by_its_name_and_thos
     with pytest.raises(UserError) as caught:
         read_root(tmp_path / "set" / given)
     assert all(word.format(root=tmp_path / "set") in str(caught.value) for word in words), caught.value
+    messages = [str(caught.value)]
+    refused = {*(tmp_path / "set" / given).rglob("*")} if "seems to hold" in messages[0] else set()
+    while messages:  # what it names is read, and what that names
+        for folder in re.findall(r"(?:give|as) --data (.+?)[,;]", messages.pop()):
+            try:
+                root = read_root(folder)
+            except UserError as refusal:
+                messages.append(str(refusal))
+            else:
+                train = [record for split in (root.sets or {}).values() for record in split[0]]
+                assert not {root.path / record.path for record in train} & refused, folder
     if "Real-IAD" not in name and "them" not in name:
         assert read_root(tmp_path / "set" / given, "folder").layout == "folder"
 
