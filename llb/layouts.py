@@ -29,7 +29,7 @@ from pathlib import Path
 
 from llb.files import UserError, some, typed
 from llb.pairing import is_masks, is_normal, pair, quality_of, split_beside, split_views, suspicions
-from llb.recognise import NO_KINDS, places_below, recognise
+from llb.recognise import NO_KINDS, annotations, places_below, recognise
 from llb.tree import AGAIN, OTHER, UNREAD, Tree, by_folder, count, fold, fold_path, summary, walk
 
 LAYOUTS = ("real-iad", "real-iad-sv", "visa", "mvtec", "ksdd2", "ksdd", "dagm", "folder")
@@ -128,6 +128,8 @@ def read_root(path: Path | str, layout: str | None = None) -> Root:
     outside = [path for path in found.left_out.get(OUTSIDE, ()) if not path.startswith(homes)]
     below = some(places_below(path, outside, [*map(fold_path, outside)]))
     notes = (*found.notes, f"not read: {below}") if below else found.notes
+    told = some(annotations(images, unread, of_objects=True)) if layout == "folder" and not given else ""
+    notes += (f"not read: {told}",) if told else ()
     doubts = {} if given else found.doubts
     return Root(path, layout, tree, found.sets, found.homes, left_out | found.left_out, notes, doubts)
 

@@ -114,9 +114,8 @@ MASK = re.compile(
     r"gts?|masks?|msks?|label(?:map)?s?|lbls?|groundtruths?|\w*annot(?:ation)?s?|ann[os]?|segm?|segmentations?"
     r"|masken?|masques?|mascaras?|掩码|掩膜|标签"
 )
-SURE_MASK = re.compile(
-    r"gts?|ma?sks?|groundtruths?|masken?|masques?|mascaras?|掩码|掩膜"
-)  # no word for a thing, as label
+SURE_MASK = re.compile(r"gts?|ma?sks?|groundtruths?|masken?|masques?|mascaras?|掩码|掩膜")  # no thing, as a label is
+LABELS = re.compile(r"labels?|lbls?|ann[os]?|标签")  # where they are no images they may be of objects
 DRAWN = re.compile(r"heatmaps?|overlays?")  # over an image: it is no mask, and nothing to learn from
 NORMAL = re.compile(
     r"goods?|ok|okay|normals?|negatives?|io|gut|gutteile?|intact|healthy|perfect|buen[oa]s?|bons?|buon[oi]|conform\w*"
@@ -132,11 +131,13 @@ THINGS = re.compile(r"(?:parts?|pieces?|images?|imgs?|samples?|品|件|样本|�
 FLIP = re.compile(r"(?:no[nt]?|un|in|ab|不|非|无)[ _-]?(.+)|(.+)(?:free|frei|less)")  # nondefective, 不良品, flawless
 NEGATIONS = {"no", "not", "non", "free", "frei", "without", "ohne", "sans", "sin", "senza"}
 NO_DIGITS = dict.fromkeys(map(ord, "0123456789"), "_")  # few names are left to look at
-OPPOSITES = ({"yes", "no"}, {"pos", "neg"}, {"true", "false"})  # which of them is normal depends
-OPPOSITES += ({"cd", "ud"}, {"cp", "up"}, {"cw", "uw"})  # SDNET2018: cracked and uncracked decks, pavements, walls
+OPPOSITES = [{"yes", "no"}, {"pos", "neg"}, {"true", "false"}]  # which of them is normal depends
+SDNET = {"d": {"cd", "ud"}, "p": {"cp", "up"}, "w": {"cw", "uw"}}  # cracked and uncracked decks, pavements, walls
 MAPS = {"depth", "normals", "xyz", "disparity", "pointcloud", "pointclouds"}  # of a scan: to be seen, no image
 COLOURS = VIEWS | {"color", "colour"}
+SIZES = {"width", "height", "length"}  # beside them depth is one, too
 BETWEEN = "_. -"  # the words of a file's name
+OF_SCAN = re.compile(rf"(.+)[{BETWEEN}](?:{'|'.join(MAPS | COLOURS | {'gray', 'grey', 'ir', 'infrared'})})(?:_?\d+)?")
 MAP_ENDINGS = tuple(f"{sign}{word}" for sign in BETWEEN for word in sorted(MAPS))
 FEW = 12  # folders of one parent whose files are compared
 NEUTRAL = set("image images img imgs class part parts sample samples set data only test train".split())
@@ -214,11 +215,11 @@ def is_masks(name: str) -> bool:
 # ---- a folder of images that is more than that ----
 
 
-def suspicions(images: Sequence[str], known: str = "") -> tuple[list[str], str]:
+def suspicions(images: Sequence[str], known: str = "", own_name: str = "") -> tuple[list[str], str]:
     """What hints at masks or at known defects among the images of a folder: phrases for a message.
 
     And the folder below it that seems to hold the images for training, "" for none. known: "normal" or "defect" if a
-    folder's name says what all of them are.
+    folder's name says what all of them are. own_name: the folder's.
     """
     inside, children = defaultdict(list), defaultdict(dict)  # folder → images in it and below; folder → folders in it
     in_folder = defaultdict(list)
@@ -240,13 +241,17 @@ def suspicions(images: Sequence[str], known: str = "") -> tuple[list[str], str]:
     if of_image := _with_image(maps, images):
         hints.append(f"maps of depth or normals beside images ({of_image}; {len(maps)} of the images)")
     better = ""
+    cracked = [two for two in SDNET.values() if any(two <= below.keys() for below in children.values())]
     for folder, below in children.items():
-        if scans := _scans(below):
+        if scans := _scans({name: inside[path] for name, path in below.items()}, in_folder[folder]):
+            scans = [below[name] for name in scans]
             below = {name: path for name, path in below.items() if path not in scans}
             rest = [f"{path}/" for path in below.values()] + [f"{folder}/{name}" for name in in_folder[folder][:1]]
             hints += [f"maps in {scans[0]}/ beside {rest[0].lstrip('/')}"] if rest else []
         kinds = {name: kind_of(below[name].rpartition("/")[2]) for name in sorted(below)}
-        found = [pair for pair in OPPOSITES if pair <= kinds.keys()]
+        here = fold(folder.rpartition("/")[2] or own_name)
+        of_sdnet = [two for parent, two in SDNET.items() if len(cracked) > 1 or parent == here]
+        found = [two for two in OPPOSITES + of_sdnet if two <= kinds.keys()]
         if kinds.keys() == {"0", "1"} and not in_folder[folder] and not known:  # classes by number
             found.append(kinds.keys())
         hints += [" beside ".join(f"{below[name]}/" for name in sorted(pair)) for pair in found]
@@ -296,19 +301,29 @@ def _is_mask_by_name(name: str) -> bool:
 
 
 def _with_image(maps: Collection[str], images: Sequence[str]) -> str:
-    """The first of a scan's maps, 0_depth.png, whose image lies beside it, as 0_rgb.png or 0.png; "" for none."""
-    for path in sorted(maps)[:FEW]:
-        front = re.sub(rf"[{BETWEEN}][a-z]+\.\w+$", "", path, flags=re.IGNORECASE)
-        fronts = tuple(f"{front}{sign}" for sign in BETWEEN)
-        if any(image.startswith(fronts) and image not in maps for image in images):
-            return path
-    return ""
+    """The first of a scan's maps, 0_depth.png, if most have their image beside them, 0_rgb.png or 0.png; else ""."""
+    scans = {_scan_of(image) for image in images if image not in maps} if maps else set()
+    shown = [path for path in maps if _scan_of(path) in scans]
+    return min(shown, default="") if 2 * len(shown) >= len(maps) else ""
 
 
-def _scans(below: Mapping[str, str]) -> list[str]:
-    """Of the folders beside each other those of a scan's maps. normals/ is one beside rgb/ or depth/ only."""
-    names = sorted(below.keys() & MAPS)
-    return [] if names == ["normals"] and COLOURS.isdisjoint(below) else [below[name] for name in names]
+def _scan_of(path: str) -> str:
+    """x of x_depth.png, x_rgb.png, x_image_0.png and x.png."""
+    name = stem(path)
+    return match[1] if (match := OF_SCAN.fullmatch(name)) else name
+
+
+def _scans(folders: Mapping[str, Sequence[str]], beside: Sequence[str]) -> list[str]:
+    """Of the folders beside each other, and beside images, those of a scan's maps: called so, with the images' names.
+    Beside rgb/ they may have others; normals/ and xyz/ are one beside a folder of images, or of other maps, only."""
+    names = folders.keys() & MAPS - ({"depth"} if SIZES & folders.keys() else set())
+    if len(names) == 1 and names <= {"normals", "xyz"} and COLOURS.isdisjoint(folders):
+        return []
+    names |= folders.keys() & {"normal"} if names and not COLOURS.isdisjoint(folders) else set()
+    stems = {name: {_scan_of(path.rpartition("/")[2]) for path in folders[name]} for name in folders if names}
+    images = set(map(_scan_of, beside if names else ())).union(*(stems[name] for name in stems.keys() - names))
+    rgb = not folders.keys().isdisjoint(COLOURS - VIEWS | {"rgb"})
+    return [name for name in sorted(names) if rgb or 2 * len(stems[name] & images) > len(stems[name])]
 
 
 def _twins(folder: str, names: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llb.files import UserError, typed
 from llb.pairing import (
+    LABELS,
     NEGATIONS,
     NEUTRAL,
     SURE_MASK,
@@ -69,12 +70,12 @@ def recognise(root: Path, files: Sequence[str], images: Sequence[str], unread: S
             "which holds a folder for each category, and give the folder of both; --layout folder trains on every image"
         )
     _refuse_part(root, images)
-    hints, better = suspicions(images)
-    hints += _annotations(images, unread)
+    full = Path(os.path.abspath(root))
+    hints, better = suspicions(images, own_name=full.name)
+    hints += annotations(images, unread)
     if hints:
         clean = better and not suspicions([path[len(better) :] for path in images if path.startswith(better)])[0]
         alone = f", as --data {typed(root / better)}" if clean else ""
-        full = Path(os.path.abspath(root))
         if any(_sign(f"{fold(full.name)}/{file}") for file in folded):
             raise UserError(
                 f"--data {root} is a part of an image set: give --data {typed(full.parent)}, "
@@ -161,12 +162,16 @@ def _for_training(folders: Iterable[Path]) -> Path | None:
     return None
 
 
-def _annotations(images: Sequence[str], unread: Sequence[str]) -> list[str]:
-    """A hint for each folder of annotations, by its name, whose files are no images but called as images are."""
+def annotations(images: Sequence[str], unread: Sequence[str], of_objects: bool = False) -> list[str]:
+    """A phrase for each folder of annotations, by its name, whose files are no images but called as images are.
+
+    of_objects: for those that may mark objects instead of defects, as labels/ does.
+    """
     names = defaultdict(set)
     for path in unread:
         *above, name = path.split("/")
-        if any(map(is_masks, above)):
+        of_masks = [folder for folder in above if is_masks(folder)]
+        if of_masks and of_objects == all(LABELS.fullmatch(word) for folder in of_masks for word in words(folder)):
             names["/".join(above)].add(stem(name))
     of_images = {stem(path.rpartition("/")[2]) for path in images} if names else set()
     found = {folder: len(inside & of_images) for folder, inside in names.items()}

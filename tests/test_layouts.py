@@ -203,6 +203,8 @@ REFUSED = {
     "depth beside images": ("{0,1}_{image_0,depth}.png", "maps of depth or normals beside images (0_depth.png; 2 of"),
     "depth below images": ("x/{0,1,depth/0}.png", "maps in x/depth/ beside x/0.png"),
     "normals are maps": ("x/{color,normals}/0.png", "maps in x/normals/ beside x/color/", "images alone, or"),
+    "normals of the surface": ("{rgb,depth,normal}/{0,1}.png", "maps in depth/ beside rgb/. Give", "images alone, or"),
+    "normals are images beside images": ("images/{0,1}.png normals/{2,3}.png", "normals/", "as --data {root}/normals"),
     "normals are images": ("{normals,defects}/0.png", "normals/ beside defects/", "{root}/normals"),
     "depth in train/good": (
         "a/train/good/{color,infrared,depth}/0.png",
@@ -227,6 +229,7 @@ REFUSED = {
     "in Chinese": ("{合格,不合格}/0.png", "{root}/合格"),
     "a word for not": ("{nonDefective,Defective}/0.png", "{root}/nonDefective"),
     "SDNET2018": ("D/{CD,UD}/{0,1}.jpg W/{CW,UW}/0.jpg", "D/CD/ beside D/UD/, W/CW/ beside W/UW/"),
+    "a part of SDNET2018": ("x/W/{CW,UW}/0.jpg x/0.jpg", "x/W/CW/ beside x/W/UW/"),
     "yes and no": ("{yes,no}/0.png", "no/ beside yes/"),
     "good parts beside bad": ("{goodparts,badparts}/0.png", "goodparts/ beside badparts/", "{root}/goodparts"),
     "parts in Chinese": ("{OK品,NG品}/0.png", "OK品/ beside NG品/"),
@@ -351,6 +354,7 @@ AROUND = {
         "a/train",
         "is a part of an image set: give --data {root}/a,",
     ),
+    "SDNET2018's walls": ("W/{CW,UW}/0.png", "W", "CW/ beside UW/"),
     "VAD's train": (
         "a/train/{good,bad}/0.png",
         "a/train",
@@ -425,9 +429,18 @@ def test_folders_that_say_nothing_of_defects_are_a_plain_folder(tmp_path):
     plant(tmp_path, "many/{0,1,2,3,4,5,6,7,8,9,a,b}/{0,1}.png many/c/{0,1}.jpg")
     plant(tmp_path, "numbers/{0,1,2}/0.png others/{0,1,.}/0.png pieces/{image,sample}/0.png")
     plant(tmp_path, "shift/{0,1}.png shift/labels/{0,classes,notes}.txt= shift/{0,1}.xml=")
+    plant(tmp_path, "views/{abc,xyz}/{0,1}.png sides/{depth,width}/{0,1}.png sides/{a,b}_{width,depth,height}.png")
+    plant(tmp_path, "screw/screw_{head,depth,tip}.png moves/{up,cp}/0.png depths/depth/{0,1}.png depths/README.png")
     plant(tmp_path, "lines/{0,1}_normals.png lines/2.png drill/deep/{depth,0}.png tilt/normals/0.png")
     assert read_root(tmp_path).layout == "folder"
     assert read_root(plant(tmp_path / "crack_detector", "crack_{0,1}.png")).layout == "folder"  # all are named so
+
+
+def test_labels_of_objects_beside_images_refuse_nothing_and_are_said(tmp_path):
+    plant(tmp_path, "images/{0,1}.png labels/{0,1}.json= anno/{0,1}.txt=")
+    root = read_root(tmp_path)
+    note = "not read: annotations in anno/ (of 2 images), annotations in labels/ (of 2 images)"
+    assert root.layout == "folder" and root.notes == (note,)
 
 
 def test_a_layout_said_outright_that_does_not_fit_says_where_the_images_lie(tmp_path):
