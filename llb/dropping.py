@@ -84,8 +84,8 @@ def main() -> None:
         if settings.best:
             start_jax(Evaluate())
             for point in progress(points, desc="best thresholds", unit="run"):
-                finals = (point["run"], settings.cache, point["settings"]["final.detector"])
-                point["best"], point["luck"] = best_threshold(*finals)
+                detector = point["settings"]["final.detector"]
+                point["best"], point["luck"] = best_threshold(point["run"], settings.cache, detector)
         say(points_table(points))
         draw_points(points, settings.plot)
         return

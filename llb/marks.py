@@ -113,13 +113,18 @@ def normal_images(train_on: str, folder: Path, dataset: Dataset, purified: np.nd
     return np.flatnonzero((kept & (marks != DEFECT)) | (marks == FINE))
 
 
+def listed_as_purified(folder: Path, dataset: Dataset) -> np.ndarray:
+    """The training images that purified.txt lists, int (n,), sorted; by the run's tables alone."""
+    return np.unique([index for _, index in listed_images(folder, dataset)])
+
+
 def threshold_is_old(folder: Path, final: str, train_on: str) -> bool:
     """Whether the list that a final detector's threshold is taken from may have changed since. By the run's tables."""
     facts = read_threshold(folder, final)
     if not facts:
         return False
     training = training_set(folder)
-    purified = np.unique([index for _, index in listed_images(folder, training)])
+    purified = listed_as_purified(folder, training)
     # an older version of llb wrote no list
     return facts.get("list") != list_digest(normal_images(train_on, folder, training, purified))
 

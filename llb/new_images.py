@@ -29,7 +29,7 @@ from llb.images import ImageFiles, load_image
 from llb.lock import CHANGERS, hold
 from llb.manifest import ABOUT, check_readable, clear_new_images, listed
 from llb.maps import check_map_names, map_names, write_maps
-from llb.marks import EDITABLE, choose_images, threshold_is_old, training_set
+from llb.marks import EDITABLE, choose_images, listed_as_purified, threshold_is_old, training_set
 from llb.pairing import is_masks
 from llb.pictures import contact_sheet
 from llb.run import as_shown, final_checkpoints, finished_detectors, run_encoder
@@ -136,7 +136,7 @@ def check_lists(run: Path, name: str, final: str, settings: dict[str, Any]) -> N
     folder, train_on = run / name, settings["train_on"]
     if train_on in EDITABLE:
         training = training_set(folder)
-        purified = np.unique([index for _, index in tables.listed_images(folder, training)])
+        purified = listed_as_purified(folder, training)
         chosen = Choice(purified) if train_on == "purified" else choose_images(train_on, folder, training)
         check_finished(final_checkpoints(run, training, final, chosen), steps_in(settings, name))
     if threshold_is_old(folder, final, train_on):

@@ -24,11 +24,11 @@ from llb.demo import MARKER
 from llb.files import UserError, check_writable, digest_of_file, discard_files, move_file, some, typed, write_csv
 from llb.flags import flag, parse_flags, typed_flags, whole
 from llb.lock import hold
-from llb.marks import DEFECT, read_marks, training_set
+from llb.marks import DEFECT, listed_as_purified, read_marks, training_set
 from llb.metrics import ranks
 from llb.pictures import printable
 from llb.runfiles import data_of, read_config, read_manifest, stage1_command
-from llb.tables import listed_images, read_table, stage1_finished
+from llb.tables import read_table, stage1_finished
 
 MANIFEST, COLUMNS = "quarantine.csv", ["category", "path", "from", "to", "bytes", "sha256", "modified_ns"]
 MEND = "it says where the images lie: mend it by hand"
@@ -132,7 +132,7 @@ def wanted(folder: Path, settings: Quarantine) -> list[str]:
     dataset = training_set(folder)
     stay = np.flatnonzero(read_marks(folder, dataset) != DEFECT) if settings.reviewed else ()
     if not (settings.reviewed or settings.top):  # some of the listed may be in quarantine already
-        stay = np.unique([index for _, index in listed_images(folder, dataset)])
+        stay = listed_as_purified(folder, dataset)
     return [dataset.train[i].path for i in order[~np.isin(order, stay)][: settings.top]]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from llb.console import say
 from llb.files import UserError, read_cell, read_json, typed, write_json
-from llb.flags import typed_flags
+from llb.flags import flag_of, typed_flags
 
 VERSION = 3  # of the files of a run: config.json's "llb"
 CARRIED = ("cache", "cache_limit", "cache_gib", "no_cache", "verify")  # flags that each stage has to be given
@@ -128,7 +128,7 @@ def commands(run: Path, config: dict[str, Any], evaluated: bool) -> list[str]:
         given = {name: value for name, value in stage2.items() if name not in unset}
         given = {"train_on": final} | given
         given["set"] = ",".join(f"{name}={value}" for name, value in given.get("set", {}).items() if value is not None)
-        flags = (f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value)
+        flags = (f"{flag_of(name)} {shlex.quote(str(value))}" for name, value in given.items() if value)
         if final.startswith("reviewed"):
             lines.append(review_command(run, config.get("review")))
         lines.append(f"python stage2_train.py --run {place} {' '.join(flags)}")
