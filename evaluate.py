@@ -20,7 +20,7 @@ from llb.checkpoint import Params, open_checkpoints, restore_params
 from llb.config import Evaluate
 from llb.console import run_script, say
 from llb.data import Dataset, Record
-from llb.detectors import remembers
+from llb.detectors import is_trained, remembers
 from llb.device import start_jax
 from llb.files import UserError, discard_files, is_writer, write_json
 from llb.flags import parse_flags
@@ -55,6 +55,9 @@ from llb.tiles import shown_tests, small, tiles_file, united, write_tiles
 from llb.times import timed
 
 PIXEL_ERROR = 1e-5  # a larger error of the pixel metrics is reported
+# of stage 1, so that its scores can stand for a final detector's; the latter of what an optimiser trains
+SAME, SAME_TRAINING = ("detector", "set", "image_score"), ("steps", "learning_rate", "batch_size")
+NONE_ALIKE = "not 2 sub-models or more of this detector with the same settings (such as --steps)"
 OUTDATED = "{} is outdated, and its metrics are left out: {}"
 
 
@@ -211,6 +214,8 @@ def evaluate(
     facts |= {"out_of_fold": int(remembering), "list": list_digest(normal)}
     if not len(normal):
         say(f"{name}, {final}: no threshold, since every image that is not dropped is called defective")
+    elif facts["threshold"] is None:
+        say(f"{name}, {final}: no threshold: what it has learned from scores too low, and stage 1 has {NONE_ALIKE}")
     tables.write_threshold(folder, final, facts)
     tables.write_kinds(folder, final, by_kind([r.kind for r in records], labels, scores, facts["threshold"]))
     shown = united(shown_tests(scores, labels, facts["threshold"]))
@@ -231,8 +236,9 @@ def fair_scores(
     """What training images score, as if they were new: float32 (n,). None if the detector cannot say, or n is 0.
 
     A detector that scores what it has learned from far too low gets stage 1's scores by the sub-models that have not
-    seen the image, if stage 1 had the same detector (`remembers`). With a head these score them once more: it has
-    learned from some of their patches, so that with a head they are not quite new.
+    seen the image, if stage 1 had the same detector (`remembers`) and trained it as long: steps change the scale of its
+    scores. With a head these score them once more: it has learned from some of their patches, so that with a head they
+    are not quite new.
 
     params: the final detector; images: int (n,).
     """
@@ -240,8 +246,8 @@ def fair_scores(
         return None
     if remembers(stage.setup.detector, stage.setup.settings):
         final = config["stage2"][stage.final]
-        same = all(final[name] == config[name] for name in ("detector", "set", "image_score"))
-        if not same or config["submodels"] == 1:
+        alike = SAME + SAME_TRAINING * is_trained(stage.setup.detector)
+        if config["submodels"] == 1 or any(final[name] != config[name] for name in alike):
             return None
         subset, scores = tables.read_submodels(stage.run / dataset.category)
         if isinstance(params, Headed):

@@ -160,6 +160,7 @@ def test_what_a_memory_has_learned_is_scored_by_those_sub_models_of_stage_1_that
     dataset = Dataset(tmp_path, "folder", "nut", tuple(Record(f"{i}.png", None, (), "") for i in range(9)), ())
     write_scores(tmp_path / "nut", dataset.train, Stage1Result(subset, scores, scores[:, 0], subset >= 0))
     own = {"detector": "padim", "set": {"ridge": 0.01}, "image_score": "max"}
+    own |= {"steps": 1, "learning_rate": 0.1, "batch_size": 2}
     stage = SimpleNamespace(run=tmp_path, final="all", setup=SimpleNamespace(detector="padim", settings=None))
     images = np.array([7, 2, 3])
 
@@ -170,6 +171,10 @@ def test_what_a_memory_has_learned_is_scored_by_those_sub_models_of_stage_1_that
     np.testing.assert_allclose(fair(), scores[images, subset[images]], rtol=1e-6)
     assert fair(submodels=1) is fair(images=images[:0]) is None
     assert fair(detector="subspace") is fair(set={"ridge": 1.0}) is fair(image_score="top-1%") is None
+    assert fair(steps=2, batch_size=1) is not None, "one pass, in whatever batches"
+    stage.setup = SimpleNamespace(detector="cflow", settings=None)
+    assert fair() is not None and fair(steps=2) is fair(learning_rate=0.2) is fair(batch_size=1) is None
+    stage.setup = SimpleNamespace(detector="padim", settings=None)
 
     # ---- with a head the sub-models score them once more ----
     anew = np.random.default_rng(1).random((3, 3), np.float32)

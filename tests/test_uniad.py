@@ -122,6 +122,14 @@ def test_on_a_vit_a_large_grid_is_averaged_two_by_two():
     np.testing.assert_allclose(tokens, means.transpose(0, 2, 3, 1, 4).reshape(1, 144, 8), atol=1e-5)
 
 
+@pytest.mark.parametrize("side", (42, 49, 56, 80))  # patches of 8 or 14 pixels at 336 to 1,120
+def test_on_a_vit_every_patch_of_a_large_grid_counts(side):
+    setup = setup_of(replace(SPECS["tiny"], width=1), side * 8)
+    shape = (1, 2, 5 + side**2, 1)
+    gradient = jax.grad(lambda features: uniad.tokens_of(setup, features).sum())(jnp.zeros(shape))[0, :, 5:, 0]
+    assert (gradient > 0).all()
+
+
 def test_all_layers_start_with_equal_projections_and_queries_but_other_dense_weights():
     params = jax.jit(lambda: uniad.init(setup_of(), KEY))()["params"]
     first, second = params["decoder_0"], params["decoder_1"]

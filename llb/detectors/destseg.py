@@ -19,8 +19,8 @@ Sizes for ResNet-18 at 256 pixels:
 
 On another encoder's grids the student's outputs are resized; on a ViT, whose two maps lie on one grid, those of 256 and
 128 channels. A 1 × 1 convolution gives other channels, and signed ones (a block's output never is negative).
-
 Differs from the release: textures (see damage), normal images are not rotated, the student's loss is 32 · batch mean.
+As there, the middle of a position's patch decides whether it counts as damaged: there 2 × 2 of 4 × 4 pixels.
 """
 
 from dataclasses import dataclass
@@ -46,8 +46,7 @@ LEARNING_RATE, BATCH_SIZE, DEMO_STEPS, DEMO_BATCH_SIZE = 0.4, 8, (240, 600), 2  
 MAP, SCORE, AGGREGATE = MapRule(align_corners=False, sigma=0.0), "top-100", "mean"
 
 RES_RATE, HEAD_RATE = 0.25, 0.025  # of the segmentation's two parts; times the student's 0.4
-MOMENTUM, DECAY, UNIT_EPS = 0.9, 1e-4, 1e-12
-RELEASED_BATCH = 32  # over which the release sums the student's loss
+MOMENTUM, DECAY, UNIT_EPS, RELEASED_BATCH = 0.9, 1e-4, 1e-12, 32  # over a batch the release sums the student's loss
 DILATIONS, FOCAL = (6, 12, 18), 4  # γ of the focal loss: pixels that are classified well count little
 
 
@@ -117,7 +116,8 @@ class Head(nn.Module):
         parts.insert(0, jnp.broadcast_to(mean, x.shape))
         x = nn.relu(conv(name="project")(jnp.concatenate(parts, axis=-1), train))
         x = nn.relu(conv(name="last")(x, train))
-        return nn.Dense(1, kernel_init=nn.initializers.constant((3 * width) ** -0.5), name="logit")(x)[..., 0]
+        scale = nn.initializers.constant((3 * width) ** -0.5)
+        return nn.Dense(1, kernel_init=scale, bias_init=scale, name="logit")(x)[..., 0]
 
 
 # ---- the detector, as llb.detectors describes it ----
@@ -150,7 +150,7 @@ def init(setup: Setup, key: jax.Array) -> dict:
         uniform = partial(jax.random.uniform, minval=-(3**0.5), maxval=3**0.5)
         numbers = jnp.split((uniform if part == "head" else jax.random.normal)(own_key, ends[-1:]), ends[:-1])
         variables["params"][part] = tree.unflatten(
-            leaf * drawn.reshape(leaf.shape) if path[-1].key == "kernel" else leaf
+            leaf if path[-1].key == "scale" else leaf * drawn.reshape(leaf.shape)  # biases are 0, but for the last one
             for (path, leaf), drawn in zip(leaves, numbers)
         )
         variables["batch_stats"][part] = own["batch_stats"]

@@ -20,7 +20,9 @@ The grid is that of the coarsest map. A side above 20 is halved, rounded up, unt
 tokens²: a ViT's 28² becomes 14², the means of 2 × 2 (its two maps give 2 D numbers a token). On a grid with fewer
 than 8 rows the neighbourhood is smaller than 7 × 7, so that each query sees something.
 
-Differs from the release: its encoder pads as for 380 pixels, ours for the image's own size; AUROC is never flipped.
+Differs from the release: one model a category (there one for all), batches of 8 (there of 8 GPUs with 8 each) and fewer
+steps (there 1,000 epochs); no best step chosen on test; its encoder pads as for 380 pixels, ours for the image's own
+size; AUROC is never flipped.
 """
 
 from dataclasses import dataclass
@@ -72,10 +74,14 @@ def side_of(setup: Setup) -> int:
 def tokens_of(setup: Setup, features: jax.Array) -> jax.Array:
     """Cached features → float32 (B, P, ΣC). Between equal grids nothing is interpolated.
 
-    Of a CNN bilinear with aligned corners, as the release. Of a ViT not aligned: halving is then the mean of 2 × 2.
+    Of a CNN bilinear with aligned corners, as the release. Of a ViT not aligned, and halved step by step: each step is
+    the mean of 2 × 2, so that every patch counts.
     """
-    side, aligned = side_of(setup), isinstance(setup.spec, CnnSpec)
-    return to_patches(joined(tuple(resize(one, side, side, aligned) for one in maps_of(setup, features))))
+    maps, side, aligned = maps_of(setup, features), side_of(setup), isinstance(setup.spec, CnnSpec)
+    while not aligned and maps[0].shape[1] > side:
+        half = -(-maps[0].shape[1] // 2)
+        maps = tuple(resize(one, half, half) for one in maps)
+    return to_patches(joined(tuple(resize(one, side, side, aligned) for one in maps)))
 
 
 def jittered(tokens: jax.Array, noise: jax.Array, scale: float) -> jax.Array:
@@ -199,7 +205,8 @@ class UniAD(nn.Module):
         x = memory
         for index in range(self.settings.layers):
             x = layer(name=f"decoder_{index}")(x, memory, position, train)
-        return dense(tokens.shape[-1], self.precision, "output")(norm("norm")(x)).astype(jnp.float32)
+        # float32: what is compared with the tokens would else be rounded to 8 bits
+        return dense(tokens.shape[-1], "float32", "output")(norm("norm")(x))
 
 
 # ---- the detector, as llb.detectors describes it ----
