@@ -51,6 +51,15 @@ def test_auto_keeps_all_or_next_to_all_of_a_long_tail_without_a_group(tail):
     )
 
 
+@pytest.mark.parametrize(("images", "most"), [(40, 0.3), (100, 0.22), (200, 0.13), (600, 0.05)])
+def test_auto_seldom_cuts_a_tail_on_one_side_without_a_group(images, most):
+    """Scores that rise steeply and fall slowly: the few images of a small set's flank tell little of its tail."""
+    random, dropped = np.random.default_rng(0), []
+    for tail in (random.exponential(1, (100, images)), random.lognormal(0, 1, (100, images))):
+        dropped += [not KEEP["auto"](1 + 0.2 * one)[0].all() for one in tail]
+    assert np.mean(dropped) <= most
+
+
 @RULES
 def test_a_rule_is_indifferent_to_the_scale_and_the_order_of_the_scores_and_keeps_the_lowest(rule):
     for seed in range(5):
