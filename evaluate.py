@@ -209,7 +209,7 @@ def evaluate(
         say(f"{name}: so many scores are nearly equal that pixel metrics on {final} may be off by {error:.1g}")
 
     # ---- write; without metrics, which come last, it is not evaluated: killed in between, it is scored again ----
-    tables.forget_metrics(stage.run, [name], [final])
+    tables.forget_metrics(stage.run, [name, "mean"], [final])
     facts = threshold_facts(fair(params, normal), labels, scores)
     facts |= {"out_of_fold": int(remembering), "list": list_digest(normal)}
     if not len(normal):

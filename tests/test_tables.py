@@ -33,12 +33,12 @@ def test_scores_and_the_purified_list_read_back_exactly(tmp_path):
         choose_images("clean", tmp_path, dataset)
 
 
-def test_means_over_categories_leave_undefined_values_out():
+def test_means_over_categories_are_of_detectors_that_all_have_and_leave_undefined_values_out():
     some = {"purified": values(0.2) | {"pixel_aupro": None}}
     others = {"purified": values(0.4) | {"pixel_ap": None, "pixel_aupro": None}, "all": values(0.9)}
     means = tables.mean_metrics({"a": some, "b": others}, ["a", "b"])
     expected = values(0.3) | {"pixel_ap": 0.2, "pixel_aupro": None}
-    assert list(means) == ["purified", "all"] and means["all"] == values(0.9)
+    assert list(means) == ["purified"], "an interrupted evaluation has left `all` out in a"
     assert means["purified"] == {name: value and pytest.approx(value) for name, value in expected.items()}
 
 

@@ -137,6 +137,11 @@ def test_several_categories_share_a_run_whose_interrupted_evaluation_continues(t
     assert dates(run / "one") == written
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics) == ["one", "two", "mean"] and metrics["one"].keys() == {"purified", "purification"}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", interrupted)
+        assert "no power" in refuse("evaluate", "--run", run, "--overwrite")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["mean"] == {} and "purified" in metrics["one"], "the mean was of scores that are half replaced"
 
 
 def test_another_final_detector_stands_beside_stage_1s(tmp_path, data):
