@@ -22,10 +22,10 @@ from llb.console import run_script, say
 from llb.figures import house, save, spread_figure
 from llb.files import UserError, check_writable_file, write_csv
 from llb.flags import WORDS, flag, parse_flags, real
-from llb.marks import training_set
+from llb.marks import list_is_old, training_set
 from llb.metrics import lowest_contamination, purification
 from llb.pictures import printable
-from llb.runfiles import read_config
+from llb.runfiles import read_config, stage2_command
 from llb.tables import TRAIN_ON, UNDEFINED, listed_images, mean_defined, read_metrics, read_submodels, read_table
 
 # in config.json, but no setting; or it follows from the images; or it has a place of its own here
@@ -98,14 +98,21 @@ def read_groups(runs: Iterable[Path | str], lowest: float | None = None) -> list
 def read_run(run: Path, lowest: float | None) -> list[tuple[int, dict[str, Any], dict[str, float | None]]]:
     """Seed, settings and figures, once for each setting of the final detectors; --train-on is no such setting."""
     config, metrics = read_config(run, str(run), "give the folder of a run"), read_metrics(run).get("mean", {})
-    stage1 = mean_defined([stage1_figures(run / name, lowest) for name in config["categories"]])
+    categories = config["categories"]
+    stage1 = mean_defined([stage1_figures(run / name, lowest) for name in categories])
     finals, judged = {}, {final: own for final, own in config.get("stage2", {}).items() if final in metrics}
     reviewed = [own for own in judged.values() if own["train_on"] == "reviewed"]
     heads = {frozen(flat(own | {"head": None})): own.get("head") for own in reviewed}
     for final, own in judged.items():  # what is not `reviewed` has no head, and stands beside what is
         own = own | {"head": heads.get(frozen(flat(own | {"head": None})), own.get("head"))}
         _, figures = finals.setdefault(frozen(flat(own)), (flat(own, "final."), {}))
-        figures |= {f"{title} {own['train_on']}": metrics[final].get(name) for title, name in JUDGED.items()}
+        # the row says what an edited list holds, and not how a detector on an older one does
+        old = own["train_on"] == "purified" and any(list_is_old(run / name, final, "purified") for name in categories)
+        if old:
+            again = f"train it again: {stage2_command(run, final)} --overwrite"
+            say(f"{run}: the figures of {final} are left out: purified.txt has changed since it was trained; {again}")
+        known = {} if old else metrics[final]
+        figures |= {f"{title} {own['train_on']}": known.get(name) for title, name in JUDGED.items()}
     finals = list(finals.values()) or [({}, {})]
     return [(config["seed"], flat(config) | settings, stage1 | figures) for settings, figures in finals]
 

@@ -120,7 +120,12 @@ def listed_as_purified(folder: Path, dataset: Dataset) -> np.ndarray:
 
 def threshold_is_old(folder: Path, final: str, train_on: str) -> bool:
     """Whether the list that a final detector's threshold is taken from may have changed since. By the run's tables."""
-    facts = read_threshold(folder, final)
+    return read_threshold(folder, final) is not None and list_is_old(folder, final, train_on)
+
+
+def list_is_old(folder: Path, final: str, train_on: str) -> bool:
+    """As `threshold_is_old`, of a detector that is evaluated, but may have no threshold."""
+    facts = read_threshold(folder, final, also_none=True)
     if not facts:
         return False
     training = training_set(folder)

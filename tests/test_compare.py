@@ -16,7 +16,8 @@ from llb.looks import looks_figure
 from llb.looks import main as looks_main
 from llb.metrics import lowest_contamination
 from llb.runfiles import VERSION, write_config
-from llb.tables import Stage1Result, write_purified, write_scores
+from llb.tables import Stage1Result, write_purified, write_scores, write_threshold
+from llb.threshold import list_digest, threshold_facts
 
 SCORES = np.array([[1, 4], [2, 1], [3, 3], [6, 2], [5, 6]], np.float32)  # the mean ranks both defects highest
 LABELS = (0, 0, 0, 1, 1)
@@ -94,11 +95,18 @@ def test_runs_of_stage_1_alone_are_compared_and_others_are_refused(tmp_path):
             read_groups([tmp_path / run])
 
 
-def test_what_is_kept_is_what_an_edited_list_says(tmp_path):
-    run = made(tmp_path / "a")
-    (tmp_path / "a" / "part" / "purified.txt").write_text("# by hand\n0.png\n3.png\n")
+@pytest.mark.parametrize("normal", (np.arange(4.0), None))  # a detector may have no threshold
+def test_what_is_kept_is_what_an_edited_list_says_and_a_detector_on_the_older_one_is_left_out(tmp_path, capsys, normal):
+    run, folder = made(tmp_path / "a"), tmp_path / "a" / "part"
+    write_threshold(folder, "purified", threshold_facts(normal, [], np.empty(0)) | {"list": list_digest(np.arange(4))})
+    (group,) = results(run)
+    assert group.figures["image AUROC purified"] == {0: 0.9} and not capsys.readouterr().out
+    (folder / "purified.txt").write_text("# by hand\n0.png\n3.png\n")
     (group,) = results(run)
     assert group.figures["kept"] == {0: 0.4} and group.figures["contamination"] == {0: 0.5}
+    assert group.figures["image AUROC purified"] == {} and group.figures["image AUROC all"] == {0: pytest.approx(0.8)}
+    assert "purified are left out: purified.txt has changed since it was trained" in (told := capsys.readouterr().out)
+    assert f"python stage2_train.py --run {run} --train-on purified --overwrite" in told
 
 
 def test_simulated_looks_are_settings_and_are_drawn(tmp_path, capsys, monkeypatch):
