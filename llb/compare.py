@@ -166,13 +166,13 @@ def report(groups: Sequence[Group], first: Sequence[str] = ()) -> str:
     values, differences = [], []
     for group in groups:
         start = [*(shown(group, name) for name in chosen), str(len(group.runs))]
-        values.append(start + [written(name, group.figures[name].values()) for name in figures])
+        owns = {name: group.figures[name].values() for name in figures}
+        values.append(start + [written(name, own) + fewer(len(own), group) for name, own in owns.items()])
         pairs = [(name, base.figures[name] if group is not base else {}) for name in figures]
         pairs += [(one, group.figures[other]) for one, other in gains.values()]
         gaps = [[value - of[seed] for seed, value in group.figures[name].items() if seed in of] for name, of in pairs]
-        cells = [written(name, gap, "+") for (name, _), gap in zip(pairs, gaps)]
-        fewer = [f" (n {len(gap)})" * (0 < len(gap) < len(group.runs)) for gap in gaps]
-        differences.append(start + [cell + n for cell, n in zip(cells, fewer)])
+        cells = [written(name, gap, "+") + fewer(len(gap), group) for (name, _), gap in zip(pairs, gaps)]
+        differences.append(start + cells)
     parts = [markdown([*chosen, "n", *figures], values)]
     parts += [f"Together with these differ: {', '.join(others)}."] if others else []
     if len(groups) > 1 or gains:
@@ -191,6 +191,11 @@ def written(figure: str, values: Iterable[float], sign: str = "") -> str:
     unequal = [value for value in values if value]
     tested = f" (p {wilcoxon(unequal).pvalue:.3f})" if sign and len(unequal) >= FEWEST else ""
     return text + " %" + tested if percent else re.sub(r"\b0\.", ".", text + tested)
+
+
+def fewer(n: int, group: Group) -> str:
+    """What a cell of n values says if not all runs of the row have one."""
+    return f" (n {n})" * (0 < n < len(group.runs))
 
 
 def shown(group: Group, name: str) -> str:

@@ -3,9 +3,9 @@
     python -m llb.ablate --preset review
     python -m llb.looks --grid runs/review            draws runs/review/looks.png and .svg
 
-A panel for each detector and noise ratio. The points are means over the seeds; "use": what was called defective
-teaches a head, too (`--head auto`); "drop": it is only left out (`--head none`). The level lines are of detectors on
-all images, as after no look, and on the clean ones.
+A panel for each detector and noise ratio. The points are means over the seeds that have all of the panel; "use": what
+was called defective teaches a head, too (`--head auto`); "drop": it is only left out (`--head none`). The level lines
+are of detectors on all images, as after no look, and on the clean ones.
 """
 
 from collections.abc import Sequence
@@ -71,11 +71,16 @@ def looks_figure(groups: Sequence[Group]):
             known[axis].setdefault(final, {}).update(figures[f"image AUROC {final}"])
     errors = sorted({curve[2] for curves in known.values() for curve in curves if curve not in LEVELS})
     for axis, curves in known.items():
-        for final, kind in LEVELS.items():
-            if values := curves.pop(final):
-                axis.axhline(np.mean(list(values.values())), color=INK, linestyle=kind, linewidth=1, label=final)
+        levels = {final: values for final in LEVELS if (values := curves.pop(final))}
+        owns = [*levels.values(), *(own for points in curves.values() for own in points.values())]
+        seeds = set.intersection(*map(set, owns))  # a grid may have been interrupted
+        if not seeds:
+            raise UserError(f"--grid: {axis.get_title('left')}: no seed has all of its runs; finish the grid")
+        for final, values in levels.items():
+            mean = np.mean([values[seed] for seed in seeds])
+            axis.axhline(mean, color=INK, linestyle=LEVELS[final], linewidth=1, label=final)
         for (name, kind, wrong), points in sorted(curves.items()):
-            means = [np.mean(list(points[each].values())) for each in sorted(points)]
+            means = [np.mean([points[each][seed] for seed in seeds]) for each in sorted(points)]
             axis.plot(
                 sorted(points), means, kind, color=COLOURS[errors.index(wrong)], marker="o", markersize=3, label=name
             )

@@ -8,7 +8,7 @@ import pytest
 from helpers import dates, refuse, rows_of, succeed
 from PIL import Image
 
-from llb.compare import differing, main, read_groups, report, written
+from llb.compare import Group, differing, main, read_groups, report, written
 from llb.data import Record
 from llb.figures import house
 from llb.files import UserError, read_json, write_json
@@ -78,7 +78,7 @@ def test_the_table_has_means_and_differences_paired_by_seed(tmp_path):
     titles = ["submodels", "n", "ranking AUROC", "contamination", "kept", "image AUROC purified", "image AUROC all"]
     assert cells[0] == titles and cells[4] == [*titles, "purified − all"]
     assert cells[2] == ["2", "6", "1.000 ± .000", "25.0 ± 0.0 %", "80.0 ± 0.0 %", ".903 ± .002", ".802 ± .002"]
-    assert cells[3][:2] == ["5", "7"] and cells[3][6] == ".855 ± .004"
+    assert cells[3][:3] == ["5", "7", "1.000 ± .000"] and cells[3][6] == ".855 ± .004 (n 6)"
     assert cells[6] == ["2", "6", *5 * "–", "+.100 ± .000 (p .031)"]
     assert cells[7][2:6] == [
         "+.000 ± .000 (n 6)", "+0.0 ± 0.0 % (n 6)", "+0.0 ± 0.0 % (n 6)", "+.052 ± .002 (p .031) (n 6)"
@@ -132,6 +132,22 @@ def test_simulated_looks_are_settings_and_are_drawn(tmp_path, capsys, monkeypatc
     made(tmp_path / "other", finals=finals, review=look, encoder="tiny", **common)
     with pytest.raises(UserError, match="differ in encoder, too"):
         looks_main()
+
+
+def test_a_curve_of_looks_is_of_the_seeds_that_all_its_panel_has():
+    groups, whole = [], {24: (0.8,), 96: (0.8, 0.9)}  # the run of seed 1 and 24 images is not finished
+    for simulate, aurocs in whole.items():
+        look = {"review.simulate": simulate, "review.errors": 0.0, "final.head": "auto"}
+        groups.append(Group({"detector": "padim", "noise_ratio": 0.2} | look))
+        for final in ("reviewed", "all"):  # a look gains nothing
+            groups[-1].figures[f"image AUROC {final}"].update(enumerate(aurocs))
+    with house():
+        (axis,) = looks_figure(groups).axes
+    assert [set(line.get_ydata()) for line in axis.lines] == [{0.8}, {0.8}]
+    for group, seed in zip(groups, (0, 1)):
+        group.figures["image AUROC reviewed"] = {seed: 0.8}
+    with house(), pytest.raises(UserError, match="padim, 20% defects: no seed has all of"):
+        looks_figure(groups)
 
 
 def test_the_papers_statistic_counts_defects_among_the_lowest_scores():
