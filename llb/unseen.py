@@ -8,8 +8,10 @@ holds the truth at least 90 times in 100, and lies within Clopper and Pearson's 
 
 A dozen draws say little, though. A ranking is there to have more defects above than below. So for the upper end the
 highest-ranked images of the last page count as drawn: their share of defects is at least that of the unseen images.
-Unless the draws hold the larger share: then the ranking is not trusted. (High scores and a few random images together
-also teach more than either: Li et al., "Deep batch active anomaly detection with diverse queries", ICLR 2023.)
+Unless the draws hold the larger share: then the ranking is not trusted. So the 90 in 100 hold for any ranking by the
+draws alone; the upper end that is printed relies on a last page with no smaller share of defects than what lies below
+it. (High scores and a few random images together also teach more than either: Li et al., "Deep batch active anomaly
+detection with diverse queries", ICLR 2023.)
 
 The estimate itself adds two images to the draws, with half of the last page's share of defects, since the share falls
 from there on. So its mean error was smaller than that of the draws alone at each noise ratio, from the first page on.
