@@ -201,7 +201,8 @@ def kinds_file(final: str) -> str:
 
 def threshold_line(facts: dict[str, float | int | None], images: str = "purified images") -> str:
     """In words. facts: of `llb.threshold.threshold_facts`, with a threshold; images: those that it is taken from."""
-    line = f"threshold {facts['threshold']:.4g} ({facts['quantile']:.0%} of the {images} score below it)"
+    taken = f"{facts['quantile']:.0%} quantile of the scores of the {facts['images']} {images}"
+    line = f"threshold {facts['threshold']:.4g} ({taken})"
     rates = {
         "of the normal test images are false alarms": "false_alarm_rate",
         "of the defective ones are missed": "missed_rate",

@@ -112,14 +112,17 @@ def test_thresholds_follow_the_list_that_they_are_taken_from(copy, stage1):
     assert (
         f"purified: {older}rain it again: python stage2_train.py --run {copy} --train-on purified --overwrite" in page
     )
-    assert "the list of images that it was taken from has changed" in page and "of them score below it" not in page
+    assert "the list of images that it was taken from has changed" in page and "quantile of their scores" not in page
     assert "Defective after" in page and "Ranking AUROC" in page, "scores.csv has them, too"
     assert "purified," not in table and "tile,all," in table, "as in metrics.json"
     succeed("stage2_train", "--run", copy, "--steps", 3, "--overwrite")
     told = succeed("evaluate", "--run", copy)
     assert "is evaluated" not in told and read_threshold(copy / "tile", "all")["images"] == 6
     page = (copy / "report.html").read_text()
-    assert older not in page and "taken from the\n6 training images that are not dropped" in page
+    assert (
+        older not in page
+        and "taken from the\n6 training images that are not dropped: the 99 % quantile of their scores. No" in page
+    )
     assert succeed("evaluate", "--run", copy).count("is evaluated") == 2
 
 

@@ -29,7 +29,8 @@ def test_the_threshold_reads_back_and_a_damaged_file_is_named(tmp_path):
     tables.write_threshold(tmp_path, "all", facts)
     assert tables.read_threshold(tmp_path, "all") == facts
     assert "0.0% of the normal test images are false alarms, 0.0% of the defective" in tables.threshold_line(facts)
-    assert tables.threshold_line(facts | {"false_alarm_rate": None, "missed_rate": None}).endswith("score below it)")
+    line = tables.threshold_line(facts | {"false_alarm_rate": None, "missed_rate": None})
+    assert line.endswith(" (99% quantile of the scores of the 50 purified images)")  # 98% lie below it
     tables.write_threshold(tmp_path, "all", threshold_facts(None, [], np.empty(0)))
     assert tables.read_threshold(tmp_path, "all") is None
     null = json.dumps(facts | {"quantile": None})
