@@ -140,6 +140,12 @@ def test_for_resnet18_at_256_pixels_there_are_as_many_parameters_as_published():
     assert counts["student"] == 24_665_024 and counts["res"] + counts["head"] == 7_706_369
 
 
+def test_all_biases_start_at_zero_but_the_last_layers_which_is_drawn():
+    params = flatten_dict(jax.jit(partial(destseg.init, SETUP))(jax.random.key(0))["params"], sep="/")
+    drawn = {name for name, leaf in params.items() if name.endswith("bias") and leaf.any()}
+    assert drawn == {"head/logit/bias"} and np.abs(params["head/logit/bias"]) <= 16**-0.5
+
+
 def test_one_image_a_step_has_no_variance_and_is_refused():
     with pytest.raises(UserError, match="^--batch-size 1: "):
         destseg.loss(replace(SETUP, batch_size=1), {}, (), jax.random.key(0), jnp.int32(0))

@@ -128,11 +128,14 @@ def test_on_a_vit_the_distance_is_the_sum_over_its_two_maps_on_their_grid(few_bl
     def both(features):
         maps = common.maps_of(setup, features)
         decoded = rd.network(setup).apply(variables, maps)
-        return rd.distance(setup, variables, features), common.cosine_distance(jnp.stack(decoded), jnp.stack(maps))
+        levels = common.cosine_distance(jnp.stack(decoded), jnp.stack(maps))
+        rounded = rd.network(replace(setup, precision="bfloat16")).apply(variables, maps)
+        return rd.distance(setup, variables, features), levels, jnp.stack(rounded)
 
-    distance, levels = both(features)
+    distance, levels, rounded = both(features)
     assert levels.shape == (2, 2, 5, 5)
     np.testing.assert_allclose(distance, levels.sum(axis=0), atol=1e-5)
+    assert (rounded != rounded.astype(jnp.bfloat16)).mean() > 0.5, "in bfloat16 what is compared is not rounded"
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("flattened", STORED["loss"]), ("positions", STORED["loss_positions"])])

@@ -122,6 +122,12 @@ def test_on_a_vit_a_large_grid_is_averaged_two_by_two():
     np.testing.assert_allclose(tokens, means.transpose(0, 2, 3, 1, 4).reshape(1, 144, 8), atol=1e-5)
 
 
+def test_in_bfloat16_what_is_compared_with_the_tokens_is_not_rounded():
+    tokens = uniad.tokens_of(setup_of(), STORED["features"])
+    rebuilt = uniad.network(replace(setup_of(), precision="bfloat16")).apply({"params": PARAMS}, tokens)
+    assert rebuilt.dtype == jnp.float32 and (rebuilt != rebuilt.astype(jnp.bfloat16)).mean() > 0.5
+
+
 @pytest.mark.parametrize("side", (42, 49, 56, 80))  # patches of 8 or 14 pixels at 336 to 1,120
 def test_on_a_vit_every_patch_of_a_large_grid_counts(side):
     setup = setup_of(replace(SPECS["tiny"], width=1), side * 8)

@@ -97,8 +97,8 @@ class Student(nn.Module):
             y = x = blocks(width * 2**level, name=f"decoder_{level}")(resize(x, *grid), train)
             if self.signed or channels != x.shape[-1]:
                 first = nn.initializers.constant(x.shape[-1] ** -0.5)
-                y = nn.Dense(channels, True, self.precision, kernel_init=first, name=f"output_{level}")(x)
-            maps.insert(0, y.astype(jnp.float32))
+                y = nn.Dense(channels, kernel_init=first, name=f"output_{level}")(x)  # float32: it is compared
+            maps.insert(0, y)
         return tuple(maps)
 
 
