@@ -203,7 +203,7 @@ def cached_features(
     the cache. If the disk has no room for them, they are computed each time, as by `streamed_features`; so are those
     whose shard another command deletes meanwhile. A shard is complete or absent, so an interrupted computation
     continues with the next one; a damaged one is computed again. Several processes compute every P-th shard each. A
-    UserError is raised if an image cannot be read, or a shard cannot be written.
+    UserError is raised if an image cannot be read, or has changed meanwhile, or a shard cannot be written.
     """
     folder = cache / "features" / feature_kind(source, files)
     image_bytes = int(np.prod(source.shape)) * source.dtype.itemsize
@@ -236,6 +236,7 @@ def cached_features(
             for images in islice(batches, -(-len(digests) // ENCODE_BATCH)):
                 parts.append(source.encode(images))
                 bar.update(len(images))
+            check_unchanged(files, [path_of[digest] for digest in digests])
             write_shard(folder, digests, np.concatenate(parts), needed)
     processes.wait(f"{title}: shards")
     if unseen := path_of.keys() - places.keys():
@@ -262,6 +263,20 @@ def cached_features(
     if size > memory_gib * GIB:
         return source.features(fetch)
     return source.features(fetch(np.arange(len(files.paths))).__getitem__)
+
+
+def check_unchanged(files: ImageFiles, paths: Sequence[Path]) -> None:
+    """Raise a UserError if an image is not the file any more that its digest is of: its features would stand in the
+    cache under the digest of the old one, for all runs.
+
+    By size and time: a second digest would read every file once more, and a file that is replaced gets another time.
+    One with the old size and time counts as the same in every command (llb.manifest).
+    """
+    for path in paths:
+        status = os.stat(path)
+        now = status.st_size, status.st_mtime_ns
+        if files.states.get(path, now)[:2] != now:
+            raise UserError(f"{path} was changed while it was read: give the same command again")
 
 
 def feature_kind(source: Source, files: ImageFiles) -> str:

@@ -51,6 +51,7 @@ class ImageFiles:
     white: Mapping[str, int] = field(default_factory=dict)
     resize: int | None = None  # side of the square of which the centre is shown
     digests: tuple[str, ...] = ()  # SHA-256 of the files, where features are looked up by them
+    states: Mapping[Path, tuple] = field(default_factory=dict)  # size, time in ns, … when the digest was taken
 
 
 class ImageError(UserError):

@@ -78,15 +78,15 @@ def write_manifest(folder: Path, dataset: Dataset) -> None:
         write_csv(folder / IMAGES_FILE, COLUMNS, [[path, *states[path]] for path in paths])
 
 
-def image_digests(folder: Path, root: Path, paths: Sequence[str]) -> tuple[str, ...]:
-    """The SHA-256 of images, from images.csv. A UserError is raised if one has changed in this moment, or if this is
-    one of several processes, and sees other files than process 0."""
+def image_states(folder: Path, root: Path, paths: Sequence[str]) -> tuple[State, ...]:
+    """Size, time and SHA-256 of images, from images.csv. A UserError is raised if one has changed in this moment, or if
+    this is one of several processes, and sees other files than process 0."""
     states = read_manifest(folder)
     for path in paths:
         status = os.stat(root / path)
         if (status.st_size, status.st_mtime_ns) != states[path][:2]:
             raise UserError(f"{root / path} is not the file that {folder / IMAGES_FILE} lists: share the images")
-    return tuple(states[path][2] for path in paths)
+    return tuple(states[path] for path in paths)
 
 
 def copies_line(folder: Path, dataset: Dataset) -> str:

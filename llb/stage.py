@@ -21,7 +21,7 @@ from llb.features import Features, Source, cached_features, make_source, streame
 from llb.files import UserError, typed, write_json
 from llb.head import Headed, evidence, head_file, head_values, learn_head, read_head
 from llb.images import ImageFiles, load_image
-from llb.manifest import image_digests
+from llb.manifest import image_states
 from llb.marks import read_marks, read_review, review_file
 from llb.processes import agreed
 from llb.protocols import PROTOCOLS
@@ -96,7 +96,8 @@ def load_features(stage: Stage, dataset: Dataset, part: str) -> Features:
     files = ImageFiles(tuple(dataset.root / name for name in names), dataset.white, dataset.resize)
     if settings.no_cache:
         return streamed_features(stage.source, files)
-    files = dataclasses.replace(files, digests=image_digests(stage.run / dataset.category, dataset.root, names))
+    states = dict(zip(files.paths, image_states(stage.run / dataset.category, dataset.root, names)))
+    files = dataclasses.replace(files, digests=tuple(digest for *_, digest in states.values()), states=states)
     cache, title = Path(settings.cache), f"{dataset.category}, {part}"
     return cached_features(stage.source, files, cache, settings.cache_gib, settings.cache_limit, title)
 

@@ -62,7 +62,8 @@ def paths(tmp_path, monkeypatch):
 
 def files_of(paths, white=None):
     digests = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
-    return ImageFiles(tuple(paths), white or {}, digests=digests)
+    states = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+    return ImageFiles(tuple(paths), white or {}, digests=digests, states=states)
 
 
 def cached(paths, encode, memory_gib=1.0, encoder=TOY, limit_gib=1.0, white=None):
@@ -101,6 +102,18 @@ def test_an_interrupted_computation_continues_with_the_next_shard(paths):
         cached(paths, encode)
     encode.limit = 100
     assert brightness(cached(paths, encode)) == SOME.tolist() and encode == list(range(7))
+
+
+def test_an_image_that_changes_after_its_digest_is_taken_is_refused_and_its_shard_is_not_stored(paths):
+    files = files_of(paths)
+    changed = paths[3].with_name("new.png")
+    Image.fromarray(np.full((8, 8, 3), 50, np.uint8)).save(changed)
+    os.replace(changed, paths[3])
+    with pytest.raises(UserError, match=r"3\.png was changed while it was read: give the same command again"):
+        cached_features(Source(TOY, Encode()), files, paths[0].parent / "cache", 1.0, 1.0, "test")
+    assert len(shards(paths)) == 1, "the images before it stay"
+    encode = Encode()
+    assert brightness(cached(paths, encode)) == [[6, 0, 50], [50, 5, 2]] and encode == [2, 50, 4, 5, 6]
 
 
 def test_a_damaged_shard_alone_is_computed_again(paths, capsys):

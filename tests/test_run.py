@@ -19,7 +19,7 @@ from llb.data import Dataset, load_category
 from llb.files import UserError, atomic, digest_of_file, discard_files, move_file, write_csv, write_text
 from llb.layouts import Record
 from llb.lock import CHANGERS, hold, turn
-from llb.manifest import clear_run, clear_stage2, image_digests
+from llb.manifest import clear_run, clear_stage2, image_states
 from llb.marks import choose_images
 from llb.new_images import read_folder
 from llb.run import find_run, finished_detectors, load_datasets, place_run
@@ -338,10 +338,28 @@ def test_a_file_that_is_not_as_the_run_lists_it_is_not_looked_up_in_the_cache(mo
     paths = [row["path"] for row in rows]
     for path, row in zip(paths, rows):
         os.utime(root / path, ns=(0, int(row["modified_ns"])))
-    assert list(image_digests(run / "tile", root, paths)) == [row["sha256"] for row in rows]
+    assert [state[2] for state in image_states(run / "tile", root, paths)] == [row["sha256"] for row in rows]
     os.utime(root / paths[2])
     with pytest.raises(UserError, match=f"{paths[2]} is not the file that"):
-        image_digests(run / "tile", root, paths)
+        image_states(run / "tile", root, paths)
+
+
+def test_an_image_that_is_replaced_while_stage_1_reads_it_does_not_spoil_the_cache(tmp_path, monkeypatch):
+    root, cache = draw_mvtec(tmp_path / "data", good=4), tmp_path / "cache"
+    flags = ("--detector", "padim", "--encoder", "tiny", "--image-size", 32, "--cache", cache)
+    line = ("stage1_partition", "--data", root, "--out", tmp_path / "run", *flags)
+    image = root / "tile" / "train" / "good" / "002.png"
+
+    def replaced(*call):
+        states = image_states(*call)
+        draw(image, 500)
+        return states
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llb.stage.image_states", replaced)
+        assert f"{image} was changed while it was read: give the same command again" in refuse(*line)
+    assert not list(cache.rglob("*.npy"))
+    assert "4 to compute" in succeed(*line)
 
 
 def test_images_of_the_caches_demo_set_may_be_given_as_data(tmp_path):
