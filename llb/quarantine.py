@@ -86,9 +86,14 @@ def take_out(run: Path, config: dict[str, Any], settings: Quarantine, names: lis
             source, (size, modified, digest) = root / path, states.get(path, (0, 0, ""))
             modified = source.stat().st_mtime_ns if source.exists() else modified  # it may be touched since stage 1
             row = dict(zip(COLUMNS, (name, path, str(source), os.path.join(to, path), size, digest, modified)))
-            if row["from"] not in old and os.path.lexists(row["to"]):
-                raise UserError(f"{row['to']} is there already, and nothing is overwritten: give another --to")
             known = old.get(row["from"], row)
+            if known["sha256"] != digest:  # the manifest's had this name before
+                if os.path.lexists(known["to"]):
+                    there = f"another image of this name is in quarantine at {known['to']}"
+                    raise UserError(f"{path}: {there}: rename one of the two")
+                known = row
+            if known is row and os.path.lexists(row["to"]):
+                raise UserError(f"{row['to']} is there already, and nothing is overwritten: give another --to")
             if known is not row and is_lost(known):  # it was taken out, and deleted there
                 continue
             if settings.to and os.path.realpath(known["to"]) != os.path.realpath(row["to"]):
@@ -137,7 +142,8 @@ def wanted(folder: Path, settings: Quarantine) -> list[str]:
 
 
 def undo(run: Path, names: list[str]) -> None:
-    """Put every image of the manifest back, with its date; then delete its row. The row of a lost image stays."""
+    """Put every image of the manifest back, with its date; then delete its row. The rows of lost images stay, and those
+    of images whose place another one has taken."""
     rows = read_table(run / MANIFEST, COLUMNS, advice=MEND)
     own = [row for row in rows if row["category"] in names]
     if not own:
@@ -145,20 +151,28 @@ def undo(run: Path, names: list[str]) -> None:
     if missing := [root for row in own if not (root := top(row, "from")).is_dir()]:
         raise UserError(f"{missing[0]}, where the images belong, is not there: put it back")
     lost = [row for row in own if is_lost(row)]
-    first = some([printable(row["path"]) for row in lost])
-    forget = f"put them back and undo again; or forget them: delete their lines in {run / MANIFEST}"
-    line = f"{len(lost)} of {len(own)} images are neither in quarantine nor in their places ({first}): {forget}"
-    if len(lost) == len(own):
-        raise UserError(line)
-    work = [row for row in own if not is_lost(row) and is_at(row["to"], row["from"], row)]
+    taken = [row for row in own if all(map(os.path.lexists, (row["from"], row["to"]))) and not is_it(row["from"], row)]
+    lines, stay = [], {row["from"] for row in lost + taken}
+    if lost:
+        first = some([printable(row["path"]) for row in lost])
+        forget = f"put them back and undo again; or forget them: delete their lines in {run / MANIFEST}"
+        lines += [f"{len(lost)} of {len(own)} images are neither in quarantine nor in their places ({first}): {forget}"]
+    if taken:
+        holds = "holds another image: move it" if len(taken) == 1 else "hold other images: move them"
+        places = some([printable(row["from"]) for row in taken])
+        lines += [f"{len(taken)} of {len(own)} images stay in quarantine: {places} {holds} away and undo again"]
+    if len(stay) == len(own):
+        raise UserError("; ".join(lines))
+    work = [row for row in own if row["from"] not in stay and is_at(row["to"], row["from"], row)]
     for row in progress(work, desc="undo", unit="image"):
         move_file(Path(row["to"]), Path(row["from"]), row["sha256"], row["modified_ns"])
     for row in own:
-        discard_files(top(row, "to"), [row["path"]])  # what a killed copy has left, and empty folders
-    rest = [[*row.values()] for row in rows if row["category"] not in names or is_lost(row)]
+        if row["from"] not in stay:
+            discard_files(top(row, "to"), [row["path"]])  # what a killed copy has left, and empty folders
+    rest = [[*row.values()] for row in rows if row["category"] not in names or row["from"] in stay]
     write_csv(run / MANIFEST, COLUMNS, rest) if rest else discard_files(run, [MANIFEST])
     say(f"{len(work)} images are back in their places")
-    if lost:
+    for line in lines:
         say(line)
 
 
@@ -171,13 +185,18 @@ def is_lost(row: dict[str, Any]) -> bool:
     return not any(os.path.lexists(row[end]) for end in ("from", "to"))
 
 
+def is_it(place: str, row: dict[str, Any]) -> bool:
+    """Whether this file is the image of a row."""
+    return not os.path.islink(place) and digest_of_file(place) == row["sha256"]
+
+
 def is_at(start: str, end: str, row: dict[str, Any]) -> bool:
     """Whether an image is at `start`. One that is at neither place, or has changed, raises a UserError."""
     there = [place for place in (start, end) if os.path.lexists(place)]
     if not there:
         raise UserError(f"{start} is not there: put it back")
     for place in there if start in there else ():
-        if os.path.islink(place) or digest_of_file(place) != row["sha256"]:
+        if not is_it(place, row):
             raise UserError(f"{place} is a link, or not the image that stage 1 saw: put that one in its place")
     return start in there
 

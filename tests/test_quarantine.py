@@ -101,6 +101,46 @@ def test_an_image_that_was_deleted_in_quarantine_holds_back_no_other(own):
     assert f"({gone})" in refuse(*undo), "nothing is put back"
 
 
+def test_an_image_whose_place_another_one_has_taken_stays_aside_and_holds_back_no_other(own):
+    run, images = own
+    first, second, *others = paths = dropped(run)
+    undo, aside = (NAME, "--run", run, "--undo"), run.parent / "run-quarantine"
+    succeed(NAME, "--run", run, "--go")
+    before = {str(aside / path): state(aside)[str(aside / path)] for path in (first, second)}
+    (images / first).write_bytes(b"new")
+    (images / second).symlink_to(images / first)
+    out = succeed(*undo)
+    assert f"{len(others)} images are back" in out and f"2 of {len(paths)} images stay in quarantine: " in out
+    assert f"{images / first}, {images / second} hold other images: move them away and undo again" in out
+    assert all((images / path).exists() for path in others) and (images / first).read_bytes() == b"new"
+    assert state(aside) == before and [row["path"] for row in rows_of(run / "quarantine.csv")] == [first, second]
+    (images / second).unlink()
+    assert "1 images are back" in succeed(*undo)
+    assert f"{images / first} holds another image: move it away and undo again" in refuse(*undo)
+    (images / first).unlink()
+    succeed(*undo)
+    assert not aside.exists() and (images / first).read_bytes() == before[str(aside / first)][0]
+
+
+def test_a_new_image_with_the_name_of_one_in_quarantine_is_not_taken_for_it(own):
+    run, images = own
+    first, go = dropped(run)[0], (NAME, "--run", run, "--go")
+    aside = run.parent / "run-quarantine" / first
+    succeed(*go)
+    (images / first).write_bytes(b"new")
+    rows = rows_of(run / "tile" / "images.csv")  # as of a run that began anew
+    changed = {"bytes": 3, "sha256": digest_of_file(images / first)}
+    rows = [row | changed if row["path"] == first else row for row in rows]
+    write_csv(run / "tile" / "images.csv", [*rows[0]], [[*row.values()] for row in rows])
+    line = refuse(*go)
+    assert f"{first}: another image of this name is in quarantine at {aside}: rename one of the two" in line
+    assert (images / first).read_bytes() == b"new" != aside.read_bytes()
+    aside.rename(aside.with_name("renamed.png"))
+    assert "1 of " in succeed(*go) and aside.read_bytes() == b"new"
+    succeed(NAME, "--run", run, "--undo")
+    assert (images / first).read_bytes() == b"new"
+
+
 def test_images_of_another_folder_are_not_moved_out_of_it(own, tmp_path):
     run, images = own
     (images / "tile").rename(tmp_path / "theirs")
