@@ -210,7 +210,9 @@ def evaluate(
 
     # ---- write; without metrics, which come last, it is not evaluated: killed in between, it is scored again ----
     tables.forget_metrics(stage.run, [name, "mean"], [final])
-    facts = threshold_facts(fair(params, normal), labels, scores)
+    # training images have set the threshold: their share above it says nothing of new images
+    judges = labels if part == "test" else [None] * len(labels)
+    facts = threshold_facts(fair(params, normal), judges, scores)
     facts |= {"out_of_fold": int(remembering), "list": list_digest(normal)}
     if not len(normal):
         say(f"{name}, {final}: no threshold, since every image that is not dropped is called defective")

@@ -103,6 +103,22 @@ def test_a_plain_folder_is_scored_whole_without_metrics(tmp_path):
     assert [row["label"] for row in rows_of(run / "parts" / "predictions-purified.csv")] == [""] * 6
 
 
+def test_training_images_of_known_labels_are_scored_without_rates_of_false_alarms_and_misses(tmp_path):
+    run = tmp_path / "run"
+    for i in range(6):
+        draw(tmp_path / "root" / "tile" / "train" / "good" / f"{i}.png", i)
+    cache = ("--cache", tmp_path / "cache")
+    flags = ("--detector", "padim", "--encoder", "tiny", "--image-size", 32, *cache)
+    succeed("stage1_partition", "--data", tmp_path / "root", "--out", run, *flags)
+    succeed("stage2_train", "--run", run, *cache)
+    out, page = succeed("evaluate", "--run", run, *cache), (run / "report.html").read_text()
+    assert "tile, purified: threshold " in out and not re.search("false alarms|missed", out)
+    assert "of 6 images score above it" in page and "False alarms among normal test images" not in page
+    facts = json.loads((run / "tile" / "threshold-purified.json").read_text())
+    assert facts["false_alarm_rate"] is None and facts["missed_rate"] is None
+    assert [row["label"] for row in rows_of(run / "tile" / "predictions-purified.csv")] == ["0"] * 6
+
+
 @pytest.mark.slow
 def test_without_the_cache_the_results_are_the_same(finished, data, tmp_path):
     cache = tmp_path / "cache"
