@@ -130,6 +130,10 @@ def open_run(
                 config |= {name: new} | ({"data_given": settings.data} if name == "data" else {})
         trained = {name: value for name, value in now.items() if name not in SELECTING}
         names = {"categories": sorted(config["categories"])}  # a run may be older than their order
+        renamed = [name for name, value in trained.items() if config.get(name) != value] == ["categories"]
+        if renamed and config.get("reading", {}).get("layout") == facts["reading"]["layout"] == "folder":
+            again = f"call the folder {config['categories'][0]} again, and the run continues"
+            advice = f"a plain folder's name is its category: {again}; or {advice}"
         refuse_differences(config | names, trained, where, advice)
         check_weights(config, encoder, where, advice)
         note_sources(config, run, sources_digest())

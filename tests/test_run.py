@@ -290,6 +290,22 @@ def test_the_order_of_categories_is_no_setting(tmp_path):
     assert "Alpha: stage 1 is finished" in succeed(*line, "--category", "beta,Alpha")
 
 
+def test_a_plain_folder_that_is_renamed_is_asked_to_have_its_old_name_again(tmp_path):
+    photos, other = tmp_path / "photos", tmp_path / "photos2"
+    for i in range(4):
+        draw(photos / f"{i}.png", i)
+    run, flags = tmp_path / "run", ("--detector", "padim", "--encoder", "tiny", "--image-size", 32)
+    line = ("stage1_partition", "--out", run, "--cache", tmp_path / "cache", *flags, "--data")
+    succeed(*line, photos)
+    photos.rename(other)
+    advice = "a plain folder's name is its category: call the folder photos again, and the run continues; or give"
+    assert f"(categories: ['photos'], now ['photos2']): {advice} another" in refuse(*line, other)
+    assert "is its category" not in refuse(*line, other, "--seed", 1), "that is another run"
+    (tmp_path / "elsewhere").mkdir()
+    other.rename(tmp_path / "elsewhere" / "photos")
+    assert "photos: stage 1 is finished" in succeed(*line, tmp_path / "elsewhere" / "photos")
+
+
 def test_a_run_finds_its_images_and_no_others_of_that_name(moved, tmp_path, monkeypatch):
     run, root = moved
     (tmp_path / "link").symlink_to(root)
