@@ -2,7 +2,8 @@
 
 RUN/<category>/images-<name of FOLDER>/, or --out
     folder.txt              where the images are; the run and the category
-    scores-<final>.csv      path, score, verdict: defect above the run's threshold, else fine; empty if there is none
+    scores-<final>.csv      path, score, verdict: defect above the run's threshold, else fine; empty if there is none,
+                            or if the detector remembers what it has learned from, and that is one of it
     overlays-<final>/       --overlays: each image beside its heat map, all on one colour scale
     maps-<final>/           --save-maps
     begun-<final>.csv       only while it works, or of a killed command: path of each image that may have a picture
@@ -23,8 +24,9 @@ from llb.checkpoint import check_finished
 from llb.config import Evaluate
 from llb.console import say
 from llb.data import Dataset, Record
+from llb.detectors import remembers
 from llb.features import streamed_features
-from llb.files import UserError, atomic, check_writable, discard_files, typed, write_csv, write_text
+from llb.files import UserError, atomic, check_writable, digest_of_file, discard_files, typed, write_csv, write_text
 from llb.images import ImageFiles, load_image
 from llb.lock import CHANGERS, hold
 from llb.manifest import ABOUT, check_readable, clear_new_images, listed
@@ -33,7 +35,7 @@ from llb.marks import EDITABLE, choose_images, listed_as_purified, threshold_is_
 from llb.pairing import is_masks
 from llb.pictures import contact_sheet
 from llb.run import as_shown, final_checkpoints, finished_detectors, run_encoder
-from llb.runfiles import final_name, read_config, steps_in
+from llb.runfiles import final_name, read_config, read_manifest, steps_in
 from llb.score import heat_maps, score
 from llb.stage import final_params, make_stage
 from llb.tables import Choice
@@ -65,6 +67,12 @@ def score_images(run: Path, settings: Evaluate) -> None:
         stage = make_stage(run, settings, encoder, config | config["stage2"][final], final)
         check_readable(dataset, dataset.test)  # before anything is written
         params = final_params(stage, name)
+        learned = [False] * len(dataset.test)
+        if remembers(stage.setup.detector, stage.setup.settings):
+            learned = learned_from(run / name, config["stage2"][final]["train_on"], dataset)
+        if any(learned):
+            why = "it scores them far too low, and they get no verdict"
+            say(f"{name}, {final}: {sum(learned)} of these are images that it has learned from: {why}")
 
         # ---- what an earlier command has written goes: it may be of images that are no longer there ----
         clear_new_images(out, final)
@@ -90,6 +98,7 @@ def score_images(run: Path, settings: Evaluate) -> None:
         facts = tables.read_threshold(run / name, final)
         threshold = facts["threshold"] if facts else None
         verdicts = ["" if threshold is None else "defect" if value > threshold else "fine" for value in scores]
+        verdicts = ["" if known else verdict for known, verdict in zip(learned, verdicts)]
 
         # ---- write ----
         if settings.overlays:
@@ -106,8 +115,8 @@ def score_images(run: Path, settings: Evaluate) -> None:
     if threshold is None:
         say(f"{name}, {final}: no threshold, so no verdicts; python evaluate.py --run {typed(run)} looks for one")
     else:
-        above = verdicts.count("defect")
-        say(f"{name}, {final}: {above} of {len(records)} images score above the threshold {threshold:.4g}")
+        above, judged = verdicts.count("defect"), len(records) - sum(learned)
+        say(f"{name}, {final}: {above} of {judged} images score above the threshold {threshold:.4g}")
     say(f"scores: {table}")
 
 
@@ -135,14 +144,29 @@ def check_lists(run: Path, name: str, final: str, settings: dict[str, Any]) -> N
     that its threshold is taken from. By the run's tables alone. settings: of the detector, in config.json."""
     folder, train_on = run / name, settings["train_on"]
     if train_on in EDITABLE:
-        training = training_set(folder)
-        purified = listed_as_purified(folder, training)
-        chosen = Choice(purified) if train_on == "purified" else choose_images(train_on, folder, training)
+        training, chosen = chosen_by_tables(folder, train_on)
         check_finished(final_checkpoints(run, training, final, chosen), steps_in(settings, name))
     if threshold_is_old(folder, final, train_on):
         again = f"take it again with python evaluate.py --run {typed(run)} --train-on {train_on}"
         file = folder / tables.threshold_file(final)
         raise UserError(f"{file}: the list of training images that it is taken from has changed; {again}")
+
+
+def chosen_by_tables(folder: Path, train_on: str) -> tuple[Dataset, Choice]:
+    """The training images, and those for --train-on; none need be on the disk. folder: RUN/<category>."""
+    training = training_set(folder)
+    if train_on == "purified":
+        return training, Choice(listed_as_purified(folder, training))
+    return training, choose_images(train_on, folder, training)
+
+
+def learned_from(folder: Path, train_on: str, dataset: Dataset) -> list[bool]:
+    """Whether each image has the contents of one that a final detector has learned from. folder: RUN/<category>."""
+    (training, chosen), states = chosen_by_tables(folder, train_on), read_manifest(folder)
+    learned = [states[training.train[index].path] for index in chosen.indices]
+    sizes, digests = {size for size, _, _ in learned}, {digest for _, _, digest in learned}
+    files = [dataset.root / record.path for record in dataset.test]
+    return [file.stat().st_size in sizes and digest_of_file(file) in digests for file in files]
 
 
 def read_folder(given: str, name: str, config: dict[str, Any]) -> Dataset:

@@ -10,9 +10,10 @@ from helpers import draw, refuse, rows_of, succeed
 from PIL import Image
 
 from llb.config import Evaluate
+from llb.data import Dataset, Record
 from llb.files import UserError, write_json
 from llb.manifest import clear_stage2
-from llb.new_images import check_lists, choose
+from llb.new_images import check_lists, choose, learned_from
 from llb.runfiles import read_config
 from llb.tables import read_threshold
 
@@ -132,6 +133,18 @@ def test_names_that_no_map_can_have_are_refused_before_the_scoring_and_scored_wi
     assert [row["path"] for row in rows_of(out / "scores-purified.csv")] == [name]
     monkeypatch.setattr("llb.maps.LONGEST_NAME", 5)
     assert "its map would have a name" in refuse("evaluate", "--run", finished, "--save-maps", "--overwrite")
+
+
+def test_a_detector_has_learned_from_the_images_of_its_list_whatever_their_names(finished, data, tmp_path):
+    paths = [row["path"] for row in rows_of(finished / "tile" / "scores.csv")]
+    for name in ("scores.csv", "images.csv"):
+        shutil.copy(finished / "tile" / name, tmp_path)
+    (tmp_path / "purified.txt").write_text("\n".join(paths[2:]))
+    for i, path in enumerate(paths):
+        shutil.copy(data / path, tmp_path / f"{i}.png")
+    images = Dataset(tmp_path, "", "tile", (), tuple(Record(f"{i}.png", None, (), "") for i in range(12)))
+    assert learned_from(tmp_path, "purified", images) == [False] * 2 + [True] * 10
+    assert learned_from(tmp_path, "all", images) == [True] * 12
 
 
 def test_scores_of_one_run_and_category_are_not_replaced_by_anothers(finished, data, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -254,6 +255,14 @@ def test_images_that_a_memory_has_learned_from_are_scored_by_sub_models_that_hav
     np.testing.assert_allclose([float(row["score"]) for row in purified], unseen, rtol=1e-5)
     assert np.median([float(row["score"]) for row in other]) < np.median(unseen) / 2, "a bank holds its own patches"
     assert read_tiles(run / "parts" / "tiles-purified.json")["tiles"] == {}
+    shutil.copytree(tmp_path / "parts", tmp_path / "more" / "earlier")  # a folder that has grown
+    draw(tmp_path / "more" / "new.png", 7)
+    told = succeed("evaluate", "--run", run, "--images", tmp_path / "more")
+    why = "it scores them far too low, and they get no verdict\n"
+    assert f"parts, purified: 6 of these are images that it has learned from: {why}" in told
+    assert "parts, purified: 0 of 1 images score above the threshold" in told
+    verdicts = {row["path"]: row["verdict"] for row in rows_of(run / "parts/images-more/scores-purified.csv")}
+    assert verdicts == {f"earlier/{i}.png": "" for i in range(6)} | {"new.png": "fine"}
     page = (run / "report.html").read_text()  # with nothing of what is not there: a choice, labels, steps
     assert "far too low, and stage 1 has no scores to put in their place." in page and "marked as a defect." not in page
     assert "python evaluate.py" in page and "Steps of each" not in page
