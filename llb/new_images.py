@@ -13,6 +13,7 @@ or a threshold whose list has changed since is refused. An interrupted command b
 so beside a table all pictures are there. When the detector is trained again, they go with it, but for those in --out.
 """
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def check_flags(settings: Evaluate) -> None:
 def score_images(run: Path, settings: Evaluate) -> None:
     """Score a folder of images and write the results."""
     config = read_config(run, f"--run {run}", "make the run again")
-    # stages that delete a detector wait; two folders may be scored at once
-    with hold(run, f"evaluate-images-{os.getpid()}", against=CHANGERS):
+    # stages that delete a detector wait; two folders may be scored at once, but only one command writes to a place
+    writes_to = os.path.realpath(place_of(run, category_of(run, config, settings), settings))
+    with hold(run, f"evaluate-images-{hashlib.sha256(os.fsencode(writes_to)).hexdigest()[:16]}", against=CHANGERS):
         name, final = choose(run, config, settings)
         check_lists(run, name, final, config["stage2"][final])
         dataset = read_folder(settings.images, name, config)
@@ -123,10 +125,7 @@ def score_images(run: Path, settings: Evaluate) -> None:
 def choose(run: Path, config: dict[str, Any], settings: Evaluate) -> tuple[str, str]:
     """The category, and the name of the final detector: of those that are finished reviewed, else purified, else the
     only one."""
-    there, name = config["categories"], settings.category
-    name = there[0] if name is None and len(there) == 1 else name
-    if name not in there:
-        raise UserError(f"--category: {run} has {', '.join(there)}; give the one whose detector scores the images")
+    name = category_of(run, config, settings)
     finished = finished_detectors(run, config | {"categories": [name]}, settings.train_on)
     finals = [f for f in finished if settings.detector in (None, config["stage2"][f]["detector"])]
     detector = settings.detector or config["detector"]
@@ -137,6 +136,15 @@ def choose(run: Path, config: dict[str, Any], settings: Evaluate) -> tuple[str, 
         choice = f"choose one of {', '.join(finished)} with --train-on and --detector"
         raise UserError(f"--run {run}: {wanted[-1]} is not finished for {name}; {choice}")
     return name, (best or finals)[0]
+
+
+def category_of(run: Path, config: dict[str, Any], settings: Evaluate) -> str:
+    """--category, or the only one."""
+    there, name = config["categories"], settings.category
+    name = there[0] if name is None and len(there) == 1 else name
+    if name not in there:
+        raise UserError(f"--category: {run} has {', '.join(there)}; give the one whose detector scores the images")
+    return name
 
 
 def check_lists(run: Path, name: str, final: str, settings: dict[str, Any]) -> None:
@@ -185,11 +193,16 @@ def read_folder(given: str, name: str, config: dict[str, Any]) -> Dataset:
     return dataset
 
 
+def place_of(run: Path, name: str, settings: Evaluate) -> Path:
+    """The folder for the results: --out, or one in RUN/<category>."""
+    images = os.path.abspath(settings.images)
+    return Path(settings.out or run / name / f"images-{os.path.basename(images).lstrip('.') or 'all'}")
+
+
 def place(run: Path, name: str, settings: Evaluate) -> tuple[Path, str]:
     """The folder for the results, and the text of its folder.txt. One that lies elsewhere in the run, or among the
     images, or that holds anything else raises a UserError."""
-    images = os.path.abspath(settings.images)
-    out = Path(settings.out or run / name / f"images-{os.path.basename(images).lstrip('.') or 'all'}")
+    images, out = os.path.abspath(settings.images), place_of(run, name, settings)
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(images)):
         raise UserError(f"--out {out} lies in --images {settings.images}: give a folder that is apart from the images")
     home = os.path.dirname(os.path.realpath(out)) == os.path.realpath(run / name) and out.name.startswith("images-")

@@ -1,7 +1,9 @@
 """evaluate.py --images: other images get the scores that they would get as test images, and the run stays as it is."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from llb.files import UserError, write_json
 from llb.manifest import clear_stage2
 from llb.new_images import check_lists, choose, learned_from
 from llb.runfiles import read_config
+from llb.score import heat_maps
 from llb.tables import read_threshold
 
 
@@ -161,6 +164,28 @@ def test_scores_of_one_run_and_category_are_not_replaced_by_anothers(finished, d
     succeed(*line)
     moved = run.rename(tmp_path / "moved")
     succeed("evaluate", "--run", moved, "--images", images)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_two_commands_may_score_at_once_but_not_to_one_place(finished, data, tmp_path, monkeypatch):
+    images, refused = data / "tile" / "test" / "good", []
+    line = ("evaluate", "--run", finished, "--images", images, "--overlays", "--out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+
+    def meanwhile(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr("llb.new_images.heat_maps", heat_maps)
+            refused.append(refuse(*line, tmp_path / "link"))
+            succeed(*line, tmp_path / "other")
+        return heat_maps(*given)
+
+    monkeypatch.setattr("llb.new_images.heat_maps", meanwhile)
+    succeed(*line, tmp_path / "out")
+    assert "works in this run (evaluate-images-" in refused[0] and f", process {os.getpid()} on " in refused[0]
+    first, second = (
+        sorted(p.relative_to(out) for p in out.rglob("*")) for out in (tmp_path / "out", tmp_path / "other")
+    )
+    assert first == second and len(first) == 6
 
 
 def test_verdicts_of_a_detector_go_with_it_and_those_of_others_stay(finished, data, tmp_path):
