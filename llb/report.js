@@ -1,7 +1,8 @@
 "use strict";
 // The pages of suspects: look, mark, save. What was marked is a log of actions, [verdict, [images], [what the run said of
-// each]]: of an image its last action holds, and undo takes the last action back. The browser keeps the log; nothing
-// leaves this page. What the run says of an image it has from merged marks: only actions after that are kept.
+// each], whether a saved file holds it]: of an image its last action holds, and undo takes the last action back. The
+// browser keeps the log; nothing leaves this page. What the run says of an image it has from merged marks: only actions
+// after that are kept. A saved file holds the images of the log alone: of others this page may know less than the run.
 
 const STORE = document.body.dataset.marks; // names the run, and what it shows: marks of another run never appear
 const desks = [...document.querySelectorAll("section.suspects")].map(makeDesk);
@@ -53,9 +54,9 @@ function readLog() {
 function unmerged(actions) {
   const merged = new Map(); // image → the last action that says what the run says: it was merged, and those before it
   actions.forEach(([verdict, images], number) => images.filter((image) => given.get(image) === verdict).forEach((image) => merged.set(image, number)));
-  const left = actions.map(([verdict, images, before = []], number) => {
+  const left = actions.map(([verdict, images, before = [], saved], number) => {
     const newer = (image, i) => (merged.has(image) ? number > merged.get(image) : (before[i] ?? null) === (given.get(image) ?? null));
-    return [verdict, images.filter(newer), before.filter((_, i) => newer(images[i], i))];
+    return [verdict, images.filter(newer), before.filter((_, i) => newer(images[i], i)), saved];
   });
   return left.filter(([, images]) => images.length);
 }
@@ -70,7 +71,7 @@ function keepLog() {
 
 function verdicts() {
   const said = new Map(given);
-  for (const [verdict, images] of log) images.forEach((image) => said.set(image, verdict));
+  for (const [verdict, images] of log) if (verdict) images.forEach((image) => said.set(image, verdict));
   return said;
 }
 
@@ -81,9 +82,13 @@ function say(verdict, tiles) {
 }
 
 function undo() {
-  const [, images] = log.pop() || [];
+  const action = log.filter(([verdict]) => verdict).pop();
+  if (!action) return;
+  const [, images, , saved] = action;
+  if (saved) action[0] = null; // it may be merged: the next file holds what was said before
+  else log.splice(log.indexOf(action), 1);
   keepLog();
-  for (const desk of images ? desks : []) if (goTo(desk, images[0])) last = desk;
+  for (const desk of desks) if (goTo(desk, images[0])) last = desk;
 }
 
 // ---- moving ----
@@ -119,17 +124,15 @@ function cell(text, mark) {
   return `"${(/^[=+\-@\t\r]/.test(text) ? mark : "") + text.replaceAll('"', '""')}"`;
 }
 
-function table() {
-  const said = verdicts();
-  const lines = all.filter((t) => said.has(t.image)).map((t) => [cell(t.category, "'"), cell(t.path, "./"), said.get(t.image)].join(","));
-  return ["category,path,verdict", ...lines, ""].join("\n");
-}
-
 function save(desk) {
-  const said = verdicts(), shown = all.filter((t) => said.has(t.image)).length; // the run has those of pages that are left out
-  desk.section.querySelector(".saved").textContent = `${shown} marks are saved; then, with the path of the file,`;
+  const said = verdicts(), own = new Set(log.flatMap(([, images]) => images));
+  const tiles = all.filter((t) => own.has(t.image) && said.has(t.image)); // the run has those of pages that are left out
+  const lines = tiles.map((t) => [cell(t.category, "'"), cell(t.path, "./"), said.get(t.image)].join(","));
+  log.forEach((action) => (action[3] = true));
+  keepLog();
+  desk.section.querySelector(".saved").textContent = `${tiles.length} marks are saved; then, with the path of the file,`;
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([table()], { type: "text/csv" }));
+  link.href = URL.createObjectURL(new Blob([["category,path,verdict", ...lines, ""].join("\n")], { type: "text/csv" }));
   link.download = "marks.csv";
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);

@@ -21,7 +21,7 @@ import numpy as np
 
 from llb.console import run_script, say
 from llb.data import Dataset
-from llb.files import UserError, delimiter_of, read_cell, typed
+from llb.files import UserError, delimiter_of, read_cell, some, typed
 from llb.flags import MAYBE_WORDS, flag, parse_flags, real, whole
 from llb.lock import hold, turn
 from llb.marks import DEFECT, FINE, MARKS_FILE, UNSAID, VERDICTS, read_marks, training_set, write_marks
@@ -96,21 +96,22 @@ def merge(run: Path, config: dict[str, Any], datasets: Sequence[Dataset], files:
     if "review" in config and any((m != UNSAID).any() for m in marks.values()):
         drop = " ".join(typed(run / name / MARKS_FILE) for name in marks)
         raise UserError(f"--run {run}: its marks are simulated; a person's do not mix with them: first delete {drop}")
-    new = changed = 0
+    new, changed = 0, []
     for file in files:
-        for name, index, verdict in read_file(Path(file), places):
-            new += marks[name][index] == UNSAID
-            changed += marks[name][index] not in (UNSAID, verdict)
-            marks[name][index] = verdict
+        for name, path, verdict in read_file(Path(file), places):
+            before = marks[name][places[name][path]]
+            new += before == UNSAID
+            changed += [printable(path)] * (before not in (UNSAID, verdict))
+            marks[name][places[name][path]] = verdict
     record(run, None)
     for dataset in datasets:
         if (marks[dataset.category] != UNSAID).any():
             replace_marks(run, dataset, marks[dataset.category])
-    say(f"{new} new marks" + f", and {changed} others have changed" * (changed > 0))
+    say(f"{new} new marks" + f", and {len(changed)} others have changed: {some(changed)}" * bool(changed))
 
 
-def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, int, int]]:
-    """Category, index and verdict for each row. places: the indices of the training images by path, by category.
+def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, str, int]]:
+    """Category, path and verdict for each row. places: the indices of the training images by path, by category.
 
     A UserError that names the line is raised for whatever is wrong.
     """
@@ -142,7 +143,7 @@ def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, 
                 if problem:
                     raise UserError(f"{file}, line {rows.line_num}: {problem}; nothing is changed")
                 lines[name, path] = rows.line_num, word
-                marks.append((name, places[name][path], VERDICTS[word]))
+                marks.append((name, path, VERDICTS[word]))
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise UserError(f"{file} cannot be read as a table ({error}): give the file that the page has saved") from None
     return marks

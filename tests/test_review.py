@@ -41,7 +41,7 @@ def test_marks_are_merged_and_a_changed_mind_is_taken(run, tmp_path):
     assert "2 new marks\n" in out and "2 seen, 1 defects; 10 unseen" in out
     assert out.splitlines()[-1] == f"next: python stage2_train.py --run {run} --train-on reviewed"
     two = saved(tmp_path / "two.csv", f"tile,{first},defect", f"tile,{third},Fine ", f"tile,{second}, DEFECT")
-    assert "1 new marks, and 1 others have changed" in succeed(NAME, "--run", run, two)
+    assert f"1 new marks, and 1 others have changed: {first}\n" in succeed(NAME, "--run", run, two)
     merged = [(row["path"], row["verdict"]) for row in rows_of(run / "tile" / "marks.csv")]
     assert merged == [(first, "defect"), (second, "defect"), (third, "fine")]
     assert "0 new marks\n" in succeed(NAME, "--run", run, two)
