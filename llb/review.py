@@ -111,30 +111,29 @@ def merge(run: Path, config: dict[str, Any], datasets: Sequence[Dataset], files:
 
 
 def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, str, int]]:
-    """Category, path and verdict for each row. places: the indices of the training images by path, by category.
+    """Category, path and verdict for each row of a training image; says which rows are of images that are none.
 
-    A UserError that names the line is raised for whatever is wrong.
+    places: the indices of the training images by path, by category. A UserError that names the line is raised for
+    whatever is wrong, and one if every row is of another image.
     """
+    lines, give = {}, "give the file that the page has saved"
     if not file.is_file():
-        raise UserError(
-            f"{file} is {'a folder' if file.is_dir() else 'not there'}: give the file that the page has saved"
-        )
-    lines, marks = {}, []
+        raise UserError(f"{file} is {'a folder' if file.is_dir() else 'not there'}: {give}")
     try:
         with open(file, newline="", encoding="utf-8-sig") as opened:  # spreadsheets write a byte-order mark
             rows = csv.DictReader(opened, delimiter=delimiter_of(opened.read()))
             opened.seek(0)
             if "".join(rows.fieldnames or ()).startswith("sep="):
                 rows.fieldnames = None  # they come in the next line
-            if not set(COLUMNS) <= set(rows.fieldnames or ()):
-                raise UserError(f"{file} has no columns {', '.join(COLUMNS)}: give the file that the page has saved")
+            own = set(rows.fieldnames or ()) == set(COLUMNS[1:])  # RUN/<category>/marks.csv, which was moved away
+            if not own and not set(COLUMNS) <= set(rows.fieldnames or ()):
+                raise UserError(f"{file} has no columns {', '.join(COLUMNS)}: {give}")
             for row in rows:
-                name, path, word = (read_cell(column, row[column] or "") for column in COLUMNS)
+                name, path, word = (read_cell(column, row.get(column) or "") for column in COLUMNS)
+                name = next((name for name in places if path in places[name]), min(places)) if own else name
                 word, problem = word.strip().lower(), None  # whoever types it means the same
                 if name not in places:
                     problem = f"category {name!r} is not of this run, which has {', '.join(places)}"
-                elif path not in places[name]:
-                    problem = f"{printable(path)} is not among the training images of {name}"
                 elif word not in VERDICTS:
                     problem = f"verdict {word!r} is neither {' nor '.join(sorted(VERDICTS))}"
                 elif (name, path) in lines:
@@ -143,10 +142,14 @@ def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, 
                 if problem:
                     raise UserError(f"{file}, line {rows.line_num}: {problem}; nothing is changed")
                 lines[name, path] = rows.line_num, word
-                marks.append((name, path, VERDICTS[word]))
     except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise UserError(f"{file} cannot be read as a table ({error}): give the file that the page has saved") from None
-    return marks
+        raise UserError(f"{file} cannot be read as a table ({error}): {give}") from None
+    gone = [printable(path) for name, path in lines if path not in places[name]]
+    if len(gone) == len(lines) > 0:
+        raise UserError(f"{file}: none of its images is a training image ({some(gone)}); give the marks of this run")
+    if gone:
+        say(f"{file}: {len(gone)} of the marks are of images that are no longer there: {some(gone)}")
+    return [(name, path, VERDICTS[word]) for (name, path), (_, word) in lines.items() if path in places[name]]
 
 
 def simulate(run: Path, config: dict[str, Any], datasets: Sequence[Dataset], settings: Review) -> None:

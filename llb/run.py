@@ -161,7 +161,8 @@ def check_no_marks(run: Path, categories: list[str], config: dict[str, Any]) -> 
     """Raise a UserError if starting again would delete what a person has marked; what the labels marked may go."""
     for file in (run / str(name) / MARKS_FILE for name in categories):
         if file.is_file() and "review" not in config:
-            raise UserError(f"{file} is what a person marked, and --overwrite would delete it: move it away first")
+            advice = "move it away first; llb.review takes it back afterwards"
+            raise UserError(f"{file} is what a person marked, and --overwrite would delete it: {advice}")
 
 
 def as_shown(datasets: list[Dataset], config: dict[str, Any]) -> list[Dataset]:
