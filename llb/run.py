@@ -161,8 +161,9 @@ def check_no_marks(run: Path, categories: list[str], config: dict[str, Any]) -> 
     """Raise a UserError if starting again would delete what a person has marked; what the labels marked may go."""
     for file in (run / str(name) / MARKS_FILE for name in categories):
         if file.is_file() and "review" not in config:
-            advice = "move it away first; llb.review takes it back afterwards"
-            raise UserError(f"{file} is what a person marked, and --overwrite would delete it: {advice}")
+            raise UserError(
+                f"{file} is what a person marked: move it away before --overwrite; llb.review takes it back"
+            )
 
 
 def as_shown(datasets: list[Dataset], config: dict[str, Any]) -> list[Dataset]:

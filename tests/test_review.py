@@ -176,7 +176,8 @@ def test_what_a_person_marked_is_not_deleted_by_overwrite(run, tmp_path):
     (run / "tile" / "marks.csv").unlink()
     succeed(NAME, "--run", run, saved(tmp_path / "own.csv", f"tile,{paths_of(run)[0]},fine"))
     with pytest.raises(
-        UserError, match="tile/marks.csv is what a person marked.* move it away first; llb.review takes it back"
+        UserError,
+        match="tile/marks.csv is what a person marked: move it away before --overwrite; llb.review takes it back",
     ):
         check_no_marks(run, ["tile"], read_config(run, "", ""))
 
