@@ -55,9 +55,9 @@ from llb.tiles import shown_tests, small, tiles_file, united, write_tiles
 from llb.times import timed
 
 PIXEL_ERROR = 1e-5  # a larger error of the pixel metrics is reported
-# of stage 1, so that its scores can stand for a final detector's; the latter of what an optimiser trains
+# of stage 1, so that its scores can stand for a final detector's; for a threshold also what an optimiser was given
 SAME, SAME_TRAINING = ("detector", "set", "image_score"), ("steps", "learning_rate", "batch_size")
-NONE_ALIKE = "not 2 sub-models or more of this detector with the same settings (such as --steps)"
+NONE_ALIKE = "2 sub-models or more of this detector, trained with the same settings (such as --steps)"
 OUTDATED = "{} is outdated, and its metrics are left out: {}"
 
 
@@ -160,11 +160,11 @@ def evaluate(
     dataset: Dataset,
     rule: MaskRule,
     normal: np.ndarray,
-    fair: Callable[[Params | Headed, np.ndarray], np.ndarray | None],
+    fair: Callable[[Params | Headed, np.ndarray, Sequence[str]], np.ndarray | None],
 ) -> dict[str, float | None]:
     """Maps, scores and metrics of one final detector on one category. Writes its tables, tiles and maps.
 
-    normal: int (n,), of `normal_images`; fair: `fair_scores`, which wants only the detector and the images.
+    normal: int (n,), of `normal_images`; fair: `fair_scores`, which wants only the last three.
     """
     name, final = dataset.category, stage.final
     folder, size = stage.run / name, stage.setup.image_size
@@ -191,7 +191,7 @@ def evaluate(
             write_maps(unfinished, batch, maps)
     own_scores, remembering = scores, remembers(stage.setup.detector, stage.setup.settings)
     on_learned = part == "train" and remembering
-    if on_learned and (others := fair(params, everything)) is not None:
+    if on_learned and (others := fair(params, everything, SAME)) is not None:
         scores = others
         say(f"{name}, {final}: the images are scored by stage 1's sub-models that have not seen them")
     elif on_learned:
@@ -212,15 +212,17 @@ def evaluate(
     tables.forget_metrics(stage.run, [name, "mean"], [final])
     # training images have set the threshold: their share above it says nothing of new images
     judges = labels if part == "test" else [None] * len(labels)
-    facts = threshold_facts(fair(params, normal), judges, scores)
+    alike = SAME + SAME_TRAINING * is_trained(stage.setup.detector)  # steps change the scale of its scores
+    facts = threshold_facts(fair(params, normal, alike), judges, scores)
     facts |= {"out_of_fold": int(remembering), "list": list_digest(normal)}
     if not len(normal):
         say(f"{name}, {final}: no threshold, since every image that is not dropped is called defective")
     elif facts["threshold"] is None:
-        say(f"{name}, {final}: no threshold: what it has learned from scores too low, and stage 1 has {NONE_ALIKE}")
+        say(f"{name}, {final}: no threshold: what it has learned from scores too low, and stage 1 has not {NONE_ALIKE}")
     tables.write_threshold(folder, final, facts)
-    tables.write_kinds(folder, final, by_kind([r.kind for r in records], labels, scores, facts["threshold"]))
-    shown = united(shown_tests(scores, labels, facts["threshold"]))
+    limit = facts["threshold"] if part == "test" else None
+    tables.write_kinds(folder, final, by_kind([r.kind for r in records], labels, scores, limit))
+    shown = united(shown_tests(scores, labels, limit))
     # its maps of images that it has learned from show nothing; the report shows stage 1's maps of the suspects
     shown = shown[:0] if on_learned else shown
     write_test_tiles(stage, dataset, records, heat_maps(params, stage.setup, features, shown, "examples"))
@@ -233,22 +235,25 @@ def evaluate(
 
 
 def fair_scores(
-    stage: Stage, dataset: Dataset, config: dict[str, Any], params: Params | Headed, images: np.ndarray
+    stage: Stage,
+    dataset: Dataset,
+    config: dict[str, Any],
+    params: Params | Headed,
+    images: np.ndarray,
+    alike: Sequence[str],
 ) -> np.ndarray | None:
     """What training images score, as if they were new: float32 (n,). None if the detector cannot say, or n is 0.
 
     A detector that scores what it has learned from far too low gets stage 1's scores by the sub-models that have not
-    seen the image, if stage 1 had the same detector (`remembers`) and trained it as long: steps change the scale of its
-    scores. With a head these score them once more: it has learned from some of their patches, so that with a head they
-    are not quite new.
+    seen the image, if stage 1 had the same detector (`remembers`). With a head these score them once more: it has
+    learned from some of their patches, so that with a head they are not quite new.
 
-    params: the final detector; images: int (n,).
+    params: the final detector; images: int (n,); alike: names of settings that stage 1 must share with it.
     """
     if not len(images):
         return None
     if remembers(stage.setup.detector, stage.setup.settings):
         final = config["stage2"][stage.final]
-        alike = SAME + SAME_TRAINING * is_trained(stage.setup.detector)
         if config["submodels"] == 1 or any(final[name] != config[name] for name in alike):
             return None
         subset, scores = tables.read_submodels(stage.run / dataset.category)

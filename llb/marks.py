@@ -24,7 +24,7 @@ THRESHOLD_OF = {"purified": "purified images"}
 THRESHOLD_OF |= {"reviewed": "images that are called fine, or neither dropped nor called defective"}
 WITHOUT_MARKS = tuple(each for each in TRAIN_ON if each != "reviewed")  # for which nobody looks
 TRAIN_AGAIN = "delete it and run stage2_train.py again, with --overwrite"
-ADVICE = "delete it and give llb.review the saved marks again"
+ADVICE = "mend it; or delete it and give llb.review all files of marks that were saved"
 
 
 def training_set(folder: Path) -> Dataset:

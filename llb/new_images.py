@@ -27,7 +27,17 @@ from llb.console import say
 from llb.data import Dataset, Record
 from llb.detectors import remembers
 from llb.features import streamed_features
-from llb.files import UserError, atomic, check_writable, digest_of_file, discard_files, typed, write_csv, write_text
+from llb.files import (
+    UserError,
+    atomic,
+    check_writable,
+    digest_of_file,
+    discard_files,
+    some,
+    typed,
+    write_csv,
+    write_text,
+)
 from llb.images import ImageFiles, load_image
 from llb.lock import CHANGERS, hold
 from llb.manifest import ABOUT, check_readable, clear_new_images, listed
@@ -36,7 +46,7 @@ from llb.marks import EDITABLE, choose_images, listed_as_purified, threshold_is_
 from llb.pairing import is_masks
 from llb.pictures import contact_sheet
 from llb.run import as_shown, final_checkpoints, finished_detectors, run_encoder
-from llb.runfiles import final_name, read_config, read_manifest, steps_in
+from llb.runfiles import IMAGES_FILE, final_name, read_config, read_manifest, steps_in
 from llb.score import heat_maps, score
 from llb.stage import final_params, make_stage
 from llb.tables import Choice
@@ -97,7 +107,7 @@ def score_images(run: Path, settings: Evaluate) -> None:
                 write_maps(maps_folder, [records[i] for i in positions], maps_k[:, 0])
 
         # ---- verdicts ----
-        facts = tables.read_threshold(run / name, final)
+        facts = tables.read_threshold(run / name, final, also_none=True)
         threshold = facts["threshold"] if facts else None
         verdicts = ["" if threshold is None else "defect" if value > threshold else "fine" for value in scores]
         verdicts = ["" if known else verdict for known, verdict in zip(learned, verdicts)]
@@ -115,7 +125,8 @@ def score_images(run: Path, settings: Evaluate) -> None:
         write_csv(table, ["path", "score", "verdict"], rows)
         discard_files(out, [begun.name])
     if threshold is None:
-        say(f"{name}, {final}: no threshold, so no verdicts; python evaluate.py --run {typed(run)} looks for one")
+        answer = "--overwrite says why" if facts else "looks for one"
+        say(f"{name}, {final}: no threshold, so no verdicts; python evaluate.py --run {typed(run)} {answer}")
     else:
         above, judged = verdicts.count("defect"), len(records) - sum(learned)
         say(f"{name}, {final}: {above} of {judged} images score above the threshold {threshold:.4g}")
@@ -171,7 +182,11 @@ def chosen_by_tables(folder: Path, train_on: str) -> tuple[Dataset, Choice]:
 def learned_from(folder: Path, train_on: str, dataset: Dataset) -> list[bool]:
     """Whether each image has the contents of one that a final detector has learned from. folder: RUN/<category>."""
     (training, chosen), states = chosen_by_tables(folder, train_on), read_manifest(folder)
-    learned = [states[training.train[index].path] for index in chosen.indices]
+    paths = [training.train[index].path for index in chosen.indices]
+    if missing := [path for path in paths if path not in states]:
+        known = "whether any of these images is one of them, is not known"
+        raise UserError(f"{folder / IMAGES_FILE} lacks {some(missing)}, from which the detector has learned: {known}")
+    learned = [states[path] for path in paths]
     sizes, digests = {size for size, _, _ in learned}, {digest for _, _, digest in learned}
     files = [dataset.root / record.path for record in dataset.test]
     return [file.stat().st_size in sizes and digest_of_file(file) in digests for file in files]

@@ -26,7 +26,7 @@ from llb.pictures import PALETTE
 from llb.review import simulated_line
 from llb.runfiles import commands, review_command, stage1_command, stage2_command
 from llb.sheet import exact, fit_pages, marks_key, review_facts, scale_of, suspect_facts, tile_facts
-from llb.threshold import list_digest
+from llb.threshold import judged, list_digest
 from llb.tiles import LARGEST, LOOKED_AT, OUTLINE, outcome, read_tiles, shown_tests, tiles_file
 from llb.times import read_times
 
@@ -216,14 +216,14 @@ def detector_facts(
     facts = tables.read_threshold(folder, train_on, also_none=True) or {}
     threshold = None if older else facts.get("threshold")
     tiles, rank = read_tiles(folder / tiles_file(train_on)), ranks(score)
-    outcomes = [outcome(label, value, threshold) for label, value in zip(labels, score)]
+    outcomes = [outcome(label, value, threshold) for label, value in zip(judged(labels, facts), score)]
     groups = {
         name: [
             tile_facts(tiles, rows[i], int(rank[i]), outcomes[i])
             for i in indices[:most]
             if rows[i]["path"] in tiles["tiles"]
         ]
-        for name, indices in shown_tests(score, labels, threshold).items()
+        for name, indices in shown_tests(score, judged(labels, facts), threshold).items()
     }
     groups = {name: shown for name, shown in groups.items() if shown}
     counts = {"missed": outcomes.count("missed"), "false alarms": outcomes.count("false alarm")}

@@ -148,7 +148,7 @@ def read_file(file: Path, places: dict[str, dict[str, int]]) -> list[tuple[str, 
     if len(gone) == len(lines) > 0:
         raise UserError(f"{file}: none of its images is a training image ({some(gone)}); give the marks of this run")
     if gone:
-        say(f"{file}: {len(gone)} of the marks are of images that are no longer there: {some(gone)}")
+        say(f"{file}: {len(gone)} of the marks are left out: the category has no such training image ({some(gone)})")
     return [(name, path, VERDICTS[word]) for (name, path), (_, word) in lines.items() if path in places[name]]
 
 

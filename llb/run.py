@@ -132,7 +132,7 @@ def open_run(
         names = {"categories": sorted(config["categories"])}  # a run may be older than their order
         renamed = [name for name, value in trained.items() if config.get(name) != value] == ["categories"]
         if renamed and config.get("reading", {}).get("layout") == facts["reading"]["layout"] == "folder":
-            again = f"call the folder {config['categories'][0]} again, and the run continues"
+            again = f"if its images are the same, call it {config['categories'][0]} again, and the run continues"
             advice = f"a plain folder's name is its category: {again}; or {advice}"
         refuse_differences(config | names, trained, where, advice)
         check_weights(config, encoder, where, advice)
@@ -161,9 +161,7 @@ def check_no_marks(run: Path, categories: list[str], config: dict[str, Any]) -> 
     """Raise a UserError if starting again would delete what a person has marked; what the labels marked may go."""
     for file in (run / str(name) / MARKS_FILE for name in categories):
         if file.is_file() and "review" not in config:
-            raise UserError(
-                f"{file} is what a person marked: move it away before --overwrite; llb.review takes it back"
-            )
+            raise UserError(f"{file} is what a person marked: move it away first; llb.review takes it back")
 
 
 def as_shown(datasets: list[Dataset], config: dict[str, Any]) -> list[Dataset]:

@@ -17,6 +17,7 @@ from llb.metrics import ranks
 from llb.pages import PAGE, Page, suspect_pages
 from llb.review import findings
 from llb.tables import read_table, read_threshold
+from llb.threshold import judged
 from llb.tiles import next_tiles_file, outcome, read_tiles, shown_suspects, tiles_file
 
 LARGEST_HTML = 40_000_000  # bytes of the report, over all categories
@@ -189,13 +190,14 @@ def changes(folder: Path, before: str, after: str) -> dict[str, list[str]] | Non
 
     None if one has no threshold, or no label is known.
     """
-    judged = []
+    outcomes = []
     for final in (before, after):
         facts = read_threshold(folder, final)
         rows = read_table(folder / f"predictions-{final}.csv", ("path", "score", "label"))
         threshold = facts["threshold"] if facts else None
-        judged.append({row["path"]: outcome(row["label"], row["score"], threshold) for row in rows})
-    one, other = judged
+        labels = judged([row["label"] for row in rows], facts or {})
+        outcomes.append({row["path"]: outcome(of, row["score"], threshold) for row, of in zip(rows, labels)})
+    one, other = outcomes
     titles = {
         "found, which were missed": ("missed", "found"),
         "missed, which were found": ("found", "missed"),

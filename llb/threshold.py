@@ -38,6 +38,11 @@ def threshold_facts(
     return facts
 
 
+def judged(labels: Sequence[int | None], facts: dict[str, float | int | None]) -> Sequence[int | None]:
+    """The labels by which a threshold is judged: those given, or None for all, if its facts have no rates."""
+    return [None] * len(labels) if facts.get("false_alarm_rate") is facts.get("missed_rate") is None else labels
+
+
 def list_digest(images: np.ndarray) -> int:
     """A number by which a threshold knows the list that it was taken from. images: int (n,)."""
     return zlib.crc32(images.astype("<i8").tobytes())

@@ -146,6 +146,14 @@ def test_all_biases_start_at_zero_but_the_last_layers_which_is_drawn():
     assert drawn == {"head/logit/bias"} and np.abs(params["head/logit/bias"]) <= 16**-0.5
 
 
+def test_in_bfloat16_what_is_compared_with_the_teachers_maps_is_not_rounded():
+    grids = tuple(one.shape[1:] for one in TEACHERS[0])
+    student, images = destseg.Student(4, grids, True, "bfloat16"), STORED["images"][:1]
+    maps, _ = jax.jit(lambda: student.init_with_output(jax.random.key(0), images, False))()
+    for one in maps:
+        assert one.dtype == jnp.float32 and (one != one.astype(jnp.bfloat16)).mean() > 0.5
+
+
 def test_one_image_a_step_has_no_variance_and_is_refused():
     with pytest.raises(UserError, match="^--batch-size 1: "):
         destseg.loss(replace(SETUP, batch_size=1), {}, (), jax.random.key(0), jnp.int32(0))

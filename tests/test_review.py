@@ -100,7 +100,7 @@ def test_marks_that_were_moved_away_are_taken_back_without_those_of_images_that_
     rows = kept.read_text()
     kept.write_text(f"{rows}gone/1.png,fine\ngone/2.png,defect\n")
     told = succeed(NAME, "--run", run, kept)
-    why = "2 of the marks are of images that are no longer there: gone/1.png, gone/2.png"
+    why = "2 of the marks are left out: the category has no such training image (gone/1.png, gone/2.png)"
     assert f"{kept}: {why}\n2 new marks\n" in told
     assert (run / "tile" / "marks.csv").read_text() == rows
     kept.write_text("path,verdict\ngone/1.png,fine\n")
@@ -177,7 +177,7 @@ def test_what_a_person_marked_is_not_deleted_by_overwrite(run, tmp_path):
     succeed(NAME, "--run", run, saved(tmp_path / "own.csv", f"tile,{paths_of(run)[0]},fine"))
     with pytest.raises(
         UserError,
-        match="tile/marks.csv is what a person marked: move it away before --overwrite; llb.review takes it back",
+        match="tile/marks.csv is what a person marked: move it away first; llb.review takes it back",
     ):
         check_no_marks(run, ["tile"], read_config(run, "", ""))
 

@@ -298,7 +298,8 @@ def test_a_plain_folder_that_is_renamed_is_asked_to_have_its_old_name_again(tmp_
     line = ("stage1_partition", "--out", run, "--cache", tmp_path / "cache", *flags, "--data")
     succeed(*line, photos)
     photos.rename(other)
-    advice = "a plain folder's name is its category: call the folder photos again, and the run continues; or give"
+    again = "if its images are the same, call it photos again, and the run continues"
+    advice = f"a plain folder's name is its category: {again}; or give"
     assert f"(categories: ['photos'], now ['photos2']): {advice} another" in refuse(*line, other)
     assert "is its category" not in refuse(*line, other, "--seed", 1), "that is another run"
     (tmp_path / "elsewhere").mkdir()

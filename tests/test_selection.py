@@ -167,17 +167,18 @@ def test_what_a_memory_has_learned_is_scored_by_those_sub_models_of_stage_1_that
     stage = SimpleNamespace(run=tmp_path, final="all", setup=SimpleNamespace(detector="padim", settings=None))
     images = np.array([7, 2, 3])
 
-    def fair(params=None, submodels=3, images=images, **final):
+    def fair(params=None, submodels=3, images=images, alike=evaluate.SAME, **final):
         config = own | {"submodels": submodels, "folds": "others", "stage2": {"all": own | final}}
-        return evaluate.fair_scores(stage, dataset, config, params, images)
+        return evaluate.fair_scores(stage, dataset, config, params, images, alike)
 
     np.testing.assert_allclose(fair(), scores[images, subset[images]], rtol=1e-6)
     assert fair(submodels=1) is fair(images=images[:0]) is None
     assert fair(detector="subspace") is fair(set={"ridge": 1.0}) is fair(image_score="top-1%") is None
-    assert fair(steps=2, batch_size=1) is not None, "one pass, in whatever batches"
-    stage.setup = SimpleNamespace(detector="cflow", settings=None)
-    assert fair() is not None and fair(steps=2) is fair(learning_rate=0.2) is fair(batch_size=1) is None
-    stage.setup = SimpleNamespace(detector="padim", settings=None)
+    scale = evaluate.SAME + evaluate.SAME_TRAINING
+    assert fair(steps=2, batch_size=1) is not None and fair(alike=scale) is not None
+    assert all(
+        fair(alike=scale, **other) is None for other in ({"steps": 2}, {"learning_rate": 0.2}, {"batch_size": 1})
+    )
 
     # ---- with a head the sub-models score them once more ----
     anew = np.random.default_rng(1).random((3, 3), np.float32)

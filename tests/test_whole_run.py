@@ -119,6 +119,12 @@ def test_training_images_of_known_labels_are_scored_without_rates_of_false_alarm
     assert facts["false_alarm_rate"] is None and facts["missed_rate"] is None
     assert [row["label"] for row in rows_of(run / "tile" / "predictions-purified.csv")] == ["0"] * 6
 
+    # ---- a detector whose maps of these images are shown: none is called a false alarm ----
+    succeed("stage2_train", "--run", run, "--detector", "dinomaly", "--steps", 1, *cache)
+    succeed("evaluate", "--run", run, *cache)
+    page = (run / "report.html").read_text()
+    assert "From the highest score to the lowest" in page and not re.search("[Ff]alse alarms?[,<]", page)
+
 
 @pytest.mark.slow
 def test_without_the_cache_the_results_are_the_same(finished, data, tmp_path):
@@ -264,6 +270,9 @@ def test_images_that_a_memory_has_learned_from_are_scored_by_sub_models_that_hav
     verdicts = {row["path"]: row["verdict"] for row in rows_of(run / "parts/images-more/scores-purified.csv")}
     assert verdicts == {f"earlier/{i}.png": "" for i in range(6)} | {"new.png": "fine"}
     page = (run / "report.html").read_text()  # with nothing of what is not there: a choice, labels, steps
-    assert "far too low, and stage 1 has no scores to put in their place." in page and "marked as a defect." not in page
+    assert (
+        "far too low, and stage 1 has no scores of the same training to put in their place." in page
+        and "marked as a defect." not in page
+    )
     assert "python evaluate.py" in page and "Steps of each" not in page
     assert not re.search("key dropped|threshold: kept with|is undefined", page)
