@@ -256,7 +256,7 @@ def test_a_missing_mask_costs_its_image_its_pixels_and_is_named_once(tmp_path, m
         for final in detectors:
             stage.final, stage.settings = final, SimpleNamespace(save_maps=False)
             bolt = Dataset(tmp_path, "mvtec", "bolt", (), tuple(test))
-            yield evaluate.evaluate(stage, bolt, MaskRule(), np.arange(0), lambda params, images: None)
+            yield evaluate.evaluate(stage, bolt, MaskRule(), np.arange(0), lambda *_: None)
         yield read_metrics(tmp_path).get("bolt", {}).get("missing_masks")
 
     *values, missing = entry(records[:4], "purified", "all")
