@@ -22,7 +22,7 @@ from llb.console import run_script, say
 from llb.figures import house, save, spread_figure
 from llb.files import UserError, check_writable_file, write_csv
 from llb.flags import WORDS, flag, parse_flags, real
-from llb.marks import list_is_old, training_set
+from llb.marks import threshold_is_old, training_set
 from llb.metrics import lowest_contamination, purification
 from llb.pictures import printable
 from llb.runfiles import read_config, stage2_command
@@ -107,8 +107,8 @@ def read_run(run: Path, lowest: float | None) -> list[tuple[int, dict[str, Any],
         own = own | {"head": heads.get(frozen(flat(own | {"head": None})), own.get("head"))}
         _, figures = finals.setdefault(frozen(flat(own)), (flat(own, "final."), {}))
         # the row says what an edited list holds, and not how a detector on an older one does
-        old = own["train_on"] == "purified" and any(list_is_old(run / name, final, "purified") for name in categories)
-        if old:
+        lists = categories if own["train_on"] == "purified" else []
+        if old := any(threshold_is_old(run / name, final, "purified", also_none=True) for name in lists):
             again = f"train it again: {stage2_command(run, final)} --overwrite"
             say(f"{run}: the figures of {final} are left out: purified.txt has changed since it was trained; {again}")
         known = {} if old else metrics[final]

@@ -33,7 +33,7 @@ from llb.cache import find_rows, load_shard, make_room, write_shard
 from llb.console import progress, say
 from llb.device import MATMUL
 from llb.encoders import Encoder
-from llb.files import UserError, digest_of_files, is_writer
+from llb.files import UserError, digest_of_files, is_writer, size_and_time
 from llb.images import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, load_image
 
 ENCODE_BATCH = 16  # images per call of the encoder: one fixed shape, compiled once
@@ -212,7 +212,8 @@ def cached_features(
     streamed = streamed_features(source, files)
 
     # ---- what is there, as process 0 sees it ----
-    path_of = dict(zip(files.digests, files.paths))
+    digests_of = [digest for *_, digest in files.states]
+    path_of = dict(zip(digests_of, files.paths))
     places = find_rows(folder, path_of.keys())
     lost = processes.agreed(np.array([digest not in places for digest in path_of]))
     missing = [digest for digest, is_lost in zip(path_of, lost) if is_lost]
@@ -243,7 +244,7 @@ def cached_features(
         places |= find_rows(folder, unseen)
 
     # ---- rows of one shard are read together; what is in none is encoded ----
-    found = [places.get(digest, (folder / "nowhere", 0)) for digest in files.digests]
+    found = [places.get(digest, (folder / "nowhere", 0)) for digest in digests_of]
     shards = list(dict.fromkeys(shard for shard, _ in found))
     number = dict(zip(shards, range(len(shards))))
     shard_of, row_of = np.array([(number[shard], row) for shard, row in found]).T  # (N,) each
@@ -272,10 +273,9 @@ def check_unchanged(files: ImageFiles, paths: Sequence[Path]) -> None:
     By size and time: a second digest would read every file once more, and a file that is replaced gets another time.
     One with the old size and time counts as the same in every command (llb.manifest).
     """
+    states = dict(zip(files.paths, files.states))
     for path in paths:
-        status = os.stat(path)
-        now = status.st_size, status.st_mtime_ns
-        if files.states.get(path, now)[:2] != now:
+        if size_and_time(path) != states[path][:2]:
             raise UserError(f"{path} was changed while it was read: give the same command again")
 
 

@@ -238,6 +238,12 @@ def digest_of_file(file: Path | str) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def size_and_time(file: Path | str) -> tuple[int, int]:
+    """Bytes, and the time of the last change in ns: by these a file counts as the same."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
 def check_writable(folder: Path, flag: str = "--out") -> list[str]:
     """Make a folder if it is not there, and return the sorted names in it. If that fails, a UserError names `flag`."""
     try:

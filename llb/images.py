@@ -50,8 +50,7 @@ class ImageFiles:
     paths: tuple[Path, ...]
     white: Mapping[str, int] = field(default_factory=dict)
     resize: int | None = None  # side of the square of which the centre is shown
-    digests: tuple[str, ...] = ()  # SHA-256 of the files, where features are looked up by them
-    states: Mapping[Path, tuple] = field(default_factory=dict)  # size, time in ns, … when the digest was taken
+    states: tuple[tuple[int, int, str], ...] = ()  # size, time in ns, SHA-256 of each, where features are looked up
 
 
 class ImageError(UserError):

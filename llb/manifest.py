@@ -16,7 +16,7 @@ from llb.console import progress
 from llb.data import Dataset, Record
 from llb.detectors import DETECTORS
 from llb.features import prefetch
-from llb.files import UserError, digest_of_file, discard, discard_files, is_writer, some, write_csv
+from llb.files import UserError, digest_of_file, discard, discard_files, is_writer, size_and_time, some, write_csv
 from llb.head import head_file
 from llb.images import load_image
 from llb.learning import LEARNING_FILE, loss_file
@@ -83,8 +83,7 @@ def image_states(folder: Path, root: Path, paths: Sequence[str]) -> tuple[State,
     this is one of several processes, and sees other files than process 0."""
     states = read_manifest(folder)
     for path in paths:
-        status = os.stat(root / path)
-        if (status.st_size, status.st_mtime_ns) != states[path][:2]:
+        if size_and_time(root / path) != states[path][:2]:
             raise UserError(f"{root / path} is not the file that {folder / IMAGES_FILE} lists: share the images")
     return tuple(states[path] for path in paths)
 
@@ -168,14 +167,13 @@ def _states(dataset: Dataset, paths: Iterable[str], old: dict[str, State], verif
 
 def _state(root: Path, path: str, old: dict[str, State], verify: bool) -> State | None:
     try:
-        status = os.stat(root / path)
-        before = old.get(path)
+        now, before = size_and_time(root / path), old.get(path)
         if before is not None:
-            if status.st_size != before[0]:
-                return status.st_size, status.st_mtime_ns, ""
-            if status.st_mtime_ns == before[1] and not verify:
+            if now[0] != before[0]:
+                return *now, ""
+            if now == before[:2] and not verify:
                 return before
-        return status.st_size, status.st_mtime_ns, digest_of_file(root / path)
+        return *now, digest_of_file(root / path)
     except FileNotFoundError:
         return None
     except OSError as error:

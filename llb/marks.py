@@ -118,14 +118,12 @@ def listed_as_purified(folder: Path, dataset: Dataset) -> np.ndarray:
     return np.unique([index for _, index in listed_images(folder, dataset)])
 
 
-def threshold_is_old(folder: Path, final: str, train_on: str) -> bool:
-    """Whether the list that a final detector's threshold is taken from may have changed since. By the run's tables."""
-    return read_threshold(folder, final) is not None and list_is_old(folder, final, train_on)
+def threshold_is_old(folder: Path, final: str, train_on: str, also_none: bool = False) -> bool:
+    """Whether the list that a final detector's threshold is taken from may have changed since. By the run's tables.
 
-
-def list_is_old(folder: Path, final: str, train_on: str) -> bool:
-    """As `threshold_is_old`, of a detector that is evaluated, but may have no threshold."""
-    facts = read_threshold(folder, final, also_none=True)
+    also_none: also of a detector that is evaluated and has no threshold.
+    """
+    facts = read_threshold(folder, final, also_none)
     if not facts:
         return False
     training = training_set(folder)

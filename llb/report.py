@@ -215,15 +215,15 @@ def detector_facts(
         metrics = {}  # all are undefined, and the reason is known
     facts = tables.read_threshold(folder, train_on, also_none=True) or {}
     threshold = None if older else facts.get("threshold")
-    tiles, rank = read_tiles(folder / tiles_file(train_on)), ranks(score)
-    outcomes = [outcome(label, value, threshold) for label, value in zip(judged(labels, facts), score)]
+    tiles, rank, judges = read_tiles(folder / tiles_file(train_on)), ranks(score), judged(labels, facts)
+    outcomes = [outcome(label, value, threshold) for label, value in zip(judges, score)]
     groups = {
         name: [
             tile_facts(tiles, rows[i], int(rank[i]), outcomes[i])
             for i in indices[:most]
             if rows[i]["path"] in tiles["tiles"]
         ]
-        for name, indices in shown_tests(score, judged(labels, facts), threshold).items()
+        for name, indices in shown_tests(score, judges, threshold).items()
     }
     groups = {name: shown for name, shown in groups.items() if shown}
     counts = {"missed": outcomes.count("missed"), "false alarms": outcomes.count("false alarm")}
@@ -234,6 +234,7 @@ def detector_facts(
         "labels": labels,
         "ranked": sorted(rows, key=lambda row: -row["score"])[:LISTED],
         "threshold": None if threshold is None else facts,
+        "rated": threshold is not None and None not in judges,
         "older": older,
         "none_normal": facts.get("list") == list_digest(np.empty(0)),
         "above": int((score > threshold).sum()) if threshold is not None else None,

@@ -96,8 +96,7 @@ def load_features(stage: Stage, dataset: Dataset, part: str) -> Features:
     files = ImageFiles(tuple(dataset.root / name for name in names), dataset.white, dataset.resize)
     if settings.no_cache:
         return streamed_features(stage.source, files)
-    states = dict(zip(files.paths, image_states(stage.run / dataset.category, dataset.root, names)))
-    files = dataclasses.replace(files, digests=tuple(digest for *_, digest in states.values()), states=states)
+    files = dataclasses.replace(files, states=image_states(stage.run / dataset.category, dataset.root, names))
     cache, title = Path(settings.cache), f"{dataset.category}, {part}"
     return cached_features(stage.source, files, cache, settings.cache_gib, settings.cache_limit, title)
 

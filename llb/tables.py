@@ -278,7 +278,7 @@ def detector_entries(metrics: dict[str, Any]) -> list[dict[str, float | None]]:
 def mean_metrics(metrics: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """For each final detector that all categories have, the mean of each metric where it is defined, else None."""
     means, owns = {}, [metrics.get(name, {}) for name in names]
-    for final in detector_names(dict.fromkeys(set.intersection(*map(set, owns)))):
+    for final in detector_names({final: own for final, own in owns[0].items() if all(final in each for each in owns)}):
         entries = [own[final] for own in owns]
         means[final] = mean_defined([{m: entry.get(m) for m in shown_metrics(entries)} for entry in entries])
     return means

@@ -27,7 +27,7 @@ from llb.features import (
     normalise,
     streamed_features,
 )
-from llb.files import UserError
+from llb.files import UserError, size_and_time
 from llb.images import ImageFiles
 
 TOY = SimpleNamespace(
@@ -61,9 +61,8 @@ def paths(tmp_path, monkeypatch):
 
 
 def files_of(paths, white=None):
-    digests = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
-    states = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
-    return ImageFiles(tuple(paths), white or {}, digests=digests, states=states)
+    states = ((*size_and_time(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths)
+    return ImageFiles(tuple(paths), white or {}, states=tuple(states))
 
 
 def cached(paths, encode, memory_gib=1.0, encoder=TOY, limit_gib=1.0, white=None):

@@ -27,6 +27,7 @@ from llb.detectors.recipes import Recipe, hard_positions
 from llb.encoders import Encoder, parameter_shapes
 from llb.encoders.specs import Spec
 from llb.features import Source, make_source
+from llb.files import size_and_time
 from llb.images import ImageFiles, load_image
 from llb.run import environment
 
@@ -229,8 +230,10 @@ class Stage:
 
     @property
     def files(self) -> ImageFiles:
-        names = (hashlib.sha256(bytes(path)).hexdigest() for path in self.paths)  # for a cache of this command alone
-        return ImageFiles(tuple(self.paths), digests=tuple(names))
+        names = [hashlib.sha256(bytes(path)).hexdigest() for path in self.paths]  # for a cache of this command alone
+        return ImageFiles(
+            tuple(self.paths), states=tuple((*size_and_time(p), name) for p, name in zip(self.paths, names))
+        )
 
 
 def prepare(sizes: Sizes, encoder: Encoder, paths: list[Path]) -> Stage:
